@@ -1,13 +1,13 @@
 """The errors that cross a process boundary, and the one table to gRPC status and HTTP code.
 
-    MegatokenError
-    ├── RequestError      the caller's fault; the same request fails again     INVALID_ARGUMENT   400
-    │   └── NotFoundError what it names does not exist                         NOT_FOUND          404
-    ├── AuthError         no key, or one that is not allowed this              UNAUTHENTICATED    401
-    ├── OverloadError     the system is full; the same request may pass later  RESOURCE_EXHAUSTED 429
-    ├── DeadlineError     its deadline passed, or cannot be met                DEADLINE_EXCEEDED  504
-    ├── UnavailableError  this replica or router cannot; another may           UNAVAILABLE        503
-    └── EngineDeadError   the engine behind a replica is gone: replace it      UNAVAILABLE        503
+MegatokenError
+├── RequestError      the caller's fault; the same request fails again     INVALID_ARGUMENT   400
+│   └── NotFoundError what it names does not exist                         NOT_FOUND          404
+├── AuthError         no key, or one that is not allowed this              UNAUTHENTICATED    401
+├── OverloadError     the system is full; the same request may pass later  RESOURCE_EXHAUSTED 429
+├── DeadlineError     its deadline passed, or cannot be met                DEADLINE_EXCEEDED  504
+├── UnavailableError  this replica or router cannot; another may           UNAVAILABLE        503
+└── EngineDeadError   the engine behind a replica is gone: replace it      UNAVAILABLE        503
 """
 
 from __future__ import annotations

@@ -1,0 +1,72 @@
+# The two commands: `make demo` runs the main job, `make test` runs the tests. Each sets up what it needs first.
+VENV    ?= .venv
+PYTHON  ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# Set TORCH_INDEX to PyTorch's CPU wheel index on a machine whose pip does not know it: a smaller torch.
+TORCH_INDEX ?=
+PYTEST  ?= $(VENV)/bin/python -m pytest
+
+TORCH   := torch==2.13.0
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test lint format setup model test-unit test-multinode bench bench-plan bench-router bench-throughput proto clean
+
+demo: setup
+	$(BIN)/python -m cluster.demo
+
+test: setup lint
+	$(PYTEST) tests
+
+## setup: the virtual environment, the pinned dependencies, the built-in model. A second run does nothing.
+setup: $(VENV)/.installed model
+
+$(VENV)/.installed: deploy/requirements/cpu.txt deploy/requirements/dev.txt pyproject.toml
+	@echo "[1/4] virtual environment $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python {v[0]}.{v[1]} is not supported; use 3.11 or 3.12 (PYTHON=...)")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/4] torch, CPU build"
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)+cpu' 2>/dev/null || \
+	  { echo "      pip knows no CPU build here (TORCH_INDEX=... names one); taking the default build"; $(PIP) '$(TORCH)'; }
+	@echo "[3/4] pinned dependencies (about 180 packages, a minute or two)"
+	@$(PIP) --no-deps -r deploy/requirements/cpu.txt -r deploy/requirements/dev.txt
+	@echo "[4/4] megatoken itself"
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+## model: SmolLM2-135M-Instruct, converted once into the cache.
+model: $(VENV)/.installed
+	@$(BIN)/python -m worker.models prepare
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-unit: $(VENV)/.installed
+	$(PYTEST) tests/unit tests/property tests/simulation
+
+test-multinode: setup
+	$(PYTEST) tests/netns
+
+bench: setup
+	$(BIN)/python -m tests.bench.serving
+
+bench-plan: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.plan
+
+bench-router: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.router
+
+bench-throughput: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.throughput
+
+proto: $(VENV)/.installed
+	PYTHON=$(abspath $(BIN))/python proto/regenerate
+
+clean:
+	rm -rf $(VENV) bench-results build *.egg-info
