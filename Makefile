@@ -1,13 +1,17 @@
 # The two commands: `make demo` runs the main job, `make test` runs the tests. Each sets up what it needs first.
 VENV    ?= .venv
 PYTHON  ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
 # Set TORCH_INDEX to PyTorch's CPU wheel index on a machine whose pip does not know it: a smaller torch.
 TORCH_INDEX ?=
 PYTEST  ?= $(VENV)/bin/python -m pytest
 
 TORCH   := torch==2.13.0
 BIN     := $(VENV)/bin
-PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP     := $(BIN)/python -m pip --disable-pip-version-check install
+# One line that counts, instead of pip's hundreds.
+COUNT   := awk '/^ *(Collecting|Processing|Requirement already)/ { printf "\r      %d packages seen", ++n; fflush() } /^Installing/ { printf ", installing"; fflush() } END { print "" }'
 
 .PHONY: demo test lint format setup model test-unit test-multinode bench bench-plan bench-router bench-throughput proto clean
 
@@ -25,12 +29,12 @@ $(VENV)/.installed: deploy/requirements/cpu.txt deploy/requirements/dev.txt pypr
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python {v[0]}.{v[1]} is not supported; use 3.11 or 3.12 (PYTHON=...)")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[2/4] torch, CPU build"
-	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)+cpu' 2>/dev/null || \
-	  { echo "      pip knows no CPU build here (TORCH_INDEX=... names one); taking the default build"; $(PIP) '$(TORCH)'; }
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)+cpu' 2>/dev/null | $(COUNT) || \
+	  { echo "      pip knows no CPU build here (TORCH_INDEX=... names one); taking the default build"; $(PIP) '$(TORCH)' | $(COUNT); }
 	@echo "[3/4] pinned dependencies (about 180 packages, a minute or two)"
-	@$(PIP) --no-deps -r deploy/requirements/cpu.txt -r deploy/requirements/dev.txt
+	@$(PIP) --no-deps -r deploy/requirements/cpu.txt -r deploy/requirements/dev.txt 2>$(VENV)/pip.log | $(COUNT) || { cat $(VENV)/pip.log; exit 1; }
 	@echo "[4/4] megatoken itself"
-	@$(PIP) --no-deps --no-build-isolation -e .
+	@$(PIP) --no-deps --no-build-isolation --quiet -e . 2>>$(VENV)/pip.log || { cat $(VENV)/pip.log; exit 1; }
 	@touch $@
 
 ## model: SmolLM2-135M-Instruct, converted once into the cache.
