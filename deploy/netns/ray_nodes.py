@@ -1,0 +1,121 @@
+"""A Ray cluster over the hosts of a network: one Ray node each, with token authentication and CPU device slots.
+
+It starts what people start by hand (`ray start --head`, `ray start --address`), with small object stores and fast
+failure detection, and hands out the environment that a driver or a `megatoken` command needs. Who calls it: the command line
+(`python -m deploy.netns`) and tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from deploy.netns.hosts import Host, Network, NetworkError
+
+GCS_PORT = 6379
+START_TIMEOUT_S = 90.0
+OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's floor is 75 MiB; tokens do not travel through it
+REPOSITORY = Path(__file__).parents[2]
+# The head decides that a silent node is dead after about initial delay, then threshold x (period + timeout): 4-5 s.
+# Ray's own defaults take over a minute, which suits clusters whose nodes pause, and no test.
+FAST_DETECTION = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    # A node cut off from the head gives up, and ends its workers, after this long.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+}
+
+
+class RayNodes:
+    """Ray on the hosts of a network; the first started is the head."""
+
+    def __init__(self, network: Network, devices: int, detection: Mapping[str, str] | None = None) -> None:
+        """`devices` is the number of cpu_device slots that each node offers."""
+        self.network = network
+        self.devices = devices
+        self.detection = dict(FAST_DETECTION if detection is None else detection)
+        self.token_file = network.directory / "ray-token"
+        if not self.token_file.exists():
+            descriptor = os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+
+    @property
+    def head(self) -> Host:
+        return self.network.hosts[0]
+
+    @property
+    def address(self) -> str:
+        """What RAY_ADDRESS is for this cluster."""
+        return f"{self.head.address}:{GCS_PORT}"
+
+    def environment(self, host: Host, **more: str) -> dict[str, str]:
+        """The whole environment of a process in `host`: this process's own, less what ties it to another cluster."""
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "MEGATOKEN_", "VLLM_", "GLOO_", "NCCL_"))
+        }
+        scripts = str(Path(sys.executable).parent)
+        kept["PATH"] = f"{scripts}:{kept.get('PATH', '/usr/bin:/bin')}"
+        kept["PYTHONPATH"] = str(REPOSITORY)
+        return (
+            kept | self._ray_environment() | {"RAY_ADDRESS": self.address, "MEGATOKEN_STATE_DIR": "/tmp/state"} | more
+        )
+
+    def _ray_environment(self) -> dict[str, str]:
+        return {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token_file),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **self.detection,
+        }
+
+    def start(self, labels: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        """Starts Ray on every host. `labels` maps a host's name to its node labels."""
+        for host in self.network.hosts:
+            self.start_node(host, (labels or {}).get(host.name, {}))
+
+    def start_node(self, host: Host, labels: Mapping[str, str] | None = None, devices: int | None = None) -> None:
+        """Starts Ray on one host: as the head on the first, joined to it on any other."""
+        slots = self.devices if devices is None else devices
+        head = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
+        role = head if host is self.head else [f"--address={self.address}"]
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", *role),
+            *(f"--node-ip-address={host.address}", "--num-cpus=2", "--disable-usage-stats"),
+            *(f"--object-store-memory={OBJECT_STORE_BYTES}", f"--resources={json.dumps({'cpu_device': slots})}"),
+            f"--labels={','.join(f'{key}={value}' for key, value in {'host': host.name, **(labels or {})}.items())}",
+        ]
+        environment = self.environment(host)
+        del environment["RAY_ADDRESS"]
+        host.run(command, environment, timeout_s=START_TIMEOUT_S)
+
+    def stop_node(self, host: Host) -> None:
+        """Kills the host's Ray processes, its workers included, as a crash of the node's Ray would."""
+        for pid, command in host.processes().items():
+            if "ray" in command:
+                try:
+                    os.kill(pid, 9)
+                except ProcessLookupError:
+                    pass
+
+    def ray_pids(self, host: Host, *words: str) -> list[int]:
+        """PIDs (on this machine) of the host's processes whose command line holds all of `words`."""
+        return [pid for pid, command in host.processes().items() if all(word in command for word in words)]
+
+    def wait_for(self, host: Host, words: str, timeout_s: float) -> list[int]:
+        """Waits until some process of the host has `words` in its command line."""
+        deadline = time.monotonic() + timeout_s
+        while not (found := self.ray_pids(host, words)):
+            if time.monotonic() > deadline:
+                raise NetworkError(f"{host.name}: no process {words!r} within {timeout_s} s")
+            time.sleep(0.05)
+        return found
