@@ -103,14 +103,18 @@ class RouterMember(_message.Message):
     def __init__(self, router: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class ThroughputGroup(_message.Message):
-    __slots__ = ("epoch", "members", "published_unix_s")
+    __slots__ = ("epoch", "members", "published_unix_s", "backend", "hierarchical")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    HIERARCHICAL_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     members: _containers.RepeatedCompositeFieldContainer[ThroughputMember]
     published_unix_s: float
-    def __init__(self, epoch: _Optional[int] = ..., members: _Optional[_Iterable[_Union[ThroughputMember, _Mapping]]] = ..., published_unix_s: _Optional[float] = ...) -> None: ...
+    backend: str
+    hierarchical: bool
+    def __init__(self, epoch: _Optional[int] = ..., members: _Optional[_Iterable[_Union[ThroughputMember, _Mapping]]] = ..., published_unix_s: _Optional[float] = ..., backend: _Optional[str] = ..., hierarchical: bool = ...) -> None: ...
 
 class ThroughputMember(_message.Message):
     __slots__ = ("agent", "node", "site", "address", "store_address")

@@ -1,10 +1,25 @@
+from megatoken.v1 import membership_pb2 as _membership_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class AttendanceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ATTENDANCE_STATE_UNSPECIFIED: _ClassVar[AttendanceState]
+    ATTENDANCE_STATE_OUTSIDE: _ClassVar[AttendanceState]
+    ATTENDANCE_STATE_FORMING: _ClassVar[AttendanceState]
+    ATTENDANCE_STATE_TICKING: _ClassVar[AttendanceState]
+    ATTENDANCE_STATE_FAILED: _ClassVar[AttendanceState]
+ATTENDANCE_STATE_UNSPECIFIED: AttendanceState
+ATTENDANCE_STATE_OUTSIDE: AttendanceState
+ATTENDANCE_STATE_FORMING: AttendanceState
+ATTENDANCE_STATE_TICKING: AttendanceState
+ATTENDANCE_STATE_FAILED: AttendanceState
 
 class GetThroughputRequest(_message.Message):
     __slots__ = ()
@@ -81,3 +96,31 @@ class ThroughputSample(_message.Message):
     backend: str
     rows: _containers.RepeatedCompositeFieldContainer[ThroughputRow]
     def __init__(self, epoch: _Optional[int] = ..., tick: _Optional[int] = ..., unix_s: _Optional[float] = ..., complete: bool = ..., incomplete_reason: _Optional[str] = ..., ranks: _Optional[int] = ..., collective_s: _Optional[float] = ..., backend: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[ThroughputRow, _Mapping]]] = ...) -> None: ...
+
+class Attendance(_message.Message):
+    __slots__ = ("member", "epoch", "state", "problem", "suspects", "backends", "wire_version", "members")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    SUSPECTS_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    member: _membership_pb2.ThroughputMember
+    epoch: int
+    state: AttendanceState
+    problem: str
+    suspects: _containers.RepeatedScalarFieldContainer[str]
+    backends: _containers.RepeatedScalarFieldContainer[str]
+    wire_version: int
+    members: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, member: _Optional[_Union[_membership_pb2.ThroughputMember, _Mapping]] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[AttendanceState, str]] = ..., problem: _Optional[str] = ..., suspects: _Optional[_Iterable[str]] = ..., backends: _Optional[_Iterable[str]] = ..., wire_version: _Optional[int] = ..., members: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AttendanceReply(_message.Message):
+    __slots__ = ("epoch", "refused")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    refused: str
+    def __init__(self, epoch: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...

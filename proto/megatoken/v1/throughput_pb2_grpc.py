@@ -139,3 +139,83 @@ class Throughput(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class ThroughputAttendanceStub(object):
+    """How agents and the controller agree on the members of an epoch. The controller serves it; the resulting
+    ThroughputGroup goes out through Membership.Watch.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Attend = channel.stream_stream(
+                '/megatoken.v1.ThroughputAttendance/Attend',
+                request_serializer=megatoken_dot_v1_dot_throughput__pb2.Attendance.SerializeToString,
+                response_deserializer=megatoken_dot_v1_dot_throughput__pb2.AttendanceReply.FromString,
+                _registered_method=True)
+
+
+class ThroughputAttendanceServicer(object):
+    """How agents and the controller agree on the members of an epoch. The controller serves it; the resulting
+    ThroughputGroup goes out through Membership.Watch.
+    """
+
+    def Attend(self, request_iterator, context):
+        """An agent attends as long as it lives: a message several times a second, and at once when its state changes. The
+        end of the stream is the end of the agent; silence is a frozen one. Each message is answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ThroughputAttendanceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Attend': grpc.stream_stream_rpc_method_handler(
+                    servicer.Attend,
+                    request_deserializer=megatoken_dot_v1_dot_throughput__pb2.Attendance.FromString,
+                    response_serializer=megatoken_dot_v1_dot_throughput__pb2.AttendanceReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'megatoken.v1.ThroughputAttendance', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('megatoken.v1.ThroughputAttendance', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ThroughputAttendance(object):
+    """How agents and the controller agree on the members of an epoch. The controller serves it; the resulting
+    ThroughputGroup goes out through Membership.Watch.
+    """
+
+    @staticmethod
+    def Attend(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/megatoken.v1.ThroughputAttendance/Attend',
+            megatoken_dot_v1_dot_throughput__pb2.Attendance.SerializeToString,
+            megatoken_dot_v1_dot_throughput__pb2.AttendanceReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
