@@ -1,0 +1,56 @@
+"""vLLM's Ray executor (V2) on CPU nodes. On nodes with accelerators vLLM's own runs, untouched.
+
+Two things differ: a CPU slot has no device number for Ray to report, and a rank needs a few environment variables before
+it imports vLLM (the platform is chosen, and threads are counted, at import). Handed to vLLM as a class by
+ray_placement.py, because its check for pipeline parallelism accepts no path.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm.v1.executor import ray_executor_v2
+from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
+
+from worker.engines.cpu_platform_plugin import DEVICE_VARIABLE
+
+# Copied from the engine core to its ranks, before they import anything.
+EARLY_VARIABLES = (
+    DEVICE_VARIABLE,
+    "OMP_NUM_THREADS",  # Ray sets 1 for an actor that reserves no CPU
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_PLUGINS",
+    "LD_PRELOAD",
+    "PYTHONPATH",
+)
+
+
+class CpuRank(RayWorkerProc):  # type: ignore[misc]
+    """A rank process on a CPU slot."""
+
+    def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
+        """The Ray node, and no device numbers: slots are only counted."""
+        return ray_executor_v2.ray.get_runtime_context().get_node_id(), []
+
+    def initialize_worker(self, *arguments: Any, **options: Any) -> None:
+        """Completes a rank with its own node's address, which vLLM looks up through a route to the internet."""
+        os.environ["VLLM_HOST_IP"] = ray_executor_v2.ray.util.get_node_ip_address()
+        super().initialize_worker(*arguments, **options)
+
+
+class CpuRayExecutor(RayExecutorV2):  # type: ignore[misc]
+    """Runs one rank per CPU slot of the replica's placement group."""
+
+    def _init_executor(self) -> None:
+        ray_executor_v2.RayWorkerProc = CpuRank  # the executor names its rank class in no other place
+        super()._init_executor()
+
+    def _build_runtime_env(self) -> dict[str, Any]:
+        environment: dict[str, Any] = super()._build_runtime_env()
+        variables = environment.setdefault("env_vars", {})
+        for name in EARLY_VARIABLES:
+            if name in os.environ:
+                variables.setdefault(name, os.environ[name])
+        return environment

@@ -1,0 +1,48 @@
+"""One rank on a CPU node: vLLM's CPU worker, able to be a later pipeline stage and tied to its node's address.
+
+Named by cpu_platform.py and made by vLLM inside each rank process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import psutil
+from vllm.distributed import get_pp_group
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+class StageCpuWorker(CPUWorker):  # type: ignore[misc]
+    """A CPU rank that can receive what the stage before it computed."""
+
+    def init_device(self) -> None:
+        """Joins the process groups over the interface that carries this node's cluster address."""
+        # Left alone, Gloo takes the address that the host name resolves to, which is loopback on many machines.
+        if "GLOO_SOCKET_IFNAME" not in os.environ:
+            interface = interface_of(os.environ.get("VLLM_HOST_IP", ""))
+            if interface is not None:
+                os.environ["GLOO_SOCKET_IFNAME"] = interface
+        super().init_device()
+
+    def load_model(self, *arguments: Any, **options: Any) -> None:
+        """Loads this rank's weights, and makes the buffers that a later stage receives into.
+
+        vLLM makes them in the warm-up run, which its CPU worker skips in eager mode with a fixed KV cache size; the first
+        step of a later stage then fails its own check.
+        """
+        super().load_model(*arguments, **options)
+        runner = self.model_runner
+        if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that has this IP address, or None."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address and entry.family in (socket.AF_INET, socket.AF_INET6) for entry in addresses):
+            return name
+    return None
