@@ -92,6 +92,6 @@ def setup_logging(process: str, name: str = "", level: str = "info", stream: Tex
 def log_event(
     logger: logging.Logger, event: str, message: str = "", *, level: int = logging.INFO, **fields: Any
 ) -> None:
-    """Logs something a machine should find: `event` is a dotted name out of a bounded set, `fields` its ids and facts."""
+    """Logs what a machine should find: `event` is a dotted name out of a bounded set, `fields` its ids and facts."""
     if logger.isEnabledFor(level):
         logger.log(level, message or event, extra={"event": event, "fields": fields})
