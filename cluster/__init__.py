@@ -1,0 +1,1 @@
+"""The control plane on Ray: spec, placement, reconciliation, launchers and the command line."""

@@ -1,0 +1,59 @@
+"""The life of one replica as a table.
+
+    RESERVING -> STARTING -> READY -> DRAINING -> STOPPED, and any live state -> FAILED
+
+STOPPED and FAILED are final: a failed replica is replaced under a new id and never revived. lifecycle.py turns what is
+observed into events; this module only says where each event leads. Both are pure; the controller dispatches.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class ReplicaState(StrEnum):
+    RESERVING = "RESERVING"  # its placement group is asked for
+    STARTING = "STARTING"  # it holds its devices and its worker loads
+    READY = "READY"  # it serves
+    DRAINING = "DRAINING"  # nothing new; running requests end
+    STOPPED = "STOPPED"  # ended as asked
+    FAILED = "FAILED"  # ended otherwise
+
+
+class ReplicaEvent(StrEnum):
+    RESERVED = "reserved"
+    SERVING = "serving"
+    DRAIN = "drain"
+    DRAINED = "drained"  # no request left, or the deadline passed
+    STOP = "stop"  # end it now; before READY there is nothing to drain
+    FAIL = "fail"
+
+
+LIVE = frozenset({ReplicaState.RESERVING, ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING})
+FINAL = frozenset({ReplicaState.STOPPED, ReplicaState.FAILED})
+
+_S, _E = ReplicaState, ReplicaEvent
+TRANSITIONS: dict[tuple[ReplicaState, ReplicaEvent], ReplicaState] = {
+    (_S.RESERVING, _E.RESERVED): _S.STARTING,
+    (_S.RESERVING, _E.STOP): _S.STOPPED,
+    (_S.RESERVING, _E.FAIL): _S.FAILED,
+    (_S.STARTING, _E.SERVING): _S.READY,
+    (_S.STARTING, _E.STOP): _S.STOPPED,
+    (_S.STARTING, _E.FAIL): _S.FAILED,
+    (_S.READY, _E.DRAIN): _S.DRAINING,
+    (_S.READY, _E.FAIL): _S.FAILED,
+    (_S.DRAINING, _E.DRAINED): _S.STOPPED,
+    (_S.DRAINING, _E.FAIL): _S.FAILED,
+}
+
+
+class IllegalTransition(Exception):
+    """An event came that its state does not know: a bug in lifecycle.py or the reconciler."""
+
+
+def next_state(state: ReplicaState, event: ReplicaEvent) -> ReplicaState:
+    """Where `event` leads from `state`. Raises IllegalTransition for a pair that is not in the table."""
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        raise IllegalTransition(f"event {event} in state {state}") from None

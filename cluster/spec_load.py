@@ -1,0 +1,102 @@
+"""Text to spec, with one clear line for each thing that is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pydantic
+import yaml
+
+from cluster.spec import ClusterSpec
+from megatoken.errors import MegatokenError
+
+MAX_SPEC_BYTES = 4 << 20
+MAX_SHOWN = 80
+
+
+class SpecError(MegatokenError):
+    """The spec is wrong. `problems` has one line each: field, value, what is allowed."""
+
+    grpc_code = grpc.StatusCode.INVALID_ARGUMENT
+    http_code = 400
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))
+
+
+def load_spec(text: str) -> ClusterSpec:
+    """The spec a YAML document holds. Raises SpecError."""
+    if len(text) > MAX_SPEC_BYTES:
+        raise SpecError([f"spec: {len(text)} bytes is not allowed; at most {MAX_SPEC_BYTES}"])
+    try:
+        document = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise SpecError([f"spec: not YAML: {' '.join(str(error).split())}"]) from None
+    except RecursionError:
+        raise SpecError(["spec: nested too deeply"]) from None
+    if not isinstance(document, dict):
+        raise SpecError([f"spec: {_shown(document)} is not allowed; a mapping with `cluster`, `models` and others"])
+    return parse_spec(document)
+
+
+def parse_spec(document: dict[Any, Any]) -> ClusterSpec:
+    """The spec that plain values hold. Raises SpecError."""
+    try:
+        return ClusterSpec.model_validate(document)
+    except pydantic.ValidationError as error:
+        raise SpecError([_line(problem, document) for problem in error.errors(include_url=False)]) from None
+
+
+def dump_spec(spec: ClusterSpec) -> str:
+    """The YAML that load_spec reads back to an equal spec, without what is default."""
+    return yaml.safe_dump(spec.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key given twice: plain YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _line(problem: Any, document: dict[Any, Any]) -> str:
+    where = _field(problem["loc"], document)
+    kind, value, context = problem["type"], problem.get("input"), problem.get("ctx", {})
+    if kind == "missing":
+        return f"{where}: is missing"
+    if kind == "extra_forbidden":
+        return f"{where}: is not a field of this section; see docs/operations.md for those that are"
+    if kind == "value_error":
+        text = str(context.get("error", problem["msg"]))
+        return f"{where}: {text}" if where else text
+    allowed = problem["msg"].removeprefix("Input should be ").removeprefix("String should ").removeprefix("Value should ")
+    return f"{where}: {_shown(value)} is not allowed; {allowed}"
+
+
+def _field(location: tuple[Any, ...], document: Any) -> str:
+    """The path to a field, with the names of list items instead of their numbers: models.chat.replicas."""
+    parts: list[str] = []
+    here = document
+    for step in location:
+        try:
+            here = here[step]
+        except (KeyError, IndexError, TypeError):
+            here = None
+        named = isinstance(step, int) and isinstance(here, dict) and isinstance(here.get("name"), str)
+        parts.append(here["name"] if named and here else str(step))
+    return ".".join(parts)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
