@@ -137,7 +137,7 @@ class ModelStatus(_message.Message):
     def __init__(self, model: _Optional[str] = ..., wanted: _Optional[int] = ..., ready: _Optional[int] = ..., blocked: _Optional[str] = ..., rollout: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica", "model", "state", "reason", "engine", "address", "ranks", "age_s", "running", "waiting", "kv_usage", "generated_tokens_per_s", "generated_tokens", "incarnation", "spec_generation")
+    __slots__ = ("replica", "model", "state", "reason", "engine", "address", "ranks", "age_s", "running", "waiting", "kv_usage", "generated_tokens_per_s", "generated_tokens", "incarnation", "spec_generation", "metrics_address", "node")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +153,8 @@ class ReplicaStatus(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SPEC_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     replica: str
     model: str
     state: str
@@ -168,7 +170,9 @@ class ReplicaStatus(_message.Message):
     generated_tokens: int
     incarnation: int
     spec_generation: int
-    def __init__(self, replica: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., engine: _Optional[str] = ..., address: _Optional[str] = ..., ranks: _Optional[_Iterable[str]] = ..., age_s: _Optional[float] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., generated_tokens: _Optional[int] = ..., incarnation: _Optional[int] = ..., spec_generation: _Optional[int] = ...) -> None: ...
+    metrics_address: str
+    node: str
+    def __init__(self, replica: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., engine: _Optional[str] = ..., address: _Optional[str] = ..., ranks: _Optional[_Iterable[str]] = ..., age_s: _Optional[float] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., generated_tokens: _Optional[int] = ..., incarnation: _Optional[int] = ..., spec_generation: _Optional[int] = ..., metrics_address: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class ProcessStatus(_message.Message):
     __slots__ = ("name", "kind", "node", "state", "reason", "address", "metrics_address")
