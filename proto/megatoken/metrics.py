@@ -7,6 +7,7 @@ router/metrics.py and so on; only those and this module import prometheus_client
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,6 +40,8 @@ COLLECTIVE_BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.
 DECISION_BUCKETS_S: Final = (0.000002, 0.000005, 0.00001, 0.00002, 0.00005, 0.0001, 0.0005, 0.001, 0.01, 0.1)
 FRAME_TOKENS_BUCKETS: Final = tuple(float(2**power) for power in range(13))  # 1 .. 4096
 PROMPT_TOKENS_BUCKETS: Final = tuple(float(2**power) for power in range(3, 19))  # 8 .. 262144
+
+logger = logging.getLogger(__name__)
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 MAX_SCRAPES: Final = 8  # at a time; Prometheus sends one, so more is a mistake or an attack
@@ -182,6 +185,10 @@ class MetricsServer:
                     return
                 try:
                     content_type, body = route()
+                except Exception:  # a scrape that fails must not end with half an answer, nor silently
+                    logger.exception("scrape of %s failed", self.path[:80])
+                    self.send_error(500, "the scrape failed; the process's log says why")
+                    return
                 finally:
                     places.release()
                 self.send_response(200)

@@ -142,6 +142,24 @@ def test_more_scrapes_at_a_time_than_allowed_are_refused() -> None:
         server.close()
 
 
+def test_a_scrape_that_fails_answers_500_and_the_next_one_works() -> None:
+    outcomes = iter([RuntimeError("broken"), b"fine"])
+
+    def sometimes() -> tuple[str, bytes]:
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return "text/plain", outcome
+
+    server = MetricsServer("127.0.0.1", 0, {"/metrics": sometimes})
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="500"):
+            fetch(server, "/metrics")
+        assert fetch(server, "/metrics")[1] == "fine"
+    finally:
+        server.close()
+
+
 def test_closing_the_server_frees_its_port() -> None:
     first = MetricsServer("127.0.0.1", 0, {})
     port = first.port

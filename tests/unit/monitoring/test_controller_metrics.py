@@ -1,0 +1,160 @@
+"""cluster/metrics.py and cluster/service_discovery.py: a ClusterStatus as gauges, and as Prometheus targets."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from cluster.metrics import MAX_EVENT_KINDS, ControllerMetrics, blocked_reason
+from cluster.service_discovery import serve_controller_metrics, targets
+from megatoken.v1.control_pb2 import ClusterStatus, Event, ModelStatus, NodeStatus, ProcessStatus, ReplicaStatus
+
+
+def status() -> ClusterStatus:
+    return ClusterStatus(
+        cluster="demo",
+        generation=3,
+        membership_epoch=1,
+        membership_version=9,
+        unix_s=1000.0,
+        nodes=[
+            NodeStatus(node="n1", site="fi", state="alive", device_kind="cpu", devices=4, devices_used=2),
+            NodeStatus(node="n2", state="dead", device_kind="MI355X", devices=8, devices_out=["3: rank died twice"]),
+        ],
+        models=[ModelStatus(model="chat", wanted=3, ready=1, blocked="needs 8 devices, 2 are free", running=5)],
+        replicas=[
+            ReplicaStatus(
+                replica="chat-0",
+                model="chat",
+                state="READY",
+                engine="simulated",
+                node="n1",
+                metrics_address="10.0.0.1:9100",
+                kv_usage=0.5,
+                generated_tokens_per_s=120.0,
+            ),
+            ReplicaStatus(
+                replica="chat-1", model="chat", state="STARTING", engine="vllm", metrics_address="10.0.0.1:9102"
+            ),
+            ReplicaStatus(replica="chat-2", model="chat", state="FAILED", engine="vllm"),
+        ],
+        processes=[
+            ProcessStatus(name="router-0", kind="router", node="n1", state="READY", metrics_address="10.0.0.1:9200"),
+            ProcessStatus(name="edge-0", kind="edge", node="n1", state="READY"),
+        ],
+    )
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+def test_a_status_becomes_gauges(registry: CollectorRegistry) -> None:
+    metrics = ControllerMetrics(registry)
+    metrics.publish(status())
+    expected = {
+        ("megatoken_cluster_info", ("cluster", "demo")): 1,
+        ("megatoken_cluster_generation",): 3,
+        ("megatoken_cluster_nodes", ("state", "dead")): 1,
+        ("megatoken_cluster_nodes", ("state", "drained")): 0,
+        ("megatoken_cluster_node_up", ("node", "n2"), ("site", ""), ("device_kind", "MI355X")): 0,
+        ("megatoken_cluster_node_devices_out", ("node", "n2"), ("site", ""), ("device_kind", "MI355X")): 1,
+        ("megatoken_cluster_model_replicas_wanted", ("model", "chat")): 3,
+        ("megatoken_cluster_model_blocked", ("model", "chat"), ("reason", "capacity")): 1,
+        ("megatoken_cluster_replicas", ("model", "chat"), ("state", "STARTING")): 1,
+        ("megatoken_cluster_replicas", ("model", "chat"), ("state", "DRAINING")): 0,
+        ("megatoken_cluster_replica_kv_cache_usage_ratio", ("model", "chat"), ("replica", "chat-0")): 0.5,
+        ("megatoken_cluster_processes", ("kind", "edge"), ("state", "READY")): 1,
+        ("megatoken_cluster_replica_failures_total", ("model", "chat")): 1,
+    }
+    for (name, *labels), value in expected.items():
+        assert registry.get_sample_value(name, dict(labels)) == value, (name, labels)
+    starting = {"model": "chat", "replica": "chat-1"}
+    assert registry.get_sample_value("megatoken_cluster_replica_kv_cache_usage_ratio", starting) is None
+
+
+def test_a_replica_that_is_gone_leaves_the_metrics_and_a_failure_counts_once(registry: CollectorRegistry) -> None:
+    metrics = ControllerMetrics(registry)
+    metrics.publish(status())
+    metrics.publish(status())
+    later = status()
+    del later.replicas[:]
+    metrics.publish(later)
+    assert b"chat-0" not in generate_latest(registry)
+    assert registry.get_sample_value("megatoken_cluster_replica_failures_total", {"model": "chat"}) == 1
+
+
+def test_events_and_ticks_are_counted_and_event_kinds_are_bounded(registry: CollectorRegistry) -> None:
+    metrics = ControllerMetrics(registry)
+    for number in range(MAX_EVENT_KINDS + 5):
+        metrics.record_event(Event(kind=f"kind.{number}"))
+    metrics.record_event(Event(kind="kind.0"))
+    metrics.record_tick(0.004)
+    metrics.record_tick(2.0, ok=False)
+    assert registry.get_sample_value("megatoken_cluster_events_total", {"kind": "kind.0"}) == 2
+    assert registry.get_sample_value("megatoken_cluster_events_total", {"kind": "other"}) == 5
+    assert registry.get_sample_value("megatoken_cluster_ticks_total", {"outcome": "failed"}) == 1
+    assert registry.get_sample_value("megatoken_cluster_tick_seconds_bucket", {"le": "0.005"}) == 1
+
+
+@pytest.mark.parametrize(
+    ("sentence", "reason"),
+    [
+        ("needs 4 devices, 2 are free", "capacity"),
+        ("needs 40 GiB of device memory, 16 GiB are there", "memory"),
+        ("no link domain holds a TP group of 8", "topology"),
+        ("no node carries the label rack=r1", "constraint"),
+        ("tensor 2 does not divide 9 heads", "spec"),
+        ("the moon is full", "other"),
+    ],
+)
+def test_a_blocked_sentence_has_a_bounded_reason(sentence: str, reason: str) -> None:
+    assert blocked_reason(sentence) == reason
+
+
+def test_targets_list_every_process_that_answers_with_its_labels() -> None:
+    found = targets(status(), "10.0.0.1:9000")
+    assert found == [
+        {"targets": ["10.0.0.1:9000"], "labels": {"cluster": "demo", "kind": "controller", "process": "controller"}},
+        {
+            "targets": ["10.0.0.1:9200"],
+            "labels": {"cluster": "demo", "kind": "router", "process": "router-0", "node": "n1", "site": "fi"},
+        },
+        {
+            "targets": ["10.0.0.1:9100"],
+            "labels": {
+                "cluster": "demo",
+                "kind": "worker",
+                "process": "chat-0",
+                "node": "n1",
+                "site": "fi",
+                "model": "chat",
+                "replica": "chat-0",
+                "engine": "simulated",
+            },
+        },
+    ]
+
+
+def test_sd_is_served_beside_metrics_and_follows_the_status(registry: CollectorRegistry) -> None:
+    metrics = ControllerMetrics(registry)
+    current = [ClusterStatus(cluster="demo", controller="controller")]
+    server = serve_controller_metrics(registry, lambda: current[0], "127.0.0.1", 0)
+    try:
+
+        def get(path: str) -> bytes:
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", timeout=5) as answer:
+                body: bytes = answer.read()
+                return body
+
+        assert [group["targets"] for group in json.loads(get("/sd"))] == [[f"127.0.0.1:{server.port}"]]
+        current[0] = status()
+        metrics.publish(current[0])
+        assert len(json.loads(get("/sd"))) == 3
+        assert b'megatoken_cluster_model_replicas_wanted{model="chat"} 3.0' in get("/metrics")
+    finally:
+        server.close()
