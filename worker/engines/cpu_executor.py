@@ -1,7 +1,7 @@
 """vLLM's Ray executor (V2) on CPU nodes. On nodes with accelerators vLLM's own runs, untouched.
 
-Two things differ: a CPU slot has no device number for Ray to report, and a rank needs a few environment variables before
-it imports vLLM (the platform is chosen, and threads are counted, at import). Handed to vLLM as a class by
+Two things differ: a CPU slot has no device number for Ray to report, and a rank needs a few environment variables
+before it imports vLLM (the platform is chosen, and threads are counted, at import). Handed to vLLM as a class by
 ray_placement.py, because its check for pipeline parallelism accepts no path.
 """
 

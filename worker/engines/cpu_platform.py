@@ -1,8 +1,8 @@
 """vLLM's CPU platform, made to run under vLLM's Ray executor.
 
 vLLM refuses Ray on CPU because the platform names no Ray resource. This one names the custom resource that a CPU node's
-slots are counted in, and puts in the worker class that pipeline stages need. Everything else is vLLM's.
-Chosen by cpu_platform_plugin.py; never imported on a node with accelerators.
+slots are counted in, and puts in the worker and communicator classes that stages on other hosts need. Everything else
+is vLLM's. Chosen by cpu_platform_plugin.py; never imported on a node with accelerators.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from vllm.platforms.cpu import CpuPlatform
 from worker.engines.cpu_platform_plugin import DEVICE_VARIABLE
 
 WORKER_CLASS = "worker.engines.cpu_worker.StageCpuWorker"
+COMMUNICATOR_CLASS = "worker.engines.cpu_communicator.HostCpuCommunicator"
 
 
 class RayCpuPlatform(CpuPlatform):  # type: ignore[misc]
@@ -24,7 +25,12 @@ class RayCpuPlatform(CpuPlatform):  # type: ignore[misc]
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """Adjusts a configuration in place, as vLLM's CPU platform does, with our worker class where none is asked for."""
+        """Adjusts a configuration in place as vLLM does, with our worker class where none is asked for."""
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = WORKER_CLASS
         super().check_and_update_config(vllm_config)
+
+    @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        """The class that ranks exchange tensors with."""
+        return COMMUNICATOR_CLASS

@@ -13,15 +13,19 @@ import psutil
 from vllm.distributed import get_pp_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from worker.engines.cpu_communicator import SEGMENT_VARIABLE
+
 
 class StageCpuWorker(CPUWorker):  # type: ignore[misc]
     """A CPU rank that can receive what the stage before it computed."""
 
     def init_device(self) -> None:
         """Joins the process groups over the interface that carries this node's cluster address."""
-        # Left alone, Gloo takes the address that the host name resolves to, which is loopback on many machines.
+        address = os.environ.get("VLLM_HOST_IP", "")
+        os.environ[SEGMENT_VARIABLE] = f"{self.vllm_config.instance_id}-{address}"
         if "GLOO_SOCKET_IFNAME" not in os.environ:
-            interface = interface_of(os.environ.get("VLLM_HOST_IP", ""))
+            # Left alone, Gloo takes the address that the host name resolves to, which is loopback on many machines.
+            interface = interface_of(address)
             if interface is not None:
                 os.environ["GLOO_SOCKET_IFNAME"] = interface
         super().init_device()
@@ -29,8 +33,8 @@ class StageCpuWorker(CPUWorker):  # type: ignore[misc]
     def load_model(self, *arguments: Any, **options: Any) -> None:
         """Loads this rank's weights, and makes the buffers that a later stage receives into.
 
-        vLLM makes them in the warm-up run, which its CPU worker skips in eager mode with a fixed KV cache size; the first
-        step of a later stage then fails its own check.
+        vLLM makes them in the warm-up run, which its CPU worker skips in eager mode with a fixed KV cache size; the
+        first step of a later stage then fails its own check.
         """
         super().load_model(*arguments, **options)
         runner = self.model_runner

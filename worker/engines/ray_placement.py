@@ -1,8 +1,8 @@
 """Puts a replica's engine into the placement group that was reserved for it, with rank i in bundle i.
 
-The worker itself is no Ray process: it hands the group's id on inside vLLM's configuration, and the engine core, which is a
-Ray driver of its own, connects by RAY_ADDRESS. Ranks are actors of that driver's job, so Ray ends them when the engine
-core dies, however it dies. Called by vllm_engine.py when the worker's config names a placement group.
+The worker itself is no Ray process: it hands the group's id on inside vLLM's configuration, and the engine core, which
+is a Ray driver of its own, connects by RAY_ADDRESS. Ranks are actors of that driver's job, so Ray ends them when the
+engine core dies, however it dies. Called by vllm_engine.py when the worker's config names a placement group.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CPU_RESOURCE = "cpu_device"
 
 
 def prepare_environment(config: WorkerConfig) -> None:
-    """Sets what the engine core and vLLM need to find Ray. Call it before vLLM is imported; without a group, does nothing."""
+    """Sets what vLLM needs to find Ray. Call it before vLLM is imported; without a group, it does nothing."""
     if config.placement_group_id is None or config.ray_address is None:
         return
     os.environ["RAY_ADDRESS"] = config.ray_address
