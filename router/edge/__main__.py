@@ -1,0 +1,126 @@
+"""`python -m router.edge --config FILE [--ready-fd N]`: one edge process.
+
+vLLM's imports take most of the start, so the config is read and the socket bound before them: what is wrong with either
+is said at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+from megatoken.errors import MegatokenError
+from megatoken.log import setup_logging
+from megatoken.process import read_arguments, report_ready
+from router.edge.config import EdgeConfig
+
+BACKLOG = 2048
+
+
+def bind(config: EdgeConfig) -> socket.socket:
+    """The listening socket. Raises OSError with the address in its text."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if config.reuse_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((config.host, config.port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"port: cannot listen on {config.host}:{config.port}: {error.strerror}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def prepare_environment(config: EdgeConfig) -> None:
+    """What vLLM reads from the environment at import."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ["VLLM_LOGGING_LEVEL"] = config.log_level.upper()
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # our own JSON lines
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # no tensor work here
+
+
+async def serve(config: EdgeConfig, listener: socket.socket, ready_fd: int | None) -> None:
+    """Serves until SIGTERM or SIGINT, then lets running requests end for `limits.drain_s`."""
+    import uvicorn
+
+    from router.edge.assemble import assemble
+
+    parts = await assemble(config)
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            gc.collect()
+            gc.freeze()  # what start-up left never becomes garbage: keep it out of collections
+            host, port = listener.getsockname()[:2]
+            report_ready(ready_fd, address=f"{config.advertise_host or host}:{port}", edge=config.edge)
+
+    options: dict[str, Any] = {}
+    if config.tls is not None:
+        import ssl
+
+        options = {
+            "ssl_certfile": str(config.tls.cert_file),
+            "ssl_keyfile": str(config.tls.key_file),
+            "ssl_ca_certs": str(config.tls.client_ca_file) if config.tls.client_ca_file else None,
+            "ssl_cert_reqs": ssl.CERT_REQUIRED if config.tls.client_ca_file else ssl.CERT_NONE,
+        }
+    settings = uvicorn.Config(
+        parts.app,
+        http="httptools",
+        loop="none",
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=config.access_log,
+        log_level=config.log_level,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=int(config.limits.keep_alive_s),
+        timeout_graceful_shutdown=max(1, round(config.limits.drain_s)),
+        **options,
+    )
+    try:
+        await Server(settings).serve(sockets=[listener])
+    finally:
+        await parts.close()
+
+
+def main() -> int:
+    began = time.monotonic()
+    config, ready_fd = read_arguments("python -m router.edge", EdgeConfig)
+    setup_logging("edge", config.edge, config.log_level)
+    try:
+        listener = bind(config)
+    except OSError as error:
+        print(f"python -m router.edge: {error.strerror}", file=sys.stderr)
+        return 2
+    prepare_environment(config)
+    import uvloop
+
+    with contextlib.closing(listener):
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve(config, listener, ready_fd))
+        except MegatokenError as error:
+            print(f"python -m router.edge: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            pass
+    logging.getLogger(__name__).info("served for %.0f s", time.monotonic() - began)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
