@@ -82,6 +82,7 @@ def placed(outcomes: tuple[Placement | Blocked, ...]) -> list[Placement]:
     return [outcome for outcome in outcomes if isinstance(outcome, Placement)]
 
 
+@settings(deadline=None)
 @given(specs(), inventories())
 def test_a_device_holds_at_most_one_rank_and_only_a_serving_one(
     requests: list[ReplicaRequest], inventory: Inventory
@@ -100,6 +101,7 @@ def test_a_device_holds_at_most_one_rank_and_only_a_serving_one(
         assert device.healthy
 
 
+@settings(deadline=None)
 @given(specs(), inventories())
 def test_every_rank_is_placed_once_and_contiguous_by_node(requests: list[ReplicaRequest], inventory: Inventory) -> None:
     by_replica = {request.replica: request for request in requests}
@@ -115,6 +117,7 @@ def test_every_rank_is_placed_once_and_contiguous_by_node(requests: list[Replica
         assert list(placement.nodes[1:]) == sorted(placement.nodes[1:]), "vLLM sorts all but the driver's node by id"
 
 
+@settings(deadline=None)
 @given(specs((TpSpan.LINK, TpSpan.NODE)), inventories())
 def test_no_tp_group_is_split(requests: list[ReplicaRequest], inventory: Inventory) -> None:
     spans = {request.replica: request.constraints.tp_span for request in requests}
@@ -127,6 +130,7 @@ def test_no_tp_group_is_split(requests: list[ReplicaRequest], inventory: Invento
         assert all(len(places) == 1 for places in groups.values())
 
 
+@settings(deadline=None)
 @given(specs(), inventories())
 def test_constraints_hold(requests: list[ReplicaRequest], inventory: Inventory) -> None:
     by_replica = {request.replica: request for request in requests}
@@ -158,6 +162,7 @@ def test_constraints_hold(requests: list[ReplicaRequest], inventory: Inventory) 
             assert rules.separate is not Separate.RACK or here[request.model] <= 1
 
 
+@settings(deadline=None)
 @given(specs(), inventories(), st.randoms(use_true_random=False))
 def test_the_same_inputs_in_any_node_order_give_the_same_answer(
     requests: list[ReplicaRequest], inventory: Inventory, random: object
@@ -167,7 +172,7 @@ def test_the_same_inputs_in_any_node_order_give_the_same_answer(
     assert placed(place(requests, inventory)) == placed(place(requests, Inventory(tuple(shuffled))))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(specs((TpSpan.LINK,)), inventories(), nodes("n9"), st.integers(0, 6))
 def test_adding_a_node_never_makes_a_placeable_spec_unplaceable(
     requests: list[ReplicaRequest], inventory: Inventory, added: Node, position: int
@@ -185,6 +190,7 @@ def test_adding_a_node_never_makes_a_placeable_spec_unplaceable(
     assert not [outcome for outcome in outcomes if isinstance(outcome, Blocked)]
 
 
+@settings(deadline=None)
 @given(specs(), inventories(), st.data())
 def test_removing_a_replica_moves_no_other(
     requests: list[ReplicaRequest], inventory: Inventory, data: st.DataObject
@@ -201,6 +207,7 @@ def test_removing_a_replica_moves_no_other(
     assert not taken & {(rank.node, rank.device) for rank in outcome.ranks}
 
 
+@settings(deadline=None)
 @given(specs(), inventories())
 def test_placing_in_two_calls_never_overlaps(requests: list[ReplicaRequest], inventory: Inventory) -> None:
     half = len(requests) // 2
@@ -210,6 +217,7 @@ def test_placing_in_two_calls_never_overlaps(requests: list[ReplicaRequest], inv
     assert all(count == 1 for count in used.values())
 
 
+@settings(deadline=None)
 @given(specs(), inventories())
 def test_a_blocked_replica_says_why_and_what_helps(requests: list[ReplicaRequest], inventory: Inventory) -> None:
     for outcome in place(requests, inventory):
