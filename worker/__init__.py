@@ -1,0 +1,1 @@
+"""The worker: one replica, its engine, and the gRPC server in front of it."""

@@ -1,0 +1,123 @@
+"""An engine without a model, for tests and scale work: settable speeds, seeded tokens, faults on demand.
+
+It keeps time on the event loop: a step takes `step_s` and the time its prefills need, and ends on an absolute
+schedule, so that a late wake-up does not lower the rate. It names itself "simulated" wherever an engine is named.
+Never a default.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+from megatoken.errors import RequestError
+from worker.config import FaultConfig, SimulatedConfig
+from worker.engines.engine import EngineFacts, EngineLoad, EngineRequest, StepSink
+from worker.engines.simulated_batch import SimulatedBatch
+
+LATEST_S: Final = 0.5  # how far behind its schedule the engine tries to catch up
+
+
+class SimulatedEngine:
+    """The `Engine` protocol over a SimulatedBatch."""
+
+    def __init__(self, config: SimulatedConfig, max_model_len: int | None, max_running: int | None) -> None:
+        if max_running is not None:
+            config = config.model_copy(update={"max_running": max_running})
+        self.load = EngineLoad()
+        self._config = config
+        self._max_model_len = max_model_len or config.max_model_len
+        self._step_s = config.step_s or config.max_running / config.decode_tokens_per_s
+        self._batch = SimulatedBatch(config, config.vocab_size)
+        self._faults: list[FaultConfig] = list(config.faults)
+        self._slowness = 1.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._fault_timers: list[asyncio.TimerHandle] = []
+        self._schedule_s = 0.0
+        self._generated = 0
+        self._halted = False
+
+    async def start(self, sink: StepSink) -> EngineFacts:
+        """Waits `start_s` and serves."""
+        self._sink = sink
+        self._loop = asyncio.get_running_loop()
+        await asyncio.sleep(self._config.start_s)
+        for fault in self._faults:
+            if fault.after_s is not None:
+                self._fault_timers.append(self._loop.call_later(fault.after_s, self._make_fault, fault))
+        return EngineFacts(
+            engine="simulated",
+            version="simulated-1",
+            max_model_len=self._max_model_len,
+            vocab_size=self._config.vocab_size,
+            max_running=self._config.max_running,
+            block_size=self._config.block_size,
+            kv_cache_tokens=self._config.kv_cache_tokens,
+        )
+
+    def check(self, request: EngineRequest) -> None:
+        """Refuses what a simulation has no answer for."""
+        if request.sampling.HasField("structured_outputs"):
+            raise RequestError("sampling.structured_outputs", "set", "unset: a simulated engine has no grammar")
+        if request.sampling.HasField("prompt_logprobs"):
+            raise RequestError("sampling.prompt_logprobs", request.sampling.prompt_logprobs, "unset: simulated engine")
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queues the request; an idle engine starts a step at once."""
+        self._batch.add(request)
+        self._state_load()
+        if self._timer is None and not self._halted:
+            self._schedule_s = self._loop.time()
+            self._begin_step()
+
+    def abort(self, slots: Sequence[int]) -> None:
+        """Forgets these slots."""
+        self._batch.remove(slots)
+        self._state_load()
+
+    async def stop(self) -> None:
+        """Makes no further step."""
+        self._halt()
+
+    def _begin_step(self) -> None:
+        prefill = self._batch.admit()
+        self._state_load()
+        if not self._batch.running:
+            self._timer = None
+            return
+        duration_s = (self._step_s + prefill / self._config.prefill_tokens_per_s) * self._slowness
+        self._schedule_s = max(self._schedule_s, self._loop.time() - LATEST_S) + duration_s
+        self._timer = self._loop.call_at(self._schedule_s, self._end_step)
+
+    def _end_step(self) -> None:
+        if self._batch.running:  # every request may have been aborted meanwhile
+            step = self._batch.step()
+            self._generated += len(step.token)
+            self.load.steps += 1
+            self._sink.on_step(step)
+        for fault in [fault for fault in self._faults if fault.after_tokens is not None]:
+            if self._generated >= (fault.after_tokens or 0):
+                self._make_fault(fault)
+        if not self._halted:
+            self._begin_step()
+
+    def _state_load(self) -> None:
+        self.load.running, self.load.waiting = self._batch.running, self._batch.waiting
+        self.load.kv_usage = self._batch.kv_usage
+
+    def _make_fault(self, fault: FaultConfig) -> None:
+        if fault in self._faults:
+            self._faults.remove(fault)
+        if fault.kind == "slow":
+            self._slowness = fault.factor
+            return
+        self._halt()
+        if fault.kind == "die":
+            self._sink.on_engine_dead("the simulated engine died, as its configuration asked")
+
+    def _halt(self) -> None:
+        self._halted = True
+        for timer in (self._timer, *self._fault_timers):
+            if timer is not None:
+                timer.cancel()

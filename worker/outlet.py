@@ -1,0 +1,135 @@
+"""What waits to be written to one caller: the columns of engine steps, merged while the caller is slow.
+
+A caller is a Session or one Generate call. Each engine step adds one part; the caller's writer takes everything that
+waits as one frame. So a caller that keeps up gets a frame a step, one that does not gets fewer and larger ones, and
+what waits is bounded by what its requests may still produce. Used on the event loop only; knows nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from megatoken.frames import U32
+from megatoken.v1 import frame_columns_pb2 as columns
+from megatoken.v1 import tokens_pb2 as pb
+
+FRAME_TOKENS: Final = 65_536  # of a merged frame; 768 KiB at most, well under gRPC's default limit of 4 MiB
+FRAME_DETAILS: Final = 256  # details of a merged frame; with 20 logprobs each about 64 KiB
+
+
+@dataclass(slots=True)
+class Part:
+    """One engine step's tokens for one caller, as packed columns."""
+
+    stream: bytes
+    count: bytes  # empty: one token a stream
+    token: bytes
+    details: list[pb.Detail]
+    finishes: list[pb.Finish]
+
+
+@dataclass(slots=True)
+class Taken:
+    """What a writer writes next."""
+
+    parts: list[Part]
+    load: pb.Load | None
+    tokens: int
+
+
+class Outlet:
+    """The parts that wait for one caller, and the streams it has running."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, int] = {}  # the caller's stream number -> slot, of those that run
+        self.closed = False
+        self._parts: deque[Part] = deque()
+        self._load: pb.Load | None = None
+        self._ready = asyncio.Event()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        return not self.slots and not self._parts
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens that wait to be written."""
+        return sum(len(part.token) // 4 for part in self._parts)
+
+    def push(self, part: Part) -> None:
+        """Adds a step's tokens."""
+        if not self.closed:
+            self._parts.append(part)
+            self._ready.set()
+
+    def finish(self, finish: pb.Finish) -> None:
+        """Adds the end of a stream that no step reports."""
+        self.push(Part(b"", b"", b"", [], [finish]))
+
+    def state_load(self, load: pb.Load) -> None:
+        """Has the next frame carry the worker's load; sends one for it if nothing else waits."""
+        self._load = load
+        self._ready.set()
+
+    def wake(self) -> None:
+        """Lets a waiting writer look again, e.g. after the caller closed its half."""
+        self._ready.set()
+
+    def close(self) -> None:
+        """The caller is gone: drops what waits."""
+        self.closed = True
+        self._parts.clear()
+        self._ready.set()
+
+    async def wait(self) -> None:
+        """Returns when `take` may have something, or when the outlet was woken or closed."""
+        await self._ready.wait()
+        self._ready.clear()
+
+    def take(self) -> Taken | None:
+        """Everything that waits, up to a frame's limits; None when nothing does."""
+        load, self._load = self._load, None
+        if not self._parts:
+            return None if load is None else Taken([], load, 0)
+        parts, tokens, details = [], 0, 0
+        while self._parts and tokens < FRAME_TOKENS and details < FRAME_DETAILS:
+            part = self._parts.popleft()
+            parts.append(part)
+            tokens += len(part.token) // 4
+            details += len(part.details)
+        if self._parts:
+            self._ready.set()
+        return Taken(parts, load, tokens)
+
+
+def encode_frame(taken: Taken) -> bytes:
+    """The wire bytes of one Session frame."""
+    parts = taken.parts
+    if len(parts) == 1:
+        part = parts[0]
+        frame = columns.Frame(
+            stream=part.stream, count=part.count, token=part.token, detail=part.details, finish=part.finishes
+        )
+    else:
+        counted = any(part.count for part in parts)
+        frame = columns.Frame(
+            stream=b"".join([part.stream for part in parts]),
+            count=b"".join([part.count or _ones(part) for part in parts]) if counted else b"",
+            token=b"".join([part.token for part in parts]),
+            detail=[detail for part in parts for detail in part.details],
+            finish=[finish for part in parts for finish in part.finishes],
+        )
+    if taken.load is not None:
+        frame.load.CopyFrom(taken.load)
+    encoded: bytes = frame.SerializeToString()
+    return encoded
+
+
+def _ones(part: Part) -> bytes:
+    return np.ones(len(part.stream) // 4, U32).tobytes()

@@ -1,0 +1,293 @@
+"""One replica as its worker sees it: requests in, engine steps out, and the account of both.
+
+Everything a request can meet is decided here: it is refused (draining, full, wrong), runs, ends, is cancelled, runs
+out of time, or loses its engine. Each way ends in exactly one Finish a stream. Knows nothing of gRPC; server.py
+calls it, on one loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from megatoken.errors import (
+    DeadlineError,
+    EngineDeadError,
+    MegatokenError,
+    OverloadError,
+    RequestError,
+    UnavailableError,
+    status_number,
+)
+from megatoken.log import log_event
+from megatoken.v1 import frame_columns_pb2 as columns
+from megatoken.v1 import tokens_pb2 as pb
+from worker import totals
+from worker.config import WorkerConfig
+from worker.engines.engine import Ended, Engine, EngineFacts, Step
+from worker.finish import end_of, refusal
+from worker.measures import Measures
+from worker.outlet import Outlet
+from worker.requests import check_request
+from worker.streams import Running, StreamTable
+
+LOAD_INTERVAL_S: Final = 0.2  # how often a changed load goes out at most
+RETRY_AFTER_S: Final = 1.0  # told to a caller when this worker is full
+
+_log = logging.getLogger(__name__)
+
+
+class StreamInUseError(RequestError):
+    """A session used a stream number twice at a time."""
+
+
+class Replica:
+    """The `StepSink` of the engine, and the one door to it."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        engine: Engine,
+        counters: memoryview,
+        measures: Measures,
+        on_dead: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.counters = counters
+        self.measures = measures
+        self.draining = False
+        self.dead: str | None = None  # why the engine is gone
+        self.drained = asyncio.Event()
+        self._on_dead = on_dead
+        self._streams = StreamTable()
+        self._sessions: set[Outlet] = set()
+        self._busy = totals.BusyClock()
+        self._last_load = b""
+        self._ticker: asyncio.TimerHandle | None = None
+
+    async def start(self) -> EngineFacts:
+        """Starts the engine. Raises EngineDeadError when it does not come up in time."""
+        try:
+            self.facts = await asyncio.wait_for(self.engine.start(self), self.config.start_timeout_s)
+        except TimeoutError:
+            raise EngineDeadError(f"the engine did not start within {self.config.start_timeout_s:g} s") from None
+        self._loop = asyncio.get_running_loop()
+        return self.facts
+
+    @property
+    def running(self) -> int:
+        """Streams that have not ended."""
+        return self._streams.live
+
+    @property
+    def sessions(self) -> int:
+        """Open Session calls."""
+        return len(self._sessions)
+
+    def open(self, outlet: Outlet, wants_load: bool) -> None:
+        """A caller appears; sessions are told the load."""
+        self._streams.open(outlet)
+        if wants_load:
+            self._sessions.add(outlet)
+            outlet.state_load(self.load())
+
+    def close(self, outlet: Outlet) -> None:
+        """A caller is gone: aborts what it has running."""
+        outlet.close()
+        self._abort(list(outlet.slots.values()), pb.FINISH_REASON_CANCELLED)
+        self._sessions.discard(outlet)
+        self._streams.close(outlet)
+
+    def submit(self, outlet: Outlet, number: int, request: columns.GenerateRequest) -> None:
+        """Starts a request; whatever is wrong with it comes back as its Finish.
+
+        Raises StreamInUseError for a number that is taken: a Finish for it would end the request that has it.
+        """
+        try:
+            self._submit(outlet, number, request)
+        except StreamInUseError:
+            raise
+        except MegatokenError as error:
+            self.measures.refused(error, self.draining)
+            outlet.finish(refusal(number, error, self.config.replica))
+
+    def submit_probe(self, outlet: Outlet, message: columns.GenerateRequest) -> None:
+        """Starts a request of the control plane's own: it runs while draining, and counts in no total."""
+        try:
+            if self.dead is not None:
+                raise EngineDeadError(f"replica {self.config.replica}: {self.dead}")
+            request = check_request(message, self.config.model, self.facts)
+            self.engine.check(request)
+            running = Running(request, outlet, time.monotonic(), request.choices, probe=True)
+            self._streams.allot(running, 0)
+            self.engine.submit(request)
+        except MegatokenError as error:
+            outlet.finish(refusal(0, error, self.config.replica))
+
+    def _submit(self, outlet: Outlet, number: int, message: columns.GenerateRequest) -> None:
+        self._check_open()
+        request = check_request(message, self.config.model, self.facts)
+        if any((number + choice) % 2**32 in outlet.slots for choice in range(request.choices)):
+            raise StreamInUseError("stream", number, "a number that none of the session's running requests uses")
+        if self._streams.live + request.choices > self.config.max_requests:
+            raise OverloadError(
+                f"{self._streams.live} streams run here and {self.config.max_requests} is the limit", RETRY_AFTER_S
+            )
+        self.engine.check(request)
+        running = Running(request, outlet, time.monotonic(), request.choices)
+        self._streams.allot(running, number)
+        if message.timeout_ms:
+            running.deadline = self._loop.call_later(message.timeout_ms / 1000, self._expire, running)
+        self.counters[totals.REQUESTS_STARTED] += 1
+        self._account_time()
+        self.engine.submit(request)
+        self._start_ticker()
+
+    def _check_open(self) -> None:
+        if self.dead is not None:
+            raise EngineDeadError(f"replica {self.config.replica}: {self.dead}")
+        if self.draining:
+            raise UnavailableError(f"replica {self.config.replica} is draining and takes no new requests")
+
+    def cancel(self, outlet: Outlet, numbers: Sequence[int]) -> None:
+        """Aborts these streams of a caller; numbers that do not run (any more) are passed over."""
+        slots = [outlet.slots[number] for number in numbers if number in outlet.slots]
+        self._abort(slots, pb.FINISH_REASON_CANCELLED)
+
+    def on_step(self, step: Step) -> None:
+        """Takes one engine step: counts, ends what ended, and passes the columns on."""
+        now_s = time.monotonic()
+        if len(step.slot):
+            gaps, first = self._streams.advance(step, now_s)
+            self.measures.step(gaps, first, step.count)
+        for prefilled in step.prefilled:
+            running = self._streams[prefilled.slot]
+            running.cached_tokens = max(running.cached_tokens, prefilled.cached_tokens)
+            if prefilled.slot == running.request.slots[0] and not running.probe:
+                self.counters[totals.PROMPT_TOKENS] += prefilled.prompt_tokens
+                self.counters[totals.CACHED_TOKENS] += prefilled.cached_tokens
+                self.measures.scheduled(running.arrived_s, prefilled.scheduled_s, now_s)
+        finishes: dict[Outlet, list[pb.Finish]] = {}
+        for ended in step.ended:
+            finishes.setdefault(self._streams[ended.slot].outlet, []).append(self._finish(ended))
+        self._streams.split(step, finishes)
+        for ended in step.ended:
+            self._release(ended.slot, ended.reason, now_s)
+
+    def on_engine_dead(self, reason: str) -> None:
+        """Ends every stream with UNAVAILABLE, then tells the process, which exits."""
+        if self.dead is not None:
+            return
+        self.dead = reason
+        error = EngineDeadError(f"replica {self.config.replica} lost its engine: {reason}")
+        self._end_all(error, notify_engine=False)
+        self._on_dead(reason)
+
+    def written(self, tokens: int) -> None:
+        """A frame with this many tokens was handed to its caller's connection."""
+        self.counters[totals.GENERATED_TOKENS] += tokens
+        self.measures.frame(tokens)
+
+    def drain(self) -> int:
+        """Refuses new requests from now on; returns how many still run."""
+        if not self.draining:
+            self.draining = True
+            log_event(_log, "replica.draining", replica=self.config.replica, running=self.running)
+        self._note_drained()
+        return self.running
+
+    def end_running(self) -> None:
+        """Ends what still runs with UNAVAILABLE, so that a router resumes it elsewhere."""
+        self._end_all(UnavailableError(f"replica {self.config.replica} stopped"), notify_engine=True)
+
+    def load(self) -> pb.Load:
+        """The load as of now."""
+        self._account_time()
+        engine = self.engine.load
+        return pb.Load(
+            running=engine.running,
+            waiting=engine.waiting,
+            kv_usage=engine.kv_usage,
+            prompt_tokens=self.counters[totals.PROMPT_TOKENS],
+            generated_tokens=self.counters[totals.GENERATED_TOKENS],
+            cached_tokens=self.counters[totals.CACHED_TOKENS],
+            busy_us=self.counters[totals.BUSY_US],
+        )
+
+    def _finish(self, ended: Ended) -> pb.Finish:
+        streams = self._streams
+        return end_of(
+            ended,
+            streams[ended.slot],
+            stream=int(streams.number[ended.slot]),
+            generated=int(streams.generated[ended.slot]),
+            replica=self.config.replica,
+        )
+
+    def _release(self, slot: int, reason: int, now_s: float) -> None:
+        running = self._streams[slot]
+        self._streams.free(slot)
+        running.failed |= reason in (pb.FINISH_REASON_CANCELLED, pb.FINISH_REASON_ERROR)
+        running.choices_left -= 1
+        if running.choices_left:
+            return
+        if running.probe:
+            self._note_drained()
+            return
+        if running.deadline is not None:
+            running.deadline.cancel()
+        which = totals.REQUESTS_FAILED if running.failed else totals.REQUESTS_FINISHED
+        self.counters[which] += 1
+        self.measures.ended(reason, now_s - running.arrived_s)
+        self._account_time()
+        self._note_drained()
+
+    def _abort(self, slots: list[int], reason: int, error: MegatokenError | None = None, notify: bool = True) -> None:
+        if not slots:
+            return
+        if notify:
+            self.engine.abort(slots)
+        now_s = time.monotonic()
+        code, message = (0, "") if error is None else (status_number(error), str(error))
+        for slot in slots:
+            finish = self._finish(Ended(slot, reason, code=code, message=message))
+            self._streams[slot].outlet.finish(finish)
+            self._release(slot, reason, now_s)
+
+    def _expire(self, running: Running) -> None:
+        slots = [slot for slot in running.request.slots if self._streams.holds(slot, running)]
+        waited_s = time.monotonic() - running.arrived_s
+        error = DeadlineError(f"timeout_ms passed after {waited_s:.3f} s")
+        self._abort(slots, pb.FINISH_REASON_ERROR, error)
+
+    def _end_all(self, error: MegatokenError, notify_engine: bool) -> None:
+        for running in list(self._streams.all()):
+            slots = [slot for slot in running.request.slots if self._streams.holds(slot, running)]
+            self._abort(slots, pb.FINISH_REASON_ERROR, error, notify_engine)
+
+    def _note_drained(self) -> None:
+        if self.draining and not self._streams.live:
+            self.drained.set()
+
+    def _account_time(self) -> None:
+        self.counters[totals.BUSY_US] += self._busy.update(self._streams.live > 0, time.monotonic())
+
+    def _start_ticker(self) -> None:
+        if self._ticker is None:
+            self._ticker = self._loop.call_later(LOAD_INTERVAL_S, self._tick)
+
+    def _tick(self) -> None:
+        """Tells sessions a changed load; runs on until the load rests."""
+        self._ticker = None
+        load = self.load()
+        encoded = load.SerializeToString(deterministic=True)
+        if encoded == self._last_load and not self._streams.live:
+            return
+        self._last_load = encoded
+        for outlet in self._sessions:
+            outlet.state_load(load)
+        self._start_ticker()

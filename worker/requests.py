@@ -1,0 +1,154 @@
+"""Checks a request before any engine sees it: pure, shared by every engine.
+
+Each refusal is a RequestError that names the field, its value and what is allowed. What only an engine can tell
+(whether a grammar compiles, whether an adapter is loaded) it checks itself. Called by the worker for each request.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Final
+
+from megatoken.errors import NotFoundError, RequestError
+from megatoken.frames import MalformedFrame, column
+from megatoken.v1 import frame_columns_pb2 as columns
+from megatoken.v1 import tokens_pb2 as pb
+from worker.engines.engine import EngineFacts, EngineRequest
+
+MAX_CHOICES: Final = 128  # OpenAI's own limit on n
+MAX_ID_CHARACTERS: Final = 256
+MAX_TOKEN_LIST: Final = 4096  # members of a token list in sampling; far above any real use
+
+# field -> (lowest, lowest is allowed, highest); the ranges of tokens.proto
+_RANGES: Final[dict[str, tuple[float, bool, float]]] = {
+    "temperature": (0.0, True, math.inf),
+    "top_p": (0.0, False, 1.0),
+    "min_p": (0.0, True, 1.0),
+    "presence_penalty": (-2.0, True, 2.0),
+    "frequency_penalty": (-2.0, True, 2.0),
+    "repetition_penalty": (0.0, False, math.inf),
+}
+
+
+def check_request(request: columns.GenerateRequest, model: str, facts: EngineFacts) -> EngineRequest:
+    """The checked form of a request for `model`; raises RequestError."""
+    if request.model and request.model != model:
+        raise NotFoundError("model", request.model, f"this replica serves {model!r}")
+    if len(request.request_id) > MAX_ID_CHARACTERS:
+        raise RequestError("request_id", request.request_id, f"at most {MAX_ID_CHARACTERS} characters")
+    if request.lora and request.lora not in facts.loras:
+        allowed = "adapters of this replica: " + (", ".join(facts.loras) or "none")
+        raise NotFoundError("lora", request.lora, allowed)
+    try:
+        prompt = column(request.prompt)
+    except MalformedFrame as error:
+        raise RequestError("prompt", f"{len(request.prompt)} bytes", str(error)) from None
+    _check_prompt(prompt, request.resumed_tokens, facts)
+    sampling = request.sampling
+    check_sampling(sampling, facts.vocab_size)
+    room = facts.max_model_len - len(prompt)
+    max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else room
+    if max_tokens > room:
+        raise RequestError(
+            "sampling.max_tokens",
+            max_tokens,
+            f"a prompt of {len(prompt)} tokens leaves 1 to {room} of the context of {facts.max_model_len}",
+        )
+    if sampling.min_tokens > max_tokens:
+        raise RequestError("sampling.min_tokens", sampling.min_tokens, f"at most max_tokens, which is {max_tokens}")
+    return EngineRequest(
+        request_id=request.request_id,
+        prompt=prompt,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        choices=sampling.n if sampling.HasField("n") else 1,
+        lora=request.lora,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        resumed_tokens=request.resumed_tokens,
+        traceparent=request.traceparent,
+    )
+
+
+def _check_prompt(prompt: Any, resumed_tokens: int, facts: EngineFacts) -> None:
+    if len(prompt) == 0:
+        raise RequestError("prompt", [], "at least one token id")
+    if len(prompt) >= facts.max_model_len:
+        allowed = f"1 to {facts.max_model_len - 1} tokens, so that one can be generated in {facts.max_model_len}"
+        raise RequestError("prompt", f"{len(prompt)} tokens", allowed)
+    highest = int(prompt.max())
+    if highest >= facts.vocab_size:
+        raise RequestError("prompt", highest, f"token ids are 0 to {facts.vocab_size - 1}")
+    if resumed_tokens >= len(prompt):
+        raise RequestError("resumed_tokens", resumed_tokens, f"less than the prompt's {len(prompt)} tokens")
+
+
+def check_sampling(sampling: pb.SamplingParams, vocab_size: int) -> None:
+    """Checks each sampling field's own range and the token ids in it; raises RequestError."""
+    for name, (lowest, inclusive, highest) in _RANGES.items():
+        if sampling.HasField(name):
+            _check_range(name, getattr(sampling, name), lowest, inclusive, highest)
+    if sampling.top_k < -1:
+        raise RequestError("sampling.top_k", sampling.top_k, "1 or more, or 0 or -1 for all tokens")
+    if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
+        raise RequestError("sampling.max_tokens", sampling.max_tokens, "1 or more")
+    if sampling.HasField("n") and not 1 <= sampling.n <= MAX_CHOICES:
+        raise RequestError("sampling.n", sampling.n, f"1 to {MAX_CHOICES}")
+    if sampling.n > 1 and sampling.HasField("temperature") and sampling.temperature == 0:
+        raise RequestError("sampling.n", sampling.n, "1 with temperature 0: greedy choices are all the same")
+    for name in ("logprobs", "prompt_logprobs"):
+        if sampling.HasField(name) and getattr(sampling, name) < -1:
+            raise RequestError(f"sampling.{name}", getattr(sampling, name), "0 or more, or -1 for the whole vocabulary")
+    for name in ("stop_token_ids", "bad_words_token_ids", "allowed_token_ids", "logit_bias"):
+        _check_token_ids(name, getattr(sampling, name), vocab_size)
+    for token, bias in sampling.logit_bias.items():
+        if not -100 <= bias <= 100:
+            raise RequestError(f"sampling.logit_bias[{token}]", bias, "-100 to 100")
+    if sampling.HasField("structured_outputs"):
+        _check_structured(sampling.structured_outputs)
+    read_extra(sampling)
+
+
+def _check_range(name: str, value: float, lowest: float, inclusive: bool, highest: float) -> None:
+    if math.isfinite(value) and value <= highest and (value >= lowest if inclusive else value > lowest):
+        return
+    low = f"{'at least' if inclusive else 'above'} {lowest:g}"
+    raise RequestError(
+        f"sampling.{name}", round(value, 6), low if highest == math.inf else f"{low} and at most {highest:g}"
+    )
+
+
+def _check_token_ids(name: str, tokens: Any, vocab_size: int) -> None:
+    if len(tokens) > MAX_TOKEN_LIST:
+        raise RequestError(f"sampling.{name}", f"{len(tokens)} token ids", f"at most {MAX_TOKEN_LIST}")
+    for token in tokens:
+        if token >= vocab_size:
+            raise RequestError(f"sampling.{name}", token, f"token ids are 0 to {vocab_size - 1}")
+
+
+def _check_structured(constraint: pb.StructuredOutputs) -> None:
+    kind = constraint.WhichOneof("constraint")
+    if kind is None:
+        raise RequestError("sampling.structured_outputs", "{}", "exactly one constraint")
+    if kind == "choice" and not constraint.choice.values:
+        raise RequestError("sampling.structured_outputs.choice", [], "at least one choice")
+    if kind in ("json_schema", "structural_tag"):
+        text = getattr(constraint, kind)
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"sampling.structured_outputs.{kind}", text, f"JSON; {error}") from None
+
+
+def read_extra(sampling: pb.SamplingParams) -> dict[str, Any]:
+    """`extra_json` as a dict; raises RequestError when it is not one JSON object."""
+    if not sampling.extra_json:
+        return {}
+    try:
+        extra = json.loads(sampling.extra_json)
+    except (ValueError, RecursionError) as error:
+        raise RequestError("sampling.extra_json", sampling.extra_json, f"one JSON object; {error}") from None
+    if not isinstance(extra, dict):
+        raise RequestError("sampling.extra_json", sampling.extra_json, "one JSON object")
+    return extra

@@ -1,0 +1,88 @@
+"""The worker's gRPC server: Tokens, Worker, health and reflection on one port."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from megatoken.errors import RequestError
+from megatoken.v1 import tokens_pb2, worker_pb2, worker_pb2_grpc
+from worker.config import TlsConfig, WorkerConfig
+from worker.replica import Replica
+from worker.tokens_service import SERVICE as TOKENS
+from worker.tokens_service import tokens_handler
+from worker.worker_service import WorkerService
+
+WORKER: Final = "megatoken.v1.Worker"
+MAX_CONCURRENT_CALLS: Final = 100_000  # HTTP/2 streams of one connection; Generate takes one a request
+KEEPALIVE_MS: Final = 20_000  # a dead peer is noticed within twice this
+
+
+class WorkerServer:
+    """The bound server of one replica. `start` binds and serves, `stop` ends every call."""
+
+    def __init__(self, config: WorkerConfig, replica: Replica) -> None:
+        self._config = config
+        self._replica = replica
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(options=_options(config))
+        self._server.add_generic_rpc_handlers((tokens_handler(replica),))
+        worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(replica), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (
+            tokens_pb2.DESCRIPTOR.services_by_name["Tokens"].full_name,
+            worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name,
+            health.SERVICE_NAME,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self) -> str:
+        """Binds and serves; returns the address others reach it by. Raises RequestError for a port in use."""
+        config = self._config
+        try:
+            port = self._bind(f"{config.host}:{config.port}", config.tls)
+        except RuntimeError:
+            raise RequestError("port", config.port, f"a port that is free on {config.host}, or 0 for any") from None
+        await self._server.start()
+        await self.state_health(serving=True)
+        return f"{config.advertise_host or config.host}:{port}"
+
+    def _bind(self, address: str, tls: TlsConfig | None) -> int:
+        if tls is None:
+            return self._server.add_insecure_port(address)
+        chain, key = Path(tls.cert_file).read_bytes(), Path(tls.key_file).read_bytes()
+        authority = Path(tls.ca_file).read_bytes() if tls.ca_file else None
+        credentials = grpc.ssl_server_credentials(
+            [(key, chain)], root_certificates=authority, require_client_auth=authority is not None
+        )
+        return self._server.add_secure_port(address, credentials)
+
+    async def state_health(self, serving: bool) -> None:
+        """Sets the standard health of the whole server and of each service."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", TOKENS, WORKER):
+            await self._health.set(service, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no further calls, and ends those that still run after `grace_s`."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+def _options(config: WorkerConfig) -> list[tuple[str, Any]]:
+    largest = config.max_message_mib * 2**20
+    return [
+        ("grpc.so_reuseport", 0),  # a second worker on the same port is a mistake, and is told
+        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_send_message_length", largest),
+        ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]

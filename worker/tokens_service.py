@@ -1,0 +1,180 @@
+"""The Tokens service: Session and Generate over grpc.aio, on raw bytes.
+
+Session: one task reads the caller's frames, the call's own writes one frame whenever the outlet has something. A
+write waits for the caller's flow control and for nobody else. Each call ends in one `replica.close`, however it
+ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Final
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from megatoken.errors import RETRY_AFTER_KEY
+from megatoken.frames import MalformedFrame, column
+from megatoken.v1 import frame_columns_pb2 as columns
+from megatoken.v1 import tokens_pb2 as pb
+from worker.outlet import Outlet, Part, Taken, encode_frame
+from worker.replica import Replica, StreamInUseError
+
+SERVICE: Final = "megatoken.v1.Tokens"
+GENERATE_STREAM: Final = 0  # the number of a Generate call's first choice
+
+
+def tokens_handler(replica: Replica) -> grpc.GenericRpcHandler:
+    """The service's method handlers; messages stay bytes, so that columns are packed and unpacked once."""
+
+    async def session(_requests: Any, context: Any) -> None:
+        await serve_session(replica, context)
+
+    async def generate(request: bytes, context: Any) -> None:
+        await serve_generate(replica, request, context)
+
+    return grpc.method_handlers_generic_handler(
+        SERVICE,
+        {
+            "Session": grpc.stream_stream_rpc_method_handler(session),
+            "Generate": grpc.unary_stream_rpc_method_handler(generate),
+        },
+    )
+
+
+async def serve_session(replica: Replica, context: Any) -> None:
+    """Serves one Session call until the caller closed its half and its requests ended, or the call is gone."""
+    outlet = Outlet()
+    replica.open(outlet, wants_load=True)
+    reader = asyncio.create_task(_read_session(replica, outlet, context))
+    reader.add_done_callback(lambda _task: outlet.wake())
+    try:
+        while True:
+            taken = outlet.take()
+            if taken is not None:
+                await context.write(encode_frame(taken))
+                replica.written(taken.tokens)
+                continue
+            if reader.done():
+                problem = reader.exception()
+                if problem is not None:
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(problem))
+                if outlet.idle:
+                    return
+            await outlet.wait()
+    finally:
+        replica.close(outlet)
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await reader
+
+
+async def _read_session(replica: Replica, outlet: Outlet, context: Any) -> None:
+    """Takes the caller's frames until it closes its half. Raises ValueError for bytes that are no frame."""
+    while True:
+        raw = await context.read()
+        if raw is grpc.aio.EOF:
+            return
+        try:
+            frame = columns.ClientFrame.FromString(raw)
+            cancelled = column(frame.cancel)
+        except (DecodeError, MalformedFrame) as error:
+            raise ValueError(f"a message of {len(raw)} bytes is no ClientFrame: {error}") from None
+        try:
+            for start in frame.start:
+                replica.submit(outlet, start.stream, start.request)
+        except StreamInUseError as error:
+            raise ValueError(str(error)) from None
+        if len(cancelled):
+            replica.cancel(outlet, cancelled.tolist())
+
+
+async def serve_generate(replica: Replica, raw: bytes, context: Any) -> None:
+    """Serves one Generate call: a message a step, or fewer when the caller is slow."""
+    try:
+        request = columns.GenerateRequest.FromString(raw)
+    except DecodeError as error:
+        await context.abort(
+            grpc.StatusCode.INVALID_ARGUMENT, f"a message of {len(raw)} bytes is no GenerateRequest: {error}"
+        )
+    outlet = Outlet()
+    replica.open(outlet, wants_load=False)
+    try:
+        request.timeout_ms = 0  # the call's own deadline counts
+        replica.submit(outlet, GENERATE_STREAM, request)
+        refused = not outlet.slots
+        while True:
+            taken = outlet.take()
+            if taken is not None:
+                if refused or _only_error(taken):
+                    await _abort(context, taken.parts[-1].finishes[-1])
+                for response in responses(taken):
+                    await context.write(response)
+                replica.written(taken.tokens)
+                continue
+            if outlet.idle:
+                return
+            await outlet.wait()
+    finally:
+        replica.close(outlet)
+
+
+def _only_error(taken: Taken) -> bool:
+    """Whether all that waits is the failure of the whole request, which Generate tells as its status."""
+    finishes = [finish for part in taken.parts for finish in part.finishes]
+    return not taken.tokens and bool(finishes) and finishes[-1].reason == pb.FINISH_REASON_ERROR
+
+
+async def _abort(context: Any, finish: pb.Finish) -> None:
+    code = next((code for code in grpc.StatusCode if code.value[0] == finish.code), grpc.StatusCode.INTERNAL)
+    trailing = ((RETRY_AFTER_KEY, str(finish.retry_after_ms)),) if finish.retry_after_ms else ()
+    await context.abort(code, finish.message, trailing)
+
+
+def responses(taken: Taken) -> Iterator[bytes]:
+    """The GenerateResponse messages of what was taken: at most one a choice, and one more a detail after the first."""
+    tokens: dict[int, list[Any]] = {}
+    details: dict[int, list[pb.Detail]] = {}
+    finishes: dict[int, pb.Finish] = {}
+    for part in taken.parts:
+        for choice, values in _choices(part):
+            tokens.setdefault(choice, []).append(values)
+        for detail in part.details:
+            details.setdefault(detail.stream, []).append(detail)
+        for finish in part.finishes:
+            finishes[finish.stream] = finish
+    for choice in sorted({*tokens, *details, *finishes}):
+        yield from _choice_responses(choice, tokens.get(choice, []), details.get(choice, []), finishes.get(choice))
+
+
+def _choices(part: Part) -> Iterator[tuple[int, Any]]:
+    stream, token = column(part.stream), column(part.token)
+    if len(stream) == 1:
+        yield int(stream[0]), token
+        return
+    count = column(part.count) if part.count else np.ones(len(stream), np.int64)
+    start = 0
+    for choice, length in zip(stream.tolist(), count.tolist(), strict=True):
+        yield choice, token[start : start + length]
+        start += length
+
+
+def _choice_responses(
+    choice: int, tokens: list[Any], details: list[pb.Detail], finish: pb.Finish | None
+) -> Iterator[bytes]:
+    if len(details) > 1:  # each detail goes with its own step's tokens, and steps and details come in the same order
+        for values, detail in zip(tokens[:-1], details[:-1], strict=False):
+            detail.stream = 0
+            yield columns.GenerateResponse(tokens=values.tobytes(), choice=choice, detail=detail).SerializeToString()
+        tokens, details = tokens[-1:], details[-1:]
+    response = columns.GenerateResponse(tokens=b"".join([values.tobytes() for values in tokens]), choice=choice)
+    if details:
+        details[-1].stream = 0
+        response.detail.CopyFrom(details[-1])
+    if finish is not None:
+        finish.stream = 0
+        response.finish.CopyFrom(finish)
+    yield response.SerializeToString()
