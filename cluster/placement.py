@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from cluster.placement_blocked import explain
 from cluster.placement_choice import Chooser
@@ -57,7 +58,8 @@ def place(
     """One outcome per request, in the order of the requests.
 
     `existing` are the placements that hold devices now (starting, running or draining); they stay as they are. Replica
-    ids among requests and existing must be unique. Cost: about O((nodes + replicas) log nodes) per model.
+    ids among requests and existing must be unique. Cost: about
+    O((nodes + replicas) log nodes) for each shape of replica.
     """
     _require_valid(requests, existing)
     floor = Floor(inventory, existing)
@@ -87,15 +89,15 @@ def _partial(
     chosen = set(first.values())
     found = _greedy([request for request in order if request.replica in chosen], floor, spread=True)
     found |= _greedy([request for request in order if request.replica not in chosen], floor, spread=True)
-    reasons: dict[tuple[object, ...], tuple[str, str]] = {}
+    reasons: dict[ReplicaRequest, tuple[str, str]] = {}
     outcomes: list[Outcome] = []
     for request in requests:
         placement = found.get(request.replica)
         if placement is None:
-            key = _shape(request)
-            if key not in reasons:
-                reasons[key] = explain(request, floor)
-            outcomes.append(Blocked(request.replica, request.model, *reasons[key]))
+            like = replace(request, replica="")
+            if like not in reasons:
+                reasons[like] = explain(request, floor)
+            outcomes.append(Blocked(request.replica, request.model, *reasons[like]))
         else:
             outcomes.append(placement)
     return tuple(outcomes)
@@ -105,28 +107,22 @@ def _greedy(order: Iterable[ReplicaRequest], floor: Floor, *, spread: bool) -> d
     """Places one by one on `floor`, which it uses up; those that find no place are left out."""
     found: dict[str, Placement] = {}
     chooser: Chooser | None = None
-    shape: tuple[object, ...] | None = None
     for request in order:
-        if chooser is None or _shape(request) != shape:
-            chooser, shape = Chooser(request, floor, spread=spread), _shape(request)
+        if chooser is None or not chooser.turn_to(request):
+            chooser = Chooser(request, floor, spread=spread)
         placement = chooser.place(request)
         if placement is not None:
             found[request.replica] = placement
     return found
 
 
-def _shape(request: ReplicaRequest) -> tuple[object, ...]:
-    """What makes two requests interchangeable."""
-    sizes = (request.tensor, request.pipeline, request.data, request.device_memory_bytes)
-    return (request.model, *sizes, request.constraints)
-
-
 def _widest_first(requests: Sequence[ReplicaRequest], floor: Floor) -> list[ReplicaRequest]:
-    """Widest TP group, then widest replica, then the one with the fewest devices to choose from; models together."""
-    choice = {constraints: floor.eligible_devices(constraints) for constraints in {r.constraints for r in requests}}
+    """Widest TP group, then widest replica, then the one with the fewest devices to choose from; like beside like."""
+    choice = {rules: (floor.eligible_devices(rules), repr(rules)) for rules in {r.constraints for r in requests}}
 
-    def key(request: ReplicaRequest) -> tuple[int, int, int, str]:
-        return (-request.tensor, -request.width, choice[request.constraints], request.model)
+    def key(request: ReplicaRequest) -> tuple[int, int, tuple[int, str], int, int, str]:
+        rules = choice[request.constraints]
+        return (-request.tensor, -request.width, rules, request.pipeline, request.device_memory_bytes, request.model)
 
     return sorted(requests, key=key)
 

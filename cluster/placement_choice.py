@@ -38,6 +38,19 @@ class Chooser:
         self._zones: list[_Zone] | None = None
         self._wider: Chooser | None = None
 
+    def turn_to(self, request: ReplicaRequest) -> bool:
+        """Goes on with another replica; False when its shape is another, or its model sees other hosts as open."""
+        if replace(request, replica=self._shape.replica, model=self._shape.model) != self._shape:
+            return False
+        if request.model == self._shape.model:
+            return True
+        if request.constraints.avoid or self._floor.avoided_on or self._wider is not None:
+            return False
+        nodes = self._floor.nodes_of.get(self._shape.model, set()) | self._floor.nodes_of.get(request.model, set())
+        self._shape = replace(self._shape, model=request.model)
+        self._refresh([host for node in nodes for host in self._floor.of_node(node)])
+        return True
+
     def place(self, request: ReplicaRequest) -> Placement | None:
         """Takes the devices for one replica of the shape; None when nothing holds it."""
         shares = self._choose()
@@ -105,6 +118,10 @@ class Chooser:
     def _refresh(self, hosts: list[Host]) -> None:
         """After a placement: recounts its hosts, and every host that the placement now keeps the model from."""
         for host in self._touched(hosts):
+            if self._single is not None:
+                self._single.renew_above(host)
+            if host not in self._fits:
+                continue
             before, now = self._fits[host], self._count_fits(host)
             self._fits[host] = now
             if self._single is not None:
@@ -117,7 +134,7 @@ class Chooser:
         if self._shape.constraints.separate is Separate.RACK:
             domains = {host.node.failure_domain for host in hosts}
             return [host for host in self._fits if host.node.failure_domain in domains]
-        return [other for host in hosts for other in self._floor.beside(host) if other in self._fits]
+        return [other for node in {host.node.id: None for host in hosts} for other in self._floor.of_node(node)]
 
     def _count_fits(self, host: Host) -> int:
         shape = self._shape
@@ -192,10 +209,15 @@ class _Tree:
     def renew(self, host: Host) -> None:
         if host.order not in self._hosts:
             return
+        self._leaves[host.node.site, host.node.failure_domain].set(host.order, self._chooser.host_key(host))
+        self.renew_above(host)
+
+    def renew_above(self, host: Host) -> None:
+        """Renews the host's failure domain and site, whether or not the host itself is a candidate."""
         site, domain = host.node.site, host.node.failure_domain
-        self._leaves[site, domain].set(host.order, self._chooser.host_key(host))
-        self._renew_domain(site, domain)
-        self._renew_site(site)
+        if (site, domain) in self._leaves:
+            self._renew_domain(site, domain)
+            self._renew_site(site)
 
     def _renew_domain(self, site: str, domain: str) -> None:
         top = self._leaves[site, domain].top()

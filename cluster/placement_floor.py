@@ -88,6 +88,8 @@ class Floor:
         self.on_node: dict[str, Counter[str]] = {}
         self.in_domain: dict[str, Counter[str]] = {}
         self.in_site: dict[str, Counter[str]] = {}
+        self.nodes_of: dict[str, set[str]] = {}
+        """Nodes by the models that stand on them."""
         self.avoided_on: dict[str, set[str]] = {}
         """Models that a replica standing on the node does not want beside it."""
         self._by_node: dict[str, list[Host]] = {}
@@ -127,6 +129,7 @@ class Floor:
         domains, sites = set(), set()
         for node_id in placement.nodes:
             self.on_node.setdefault(node_id, Counter())[model] += 1
+            self.nodes_of.setdefault(model, set()).add(node_id)
             if placement.avoid:
                 self.avoided_on.setdefault(node_id, set()).update(placement.avoid)
             node = self._nodes.get(node_id)
@@ -151,9 +154,9 @@ class Floor:
             return bool(self.in_domain.get(node.failure_domain, Counter())[model])
         return False
 
-    def beside(self, host: Host) -> list[Host]:
-        """The hosts of the same node, itself included."""
-        return self._by_node[host.node.id]
+    def of_node(self, node_id: str) -> list[Host]:
+        """The hosts of a node; none when it takes nothing new."""
+        return self._by_node.get(node_id, [])
 
     def eligible_devices(self, constraints: Constraints) -> int:
         """Free devices on hosts that the constraints allow."""

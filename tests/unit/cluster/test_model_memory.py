@@ -1,0 +1,165 @@
+"""Estimates against published sizes, and the checks of parallel sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.model_memory import (
+    active_bytes,
+    memory_need,
+    parallel_problems,
+    stage_layers,
+    tensor_sizes,
+    weight_total,
+)
+from cluster.model_shape import GIB, ModelShape, ShapeError, load_shape, read_shape
+
+SMOLLM2 = {
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+LLAMA2_70B = {
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "intermediate_size": 28672,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float16",
+}
+DEEPSEEK_V3 = {
+    "num_hidden_layers": 61,
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "vocab_size": 129280,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "torch_dtype": "bfloat16",
+}
+GPT_OSS_120B = {
+    "num_hidden_layers": 36,
+    "hidden_size": 2880,
+    "head_dim": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 201088,
+    "intermediate_size": 2880,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "published_bytes", "within"),
+    [
+        (SMOLLM2, 269.06e6, 0.01),  # size of the model's own safetensors file
+        (LLAMA2_70B, 137.95e9, 0.01),  # 68.98 B parameters
+        (DEEPSEEK_V3, 2 * 671e9, 0.01),
+        (GPT_OSS_120B, 63.0e9, 0.05),  # the published checkpoint keeps attention in bfloat16
+    ],
+)
+def test_weights_come_to_the_published_size(config: dict[str, object], published_bytes: float, within: float) -> None:
+    assert weight_total(read_shape(config)) == pytest.approx(published_bytes, rel=within)
+
+
+def test_a_decode_step_of_a_mixture_reads_the_active_experts_only() -> None:
+    assert active_bytes(read_shape(DEEPSEEK_V3)) / 2 == pytest.approx(37e9, rel=0.03)
+    dense = read_shape(LLAMA2_70B)
+    assert active_bytes(dense) == weight_total(dense)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [(SMOLLM2, (1, 3, 9)), (LLAMA2_70B, (1, 2, 4, 8, 16, 32, 64))],
+)
+def test_tensor_sizes_go_evenly_with_heads_and_kv_heads(config: dict[str, object], sizes: tuple[int, ...]) -> None:
+    assert tensor_sizes(read_shape(config)) == sizes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"tensor": 2}, "parallel.tensor: 2 is not allowed; it must divide 9 attention heads"),
+        ({"pipeline": 31}, "parallel.pipeline: 31 is not allowed; at most the 30 layers"),
+        ({"expert": 2}, "parallel.expert: 2 is not allowed; the model has no experts"),
+        ({"data": 0}, "parallel.data: 0 is not allowed"),
+    ],
+)
+def test_impossible_sizes_name_the_field_the_value_and_what_is_allowed(sizes: dict[str, int], said: str) -> None:
+    (problem,) = parallel_problems(read_shape(SMOLLM2), **sizes)
+    assert problem.startswith(said)
+
+
+def test_possible_sizes_have_no_problem() -> None:
+    assert parallel_problems(read_shape(SMOLLM2), tensor=3, pipeline=30, data=4) == ()
+    assert parallel_problems(read_shape(DEEPSEEK_V3), tensor=16, data=2, expert=32) == ()
+
+
+@pytest.mark.parametrize(("layers", "stages", "split"), [(30, 4, (7, 8, 8, 7)), (4, 2, (2, 2)), (7, 3, (2, 3, 2))])
+def test_stage_layers_are_vllms(layers: int, stages: int, split: tuple[int, ...]) -> None:
+    assert stage_layers(layers, stages) == split
+
+
+def test_splitting_divides_the_weights_and_the_cache() -> None:
+    shape = read_shape(LLAMA2_70B)
+    one, eight = memory_need(shape), memory_need(shape, tensor=8)
+    assert eight.weights == pytest.approx(one.weights / 8, rel=0.01)
+    assert eight.kv_per_token == one.kv_per_token // 8
+    assert memory_need(shape, tensor=16).kv_per_token == eight.kv_per_token, "KV heads are replicated past 8"
+    assert memory_need(shape, tensor=8, pipeline=2).weights < eight.weights
+
+
+def test_seventy_billion_parameters_fit_one_mi355x_and_not_one_mi250() -> None:
+    need = memory_need(read_shape(LLAMA2_70B))
+    assert need.device < 288 * GIB
+    assert need.device > 128 * GIB
+    assert need.kv_tokens(288 * GIB) > 200_000
+    assert need.kv_tokens(128 * GIB) < 0
+
+
+def test_a_checkpoint_index_overrides_the_formula(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 300_000_000}}))
+    assert weight_total(load_shape(tmp_path)) == 300_000_000
+
+
+def test_a_nested_text_config_is_read() -> None:
+    assert read_shape({"text_config": LLAMA2_70B, "vision_config": {}}).layers == 80
+
+
+@pytest.mark.parametrize("missing", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"])
+def test_a_config_without_its_sizes_is_refused_by_name(missing: str) -> None:
+    with pytest.raises(ShapeError, match=f"{missing} is missing"):
+        read_shape({key: value for key, value in SMOLLM2.items() if key != missing})
+
+
+def test_a_config_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ShapeError, match="not JSON"):
+        load_shape(tmp_path)
+
+
+def test_dtype_of_the_spec_overrides_the_stored_one() -> None:
+    assert isinstance(read_shape(SMOLLM2, dtype="float32"), ModelShape)
+    assert weight_total(read_shape(SMOLLM2, dtype="float32")) == 2 * weight_total(read_shape(SMOLLM2))
