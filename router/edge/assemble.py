@@ -7,9 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-
-from router.edge.config import EdgeConfig, RouterTlsConfig
+from router.edge.config import EdgeConfig
 from router.edge.dispatch import Dispatch
 from router.edge.link import RouterLink
 from router.edge.metrics import EdgeMetrics
@@ -32,17 +30,6 @@ class Edge:
             model.shutdown()
 
 
-def router_credentials(tls: RouterTlsConfig | None) -> grpc.ChannelCredentials | None:
-    """The credentials towards the router; None for plain text."""
-    if tls is None:
-        return None
-    return grpc.ssl_channel_credentials(
-        root_certificates=tls.ca_file.read_bytes(),
-        private_key=tls.key_file.read_bytes() if tls.key_file else None,
-        certificate_chain=tls.cert_file.read_bytes() if tls.cert_file else None,
-    )
-
-
 async def assemble(config: EdgeConfig, allowed: Callable[[str | None], bool] | None = None) -> Edge:
     """Builds an edge and begins to connect it to its router. Raises RequestError for a model that cannot be served."""
     metrics = EdgeMetrics()
@@ -51,8 +38,7 @@ async def assemble(config: EdgeConfig, allowed: Callable[[str | None], bool] | N
         config.router,
         session.on_frame,
         session.on_lost,
-        router_credentials(config.router_tls),
-        config.router_tls.server_name if config.router_tls else None,
+        config.router_tls,
         config.router_key,
     )
     session.attach(link)

@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatoken.tls import ClientTls, ServerTls
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,23 +38,6 @@ class EdgeModel(_Part):
         return (self.name, *(name for name in self.served_names if name != self.name))
 
 
-class TlsConfig(_Part):
-    """HTTPS."""
-
-    cert_file: Path = Field(description="PEM certificate chain")
-    key_file: Path = Field(description="PEM private key")
-    client_ca_file: Path | None = Field(None, description="set: clients must show a certificate of this authority")
-
-
-class RouterTlsConfig(_Part):
-    """How the edge proves itself to the router, and knows it."""
-
-    ca_file: Path = Field(description="PEM bundle that signed the router's certificate")
-    cert_file: Path | None = Field(None, description="the edge's own certificate, for mTLS")
-    key_file: Path | None = Field(None, description="its private key")
-    server_name: str | None = Field(None, description="name in the router's certificate, when it is not its address")
-
-
 class LimitsConfig(_Part):
     """What one edge takes on."""
 
@@ -73,10 +58,10 @@ class EdgeConfig(_Part):
     reuse_port: bool = Field(False, description="share the port with other edges of this node (SO_REUSEPORT)")
     advertise_host: str | None = Field(None, description="host that others reach it by; unset: host")
     router: str = Field(pattern=r"^.+:\d+$", description="host:port of the router")
-    router_tls: RouterTlsConfig | None = Field(None, description="unset: plain text")
+    router_tls: ClientTls | None = Field(None, description="unset: plain text")
     router_key: str | None = Field(None, description="API key that the router asks for")
     models: tuple[EdgeModel, ...] = Field(min_length=1, description="what is offered")
-    tls: TlsConfig | None = Field(None, description="unset: plain HTTP")
+    tls: ServerTls | None = Field(None, description="unset: plain HTTP")
     api_keys_file: Path | None = Field(None, description="JSON of hashed keys; unset: no key is asked for")
     fast_stream: bool = Field(True, description="write plain streams without vLLM's per-chunk layer; same bytes")
     site: str = Field("", description="where the edge is; passed on with requests")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
 import grpc.aio
 
 from megatoken.frames import MalformedFrame, pack
+from megatoken.tls import ClientTls, open_channel
 from megatoken.v1.frame_columns_pb2 import ClientFrame, Frame, GenerateRequest
 
 SESSION: Final = "/megatoken.v1.Tokens/Session"
@@ -23,7 +24,7 @@ RECONNECT_FIRST_S: Final = 0.1
 RECONNECT_MAX_S: Final = 2.0
 STABLE_S: Final = 5.0  # a session that lasted this long starts the reconnect pauses afresh
 MAX_FRAME_PROMPT_BYTES: Final = 2 << 20  # prompts put together in one ClientFrame; a longer one goes alone
-CHANNEL_OPTIONS: Final = (
+CHANNEL_OPTIONS: Final[tuple[tuple[str, object], ...]] = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.keepalive_time_ms", 20_000),
@@ -42,15 +43,13 @@ class RouterLink:
         address: str,
         on_frame: Callable[[Frame], None],
         on_lost: Callable[[str], None],
-        credentials: grpc.ChannelCredentials | None = None,
-        server_name: str | None = None,
+        tls: ClientTls | None = None,
         key: str | None = None,
     ) -> None:
         self.address = address
         self._on_frame = on_frame
         self._on_lost = on_lost
-        self._credentials = credentials
-        self._server_name = server_name
+        self._tls = tls
         self._metadata = (("authorization", f"Bearer {key}"),) if key else None
         self._starts: list[tuple[int, GenerateRequest]] = []
         self._cancels: list[int] = []
@@ -68,13 +67,7 @@ class RouterLink:
 
     def start(self) -> None:
         """Begins to connect. Call in the event loop."""
-        options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
-        if self._server_name is not None:
-            options.append(("grpc.ssl_target_name_override", self._server_name))
-        if self._credentials is None:
-            self._channel = grpc.aio.insecure_channel(self.address, options=options)
-        else:
-            self._channel = grpc.aio.secure_channel(self.address, self._credentials, options=options)
+        self._channel = open_channel(self.address, self._tls, list(CHANNEL_OPTIONS))
         self._task = asyncio.create_task(self._keep_connected(self._channel), name="edge-router-link")
 
     async def wait_connected(self, timeout_s: float) -> bool:
@@ -136,8 +129,9 @@ class RouterLink:
             self._on_lost(problem)
 
     async def _run_session(self, channel: grpc.aio.Channel) -> None:
-        session = channel.stream_stream(SESSION, request_serializer=None, response_deserializer=Frame.FromString)
-        call = session(self._outgoing(), metadata=self._metadata)
+        session: Any = channel.stream_stream(SESSION, None, Frame.FromString)
+        call = session(metadata=self._metadata)  # no iterator of requests: the writer below can be ended with the call
+        writer = asyncio.create_task(self._write(call), name="edge-router-writer")
         self._connected.set()
         try:
             while True:
@@ -147,13 +141,17 @@ class RouterLink:
                 self._on_frame(frame)
         finally:
             call.cancel()
+            writer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await writer
 
-    async def _outgoing(self) -> AsyncIterator[bytes]:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._starts or self._cancels:
-                yield self._take()
+    async def _write(self, call: Any) -> None:
+        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # the reader sees why
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while self._starts or self._cancels:
+                    await call.write(self._take())
 
     def _take(self) -> bytes:
         """One encoded ClientFrame of what is queued, cancels after the starts they may be for."""
