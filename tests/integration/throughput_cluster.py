@@ -1,0 +1,179 @@
+"""A small controller and real agents on loopback, for tests and the throughput benchmark.
+
+The controller serves Membership.Watch and the shipped ThroughputAttendance, and nothing else. It can be stopped and
+started again on the same port, and can be told to publish any group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from megatoken.counters import INDEX, CounterWriter
+from megatoken.v1 import membership_pb2, membership_pb2_grpc, throughput_pb2, throughput_pb2_grpc
+from worker.collective.attendance import AttendanceServicer
+from worker.collective.group import GroupPolicy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from processes import Processes, Started
+
+
+class FakeController(membership_pb2_grpc.MembershipServicer):
+    """Membership and attendance on one port."""
+
+    def __init__(self, policy: GroupPolicy | None = None) -> None:
+        self._policy = policy
+        self._server: grpc.aio.Server | None = None
+        self._changed = asyncio.Condition()
+        self.snapshot = membership_pb2.Snapshot(epoch=1, version=1)
+        self.groups: list[tuple[float, membership_pb2.ThroughputGroup, str]] = []
+        self.port = 0
+        self.attendance: AttendanceServicer
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def start(self, host: str = "127.0.0.1") -> None:
+        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        self.attendance = AttendanceServicer(self.publish, self._policy)
+        self.attendance.attach(self._server)
+        membership_pb2_grpc.add_MembershipServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port(f"{host}:{self.port}")
+        await self._server.start()
+        await self.attendance.start()
+
+    async def stop(self) -> None:
+        await self.attendance.stop()
+        assert self._server is not None
+        await self._server.stop(0)
+        self._server = None
+
+    def publish(self, group: membership_pb2.ThroughputGroup, why: str) -> None:
+        self.groups.append((time.monotonic(), group, why))
+        self.snapshot.throughput.CopyFrom(group)
+        self.push()
+
+    def push(self) -> None:
+        """Sends the snapshot as it stands as a new version."""
+        self.snapshot.version += 1
+        asyncio.get_running_loop().create_task(self._notify())
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def Watch(self, request: membership_pb2.WatchRequest, context: Any) -> AsyncIterator[membership_pb2.Snapshot]:
+        seen = (request.epoch, request.version)
+        while True:
+            async with self._changed:
+                while (self.snapshot.epoch, self.snapshot.version) <= seen:
+                    await self._changed.wait()
+            seen = (self.snapshot.epoch, self.snapshot.version)
+            yield self.snapshot
+
+
+class Agents:
+    """Real agent processes, each with counters of its own."""
+
+    def __init__(self, processes: Processes, controller: FakeController, directory: Path, **config: Any) -> None:
+        self._processes, self._controller, self._directory, self._config = processes, controller, directory, config
+        self.running: dict[str, Started] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def counters_dir(self, node: str) -> Path:
+        return self._directory / node / "counters"
+
+    def writer(self, node: str, name: str, incarnation: int = 1, kind: str = "worker", **header: Any) -> CounterWriter:
+        """A counter file as a worker or router on that node would keep."""
+        facts = {"kind": kind, "id": name, "incarnation": incarnation, "model": "tiny" if kind == "worker" else ""}
+        facts |= {"engine": "simulated", "device_kind": "cpu", "devices": 1, "node": node, "site": ""}
+        return CounterWriter(self.counters_dir(node) / f"{name}.{incarnation}.counters", {**facts, **header})
+
+    async def start(self, node: str, **config: Any) -> Started:
+        """Starts the node's agent; its ready line may take an import of torch."""
+        facts = {"node": node, "controllers": [self._controller.address], "counters_dir": str(self.counters_dir(node))}
+        facts = {**facts, **self._config, **config}
+        started = await asyncio.to_thread(self._processes.start, "worker.collective", facts)
+        self.running[node] = started
+        self._channels[node] = grpc.aio.insecure_channel(started.address)
+        return started
+
+    async def start_all(self, nodes: Sequence[str], **config: Any) -> None:
+        for node in nodes:
+            await self.start(node, **config)
+
+    async def sample(self, node: str, timeout_s: float = 5.0) -> throughput_pb2.ThroughputSample:
+        stub = throughput_pb2_grpc.ThroughputStub(self._channels[node])
+        return await stub.GetThroughput(throughput_pb2.GetThroughputRequest(), timeout=timeout_s)
+
+    def watch(self, node: str) -> Any:
+        """The node's stream of samples."""
+        stub = throughput_pb2_grpc.ThroughputStub(self._channels[node])
+        return stub.WatchThroughput(throughput_pb2.GetThroughputRequest())
+
+    async def until(
+        self, node: str, wanted: Callable[[throughput_pb2.ThroughputSample], bool], timeout_s: float = 30.0
+    ) -> throughput_pb2.ThroughputSample:
+        """The first sample that is wanted. Raises AssertionError with the last one seen."""
+        sample = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for sample in self.watch(node):
+                    if wanted(sample):
+                        return sample
+        except TimeoutError:
+            raise AssertionError(f"{node}: no such sample within {timeout_s} s; the last was {sample}") from None
+        raise AssertionError(f"{node}: its stream ended")
+
+    async def until_ranks(self, nodes: Sequence[str], timeout_s: float = 30.0) -> None:
+        """Waits until every node's sample is complete with exactly these ranks."""
+        for node in nodes:
+            await self.until(node, lambda s: s.complete and s.ranks == len(nodes), timeout_s)
+
+    def signal(self, node: str, number: signal.Signals) -> None:
+        os.kill(self.running[node].pid, number)
+
+    async def kill(self, node: str) -> None:
+        """kill -9 of the agent; its counters stay."""
+        await self._channels.pop(node).close()
+        self.running.pop(node).kill()
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+
+def row(sample: throughput_pb2.ThroughputSample, kind: str, name: str) -> throughput_pb2.ThroughputRow:
+    """One row of a sample."""
+    return next(row for row in sample.rows if (row.kind, row.name) == (kind, name))
+
+
+def count(writer: CounterWriter, **more: int) -> None:
+    """Adds to counters by name."""
+    for name, value in more.items():
+        writer.totals[INDEX[name]] += value
+
+
+@contextlib.asynccontextmanager
+async def running(directory: Path, policy: GroupPolicy | None = None, **config: Any) -> AsyncIterator[Agents]:
+    """A controller and no agents yet; stops all at the end. `agents.controller` is the controller."""
+    controller = FakeController(policy)
+    await controller.start()
+    with Processes(directory / "processes") as processes:
+        agents = Agents(processes, controller, directory, **config)
+        agents.controller = controller  # type: ignore[attr-defined]
+        try:
+            yield agents
+        finally:
+            await agents.close()
+            await controller.stop()

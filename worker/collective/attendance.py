@@ -1,0 +1,143 @@
+"""The ThroughputAttendance service: agents' streams in, groups out. Runs in the controller; decides nothing itself.
+
+    attendance = AttendanceServicer(publish)      # publish(group: ThroughputGroup, why: str), called on the event loop
+    attendance.attach(server)                     # a grpc.aio server
+    await attendance.start(); ...; await attendance.stop()
+
+`publish` puts the group into the next membership snapshot. See `group` for the rules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+import grpc
+
+from megatoken.v1 import membership_pb2, throughput_pb2, throughput_pb2_grpc
+from worker.collective.group import Attended, Attendee, Group, GroupPolicy, Groups, Stance
+
+POLL_S: Final = 0.1
+MAX_AGENTS: Final = 10_000
+STANCES: Final = {
+    throughput_pb2.ATTENDANCE_STATE_UNSPECIFIED: Stance.OUTSIDE,
+    throughput_pb2.ATTENDANCE_STATE_OUTSIDE: Stance.OUTSIDE,
+    throughput_pb2.ATTENDANCE_STATE_FORMING: Stance.FORMING,
+    throughput_pb2.ATTENDANCE_STATE_TICKING: Stance.TICKING,
+    throughput_pb2.ATTENDANCE_STATE_FAILED: Stance.FAILED,
+}
+Publish = Callable[[membership_pb2.ThroughputGroup, str], None]
+
+
+class AttendanceServicer(throughput_pb2_grpc.ThroughputAttendanceServicer):
+    """Holds the Groups of one controller."""
+
+    def __init__(
+        self,
+        publish: Publish,
+        policy: GroupPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.groups = Groups(policy or GroupPolicy())
+        self._publish, self._clock = publish, clock
+        self._streams: dict[str, object] = {}
+        self._poller: asyncio.Task[None] | None = None
+
+    def attach(self, server: grpc.aio.Server) -> None:
+        """Adds the service to a server that has not started."""
+        throughput_pb2_grpc.add_ThroughputAttendanceServicer_to_server(self, server)
+
+    async def start(self) -> None:
+        """Begins to decide."""
+        self._poller = asyncio.create_task(self._poll_forever())
+
+    async def stop(self) -> None:
+        """Ends deciding; streams end with the server."""
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
+
+    async def Attend(
+        self, messages: AsyncIterator[throughput_pb2.Attendance], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[throughput_pb2.AttendanceReply]:
+        """One agent's life."""
+        mine = object()
+        agent = ""
+        stance: tuple[int, Stance] | None = None
+        try:
+            async for message in messages:
+                said = attended_of(message)
+                if agent not in ("", said.attendee.agent):
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "member.agent changed within one stream")
+                if not agent and len(self._streams) >= MAX_AGENTS:
+                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_AGENTS} agents attend already")
+                agent = said.attendee.agent
+                self._streams[agent] = mine
+                refused = self.groups.attended(said, self._clock())
+                if (said.epoch, said.state) != stance:
+                    stance = (said.epoch, said.state)
+                    self._poll()
+                yield throughput_pb2.AttendanceReply(epoch=self.groups.group.epoch, refused=refused)
+        finally:
+            if agent and self._streams.get(agent) is mine:  # not when it came back on a newer stream
+                del self._streams[agent]
+                self.groups.left(agent, self._clock())
+                self._poll()
+
+    def _poll(self) -> None:
+        before = self.groups.group.epoch
+        group = self.groups.poll(self._clock())
+        if group is None and self.groups.group.epoch != before:
+            group = self.groups.group  # adopted
+        if group is not None:
+            self._publish(to_message(group), self.groups.why)
+
+    async def _poll_forever(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            self._poll()
+
+
+def attended_of(message: throughput_pb2.Attendance) -> Attended:
+    """The values of a message."""
+    member = message.member
+    attendee = Attendee(
+        member.agent,
+        member.node,
+        member.site,
+        member.address,
+        member.store_address,
+        tuple(message.backends),
+        message.wire_version,
+    )
+    return Attended(
+        attendee,
+        message.epoch,
+        STANCES.get(message.state, Stance.OUTSIDE),
+        message.problem,
+        tuple(message.suspects),
+        tuple(message.members),
+    )
+
+
+def to_message(group: Group) -> membership_pb2.ThroughputGroup:
+    """The group for a membership snapshot, stamped with the wall clock."""
+    members = [
+        membership_pb2.ThroughputMember(
+            agent=member.agent,
+            node=member.node,
+            site=member.site,
+            address=member.address,
+            store_address=member.store_address,
+        )
+        for member in group.members
+    ]
+    return membership_pb2.ThroughputGroup(
+        epoch=group.epoch,
+        members=members,
+        published_unix_s=time.time(),
+        backend=group.backend,
+        hierarchical=group.hierarchical,
+    )
