@@ -1,0 +1,43 @@
+"""`python -m router --config FILE [--ready-fd N]`: one router process, until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+
+import uvloop
+
+from megatoken.process import read_arguments, report_ready
+from router.app import RouterApp
+from router.config import RouterConfig
+
+
+async def _main(config: RouterConfig, ready_fd: int | None) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    app = RouterApp(config, time.time_ns())
+    await app.start()
+    report_ready(ready_fd, address=app.address, metrics_address=app.metrics_address, router=config.router)
+    await stopping.wait()
+    await app.stop()
+
+
+def main() -> None:
+    config, ready_fd = read_arguments("router", RouterConfig)
+    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        uvloop.run(_main(config, ready_fd))
+    except (OSError, ValueError) as error:
+        print(f"router: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

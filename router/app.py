@@ -1,0 +1,174 @@
+"""RouterApp: puts core and shells together, serves until told to stop, drains, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import time
+from typing import Any, cast
+
+from google.protobuf import json_format
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from megatoken.counters import CounterWriter
+from megatoken.tls import bind
+from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, tokens_pb2
+from router import recovery, upkeep
+from router.config import RouterConfig
+from router.door import Door
+from router.fleet import Fleet, Replica
+from router.ledger import Ledger
+from router.link import WorkerLink
+from router.membership import apply_snapshot
+from router.metrics import serve_metrics
+from router.secure import channel_to
+from router.service import RouterService, tokens_handler
+from router.state import RouterState
+from router.watch import watch_membership
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+HOLD_TICK_S = 0.005
+SERVICES = ("megatoken.v1.Tokens", "megatoken.v1.Router")
+
+
+class RouterApp:
+    """`start`, then `stop`. Addresses are known after start."""
+
+    def __init__(self, config: RouterConfig, incarnation: int) -> None:
+        self.config = config
+        writer = None
+        if config.counters_dir is not None:
+            header = {"kind": "router", "id": config.router, "incarnation": incarnation, "model": "", "engine": ""}
+            header |= {"device_kind": "", "devices": 0, "node": config.node, "site": config.site}
+            writer = CounterWriter(config.counters_dir / f"{config.router}.{incarnation}.counters", header)
+        self.writer = writer
+        self.state = RouterState(
+            config, Ledger(writer), random.Random(incarnation), Fleet(config.admission, config.breaker)
+        )
+        self.door = Door()
+        self.address = ""
+        self.metrics_address = ""
+        self._links: dict[Replica, WorkerLink] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing: set[asyncio.Task[None]] = set()
+        self._health = cast(Any, health).aio.HealthServicer()
+        self._server: aio.Server | None = None
+        self._stop_metrics = lambda: None
+
+    async def start(self) -> None:
+        config = self.config
+        options = server_options(config)
+        server = aio.server(options=options, maximum_concurrent_rpcs=None)
+        server.add_generic_rpc_handlers((tokens_handler(self.state, config, self.door),))
+        router_pb2_grpc.add_RouterServicer_to_server(RouterService(self.state, config, self.door), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (
+            tokens_pb2.DESCRIPTOR.services_by_name["Tokens"].full_name,
+            router_pb2.DESCRIPTOR.services_by_name["Router"].full_name,
+            health.SERVICE_NAME,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(names, server)
+        try:
+            port = bind(server, f"{config.host}:{config.port}", config.tls)
+        except RuntimeError:
+            raise OSError(f"port: {config.port} on {config.host} is taken; a free one, or 0 for any") from None
+        await server.start()
+        self._server = server
+        self.address = f"{config.advertise_host or config.host}:{port}"
+        if config.metrics_port is not None:
+            self.metrics_address, self._stop_metrics = serve_metrics(self.state)
+        await self._set_serving(True)
+        if config.static_snapshot is not None:
+            self.apply(json_format.ParseDict(config.static_snapshot, membership_pb2.Snapshot()))
+        if config.controllers:
+            watching = watch_membership(config.controllers, config.router, self._channel, self.apply)
+            self._tasks.append(asyncio.create_task(watching))
+        self._tasks.append(asyncio.create_task(self._tick()))
+        self._tasks.append(asyncio.create_task(self._hold_tick()))
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 50)
+
+    def _channel(self, address: str) -> aio.Channel:
+        return channel_to(address, self.config.worker_tls)
+
+    def apply(self, snapshot: membership_pb2.Snapshot) -> None:
+        now = time.monotonic()
+        change = apply_snapshot(self.state.fleet, snapshot, self.state.policy_of, now)
+        if change is None:
+            return
+        for replica in change.added:
+            link = WorkerLink(self.state, replica, self._channel)
+            self._links[replica] = link
+            link.start()
+        for replica in change.removed:
+            closing = asyncio.create_task(self._retire(replica))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def _retire(self, replica: Replica) -> None:
+        """A replica that is no longer a member: what it still has moves, then its session ends."""
+        link = self._links.pop(replica, None)
+        if link is not None:
+            await link.close()
+        if replica in self.state.fleet.live():  # it was not connected: nothing else lets go of its place
+            recovery.lose_replica(self.state, replica, f"replica {replica.name} was removed", time.monotonic())
+
+    async def _tick(self) -> None:
+        turn = 0
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = time.monotonic()
+            upkeep.tick(self.state, now, time.time())
+            turn += 1
+            if turn % 10 == 0:
+                upkeep.slow_tick(self.state, now)
+
+    async def _hold_tick(self) -> None:
+        while True:
+            await asyncio.sleep(HOLD_TICK_S if self.state.holds or self.state.held else TICK_S / 4)
+            if self.state.holds:
+                upkeep.flush_due(self.state, time.monotonic())
+
+    async def _set_serving(self, serving: bool) -> None:
+        kind = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *SERVICES):
+            await self._health.set(name, kind)
+
+    async def stop(self) -> None:
+        """Takes no new calls, lets running requests end for drain_s, then ends the rest."""
+        self.state.draining = True
+        await self._set_serving(False)
+        if self._server is not None:
+            await self._server.stop(self.config.drain_s if self.state.live else 0.2)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._closing, return_exceptions=True)
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+        self._stop_metrics()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def server_options(config: RouterConfig) -> list[tuple[str, int]]:
+    limits = config.limits
+    return [
+        ("grpc.so_reuseport", int(config.reuse_port)),
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", limits.max_connections_streams),
+        ("grpc.max_metadata_size", limits.max_header_bytes),
+        ("grpc.absolute_max_metadata_size", 2 * limits.max_header_bytes),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]

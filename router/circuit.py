@@ -1,0 +1,65 @@
+"""The circuit breaker of one replica: closed, open after failures in a row, half-open for one probing request.
+
+    CLOSED ── `failures` in a row ──> OPEN ── its pause is over ──> HALF_OPEN ── success ──> CLOSED
+                                       └───────── failure (pause doubles) ──────┘
+
+A caller's own error is neither a failure nor a success of the replica, and is never reported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class CircuitState(StrEnum):
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half-open"
+
+
+@dataclass(slots=True)
+class Circuit:
+    failures_to_open: int
+    open_s: float
+    max_open_s: float
+    state: CircuitState = CircuitState.CLOSED
+    failures: int = 0
+    pause_s: float = 0.0
+    until_s: float = 0.0
+    probing: bool = False
+
+    def allows(self, now: float) -> bool:
+        """Whether a request may go there; moves OPEN to HALF_OPEN when its pause is over."""
+        if self.state is CircuitState.OPEN and now >= self.until_s:
+            self.state = CircuitState.HALF_OPEN
+            self.probing = False
+        return self.state is CircuitState.CLOSED or (self.state is CircuitState.HALF_OPEN and not self.probing)
+
+    def sent(self) -> None:
+        """A request went there."""
+        if self.state is CircuitState.HALF_OPEN:
+            self.probing = True
+
+    def succeeded(self) -> None:
+        """A first token came."""
+        self.failures = 0
+        self.probing = False
+        if self.state is not CircuitState.CLOSED:
+            self.state = CircuitState.CLOSED
+            self.pause_s = 0.0
+
+    def let_go(self) -> None:
+        """The probing request ended without a verdict (cancelled, or the caller's error): probe again."""
+        self.probing = False
+
+    def failed(self, now: float) -> None:
+        """The replica failed a request, or its session."""
+        self.failures += 1
+        if self.state is CircuitState.HALF_OPEN or (
+            self.state is CircuitState.CLOSED and self.failures >= self.failures_to_open
+        ):
+            self.pause_s = min(max(self.open_s, self.pause_s * 2), self.max_open_s)
+            self.until_s = now + self.pause_s
+            self.state = CircuitState.OPEN
+            self.probing = False

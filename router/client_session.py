@@ -1,0 +1,153 @@
+"""Serves Session to clients: one SessionSink per call, one reader, one writer.
+
+The writer sends at once when nothing was sent in the last moment, and gathers otherwise: several worker frames become
+one message per session under load, one step is one message when there is time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from megatoken.errors import MegatokenError, RequestError
+from megatoken.frames import MalformedFrame, column
+from megatoken.v1.frame_columns_pb2 import ClientFrame, Start
+from router.config import RouterConfig
+from router.door import Caller, Door
+from router.ending import error_finish
+from router.request import Request
+from router.secure import EOF
+from router.sink import SessionSink
+from router.state import RouterState
+from router.submission import cancel, submit
+
+_URGENT_S = 0.001  # least time between messages when one holds a first token or an end
+
+
+class ClientSession(SessionSink):
+    """One Session call."""
+
+    def __init__(self, state: RouterState, config: RouterConfig, door: Door, caller: Caller) -> None:
+        super().__init__()
+        self._state = state
+        self._config = config
+        self._door = door
+        self._caller = caller
+        self._something = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._closing = False
+
+    def wake(self) -> None:
+        self._something.set()
+        if self.outbox.urgent:
+            self._urgent.set()
+
+    async def serve(self, context: Any) -> None:
+        self._state.add_sink(self)
+        writer = asyncio.create_task(self._write(context))
+        reader = asyncio.create_task(self._read(context))
+        try:
+            done, _ = await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            if reader in done and reader.exception() is None and not writer.done():
+                self._closing = True  # the client's half is closed: running requests end, then the call does
+                self._something.set()
+                await writer
+            for task in done:
+                task.result()
+        except MalformedFrame as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"frame: {error}")
+        except TimeoutError:
+            await context.abort(
+                grpc.StatusCode.ABORTED, f"the client read nothing for {self._config.limits.client_stall_s:.0f} s"
+            )
+        finally:
+            reader.cancel()
+            writer.cancel()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """The call is over: what still runs is cancelled, without a word to the client."""
+        if self.index < 0:
+            return
+        now = time.monotonic()
+        for request in list(self.requests.values()):
+            cancel(self._state, request, now)
+        self._state.remove_sink(self)
+        self.outbox.clear()
+
+    async def _read(self, context: Any) -> None:
+        while True:
+            raw = await context.read()
+            if raw is EOF:
+                return
+            now = time.monotonic()
+            try:
+                frame = ClientFrame.FromString(raw)
+            except DecodeError:
+                raise MalformedFrame(f"{len(raw)} bytes that are not a ClientFrame") from None
+            for start in frame.start:
+                self._start(start, now)
+            if frame.cancel:
+                for stream in column(frame.cancel).tolist():
+                    request = self.requests.get(stream)
+                    if request is not None:
+                        cancel(self._state, request, now)
+
+    def _start(self, start: Start, now: float) -> None:
+        message = start.request
+        try:
+            taken = range(start.stream, start.stream + max(1, message.sampling.n))
+            if len(self.requests) + len(taken) > self._config.limits.max_streams_per_session:
+                bound = self._config.limits.max_streams_per_session
+                raise RequestError("stream", start.stream, f"at most {bound} at once in a session")
+            if any(stream in self.requests for stream in taken) or taken[-1] >= 1 << 32:
+                raise RequestError("stream", start.stream, "numbers that no running request has, below 2**32")
+            tenant = self._door.admit(self._caller, message, now)
+            deadline_s = now + message.timeout_ms / 1000 if message.timeout_ms else float("inf")
+            submit(self._state, self, self.index, start.stream, message, tenant, deadline_s, now, self.own)
+        except MegatokenError as error:
+            self.refuse(start.stream, max(1, message.sampling.n), error)
+
+    def own(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.requests[request.stream] = request
+
+    def refuse(self, stream: int, choices: int, error: MegatokenError) -> None:
+        for number in range(stream, stream + min(choices, self._config.limits.max_n)):
+            if number not in self.requests:
+                self.outbox.add_finish(error_finish(number, error).SerializeToString())
+        self.wake()
+
+    async def _write(self, context: Any) -> None:
+        flush_s = self._config.delivery.flush_ms / 1000
+        stall_s = self._config.limits.client_stall_s
+        outbox = self.outbox
+        sent_at = 0.0
+        while True:
+            if not outbox:
+                if self._closing and not self.requests:
+                    return
+                self._something.clear()
+                await self._something.wait()
+                continue
+            wait_s = sent_at + (_URGENT_S if outbox.urgent else flush_s) - time.monotonic()
+            if wait_s > 0:
+                await self._pause(wait_s, urgent=outbox.urgent)
+                continue
+            sent_at = time.monotonic()
+            await asyncio.wait_for(context.write(outbox.take()), stall_s)
+
+    async def _pause(self, wait_s: float, *, urgent: bool) -> None:
+        """Waits, but no longer than until a first token comes."""
+        if urgent:
+            await asyncio.sleep(wait_s)
+            return
+        self._urgent.clear()
+        try:
+            await asyncio.wait_for(self._urgent.wait(), wait_s)
+        except TimeoutError:
+            pass

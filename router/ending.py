@@ -1,0 +1,94 @@
+"""A request is over: settles what it was charged, writes the ledger, tells the client. Exactly once per request."""
+
+from __future__ import annotations
+
+from megatoken.errors import MegatokenError, OverloadError, status_number
+from megatoken.v1 import tokens_pb2
+from router.fleet import Replica
+from router.lifecycle import Event, State
+from router.request import Request
+from router.state import RouterState
+
+STOP = tokens_pb2.FINISH_REASON_STOP
+LENGTH = tokens_pb2.FINISH_REASON_LENGTH
+CANCELLED = tokens_pb2.FINISH_REASON_CANCELLED
+ERROR = tokens_pb2.FINISH_REASON_ERROR
+
+
+def error_finish(stream: int, error: BaseException) -> tokens_pb2.Finish:
+    """The Finish of a request that ends with an error."""
+    message = str(error) if isinstance(error, MegatokenError) else f"internal error ({type(error).__name__})"
+    finish = tokens_pb2.Finish(stream=stream, reason=ERROR, code=status_number(error), message=message)
+    if isinstance(error, OverloadError):
+        finish.retry_after_ms = max(1, round(error.retry_after_s * 1000))
+    return finish
+
+
+def uncharge(state: RouterState, request: Request, now: float) -> Replica | None:
+    """Takes the request off its replica's account and pool of places; the slot is the caller's to free or orphan."""
+    replica = request.replica
+    if replica is None:
+        return None
+    made = int(state.slots.generated[request.slot]) - request.base_tokens
+    replica.prompt_outstanding -= request.charged_prompt
+    replica.decode_outstanding -= request.charged_decode - made
+    replica.in_flight -= 1
+    if replica.in_flight == 0:  # rounding and guesses end here
+        replica.prompt_outstanding = replica.decode_outstanding = 0.0
+    request.charged_prompt = request.charged_decode = 0
+    request.replica = None
+    state.fleet.refresh(replica, now)
+    return replica
+
+
+def generated_by(state: RouterState, request: Request) -> int:
+    """Tokens that the client has had or that wait for it."""
+    if request.slot < 0:
+        return len(request.carried) // 4
+    return max(int(state.slots.generated[request.slot]), len(request.replayed) // 4)
+
+
+def end(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: float) -> None:
+    """Finishes a request in whatever state it is. `finish` has what is particular; the rest is filled in here.
+
+    A slot that the worker still knows becomes a zombie if the request's own state is RUNNING; the caller who got the
+    worker's Finish frees it before (request.slot = -1 after keeping the count in finish.generated_tokens).
+    """
+    if request.state is State.QUEUED or request.state is State.RESUMING:
+        request.pool.queue.remove(request)
+    if request.slot >= 0:
+        finish.generated_tokens = generated_by(state, request)
+        replica = uncharge(state, request, now)
+        if replica is not None and replica.link is not None:
+            replica.link.send_cancel(request.slot)
+        if replica is not None and not request.first_on_replica:
+            replica.circuit.let_go()
+        state.pages.free(request.slot)
+        state.slots.orphan(request.slot)
+        request.slot = -1
+    elif request.carried:
+        finish.generated_tokens = len(request.carried) // 4
+    settle(state, request, finish, now)
+
+
+def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: float) -> None:
+    """The last step of every way to end: state, ledger, latency, and the client's Finish."""
+    request.move(Event.ENDED)
+    state.live -= 1
+    if request.delivery:
+        state.held -= 1
+    finish.stream = request.stream
+    if not finish.prompt_tokens or request.base_tokens:
+        finish.prompt_tokens = request.prompt_tokens
+    finish.resumes = request.resumes
+    if request.resumes and request.resume_note:
+        finish.resume_note = request.resume_note
+    failed = finish.reason in (ERROR, CANCELLED)
+    state.ledger.add("requests_failed" if failed else "requests_finished")
+    if not failed:
+        request.pool.saw_output(finish.generated_tokens)
+    state.latencies.whole.add(now - request.arrived_s, now)
+    request.carried = request.replayed = b""
+    request.sink.push_finish(request, finish.SerializeToString())
+    if state.on_finished is not None:
+        state.on_finished(request, finish, now)

@@ -1,0 +1,88 @@
+"""The queue of one model: priorities first, then fair between tenants by tokens (start-time fair queueing).
+
+Each tenant's virtual time moves by the tokens it was served; the waiting request with the smallest start tag goes
+next, so a tenant with a thousand waiting requests and one with a single request take turns. Bounded by the caller
+(admission.py). Cancelled entries are dropped when they come to the front.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from itertools import count
+from typing import Any, Protocol
+
+
+class Waiting(Protocol):
+    @property
+    def priority(self) -> int: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def cost_tokens(self) -> int: ...
+
+
+class FairQueue:
+    """push, peek, pop, remove are O(log n) amortised."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, float, int, Any]] = []
+        self._order = count()
+        self._front = deque[Any]()  # resumed requests: before everyone
+        self._finish: dict[str, float] = {}
+        self._clock = 0.0
+        self._gone: set[int] = set()
+        self.length = 0
+        self.tokens = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def push(self, item: Waiting, weight: float = 1.0) -> None:
+        start = max(self._clock, self._finish.get(item.tenant, 0.0))
+        self._finish[item.tenant] = start + item.cost_tokens / weight
+        heapq.heappush(self._heap, (item.priority, start, next(self._order), item))
+        self._counted(item, 1)
+
+    def push_front(self, item: Waiting) -> None:
+        """For a request that already ran: it was fair before."""
+        self._front.append(item)
+        self._counted(item, 1)
+
+    def peek(self) -> Any | None:
+        while self._front and id(self._front[0]) in self._gone:
+            self._gone.discard(id(self._front.popleft()))
+        if self._front:
+            return self._front[0]
+        while self._heap and id(self._heap[0][3]) in self._gone:
+            self._gone.discard(id(heapq.heappop(self._heap)[3]))
+        return self._heap[0][3] if self._heap else None
+
+    def pop(self) -> Any | None:
+        item = self.peek()
+        if item is None:
+            return None
+        if self._front:
+            self._front.popleft()
+        else:
+            _, start, _, _ = heapq.heappop(self._heap)
+            self._clock = max(self._clock, start)
+            if not self._heap:  # nobody waits: forget who had how much
+                self._finish.clear()
+                self._clock = 0.0
+        self._counted(item, -1)
+        return item
+
+    def remove(self, item: Waiting) -> None:
+        """Takes a waiting request out wherever it stands. The caller knows that it waits here."""
+        self._gone.add(id(item))
+        self._counted(item, -1)
+
+    def items(self) -> list[Any]:
+        """All that wait, in no particular order."""
+        everything = [*self._front, *(entry[3] for entry in self._heap)]
+        return [item for item in everything if id(item) not in self._gone]
+
+    def _counted(self, item: Waiting, sign: int) -> None:
+        self.length += sign
+        self.tokens += sign * item.cost_tokens

@@ -1,0 +1,70 @@
+"""Percentiles of time to first token and between tokens over the last minute, from log-spaced buckets. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+# From 0.1 ms to about 1000 s, 10 buckets a factor of 2: a percentile is right to 7%.
+_LOW_S: Final = 1e-4
+_PER_OCTAVE: Final = 10
+_BUCKETS: Final = 233
+_SLICE_S: Final = 10.0
+_SLICES: Final = 6
+
+
+def edges_s() -> npt.NDArray[np.float64]:
+    """Upper edges of the buckets."""
+    return _LOW_S * 2.0 ** (np.arange(1, _BUCKETS + 1) / _PER_OCTAVE)
+
+
+class Histogram:
+    """A sliding minute in six slices, and the totals since the start."""
+
+    def __init__(self) -> None:
+        self.total = np.zeros(_BUCKETS, np.int64)
+        self.sum_s = 0.0
+        self._slices: deque[tuple[float, npt.NDArray[np.int64]]] = deque()
+
+    def add(self, seconds: float, now: float) -> None:
+        bucket = min(int(math.log2(max(seconds, _LOW_S) / _LOW_S) * _PER_OCTAVE), _BUCKETS - 1)
+        self._current(now)[bucket] += 1
+        self.total[bucket] += 1
+        self.sum_s += seconds
+
+    def add_many(self, seconds: npt.NDArray[np.float64], now: float) -> None:
+        bucket = (np.log2(np.maximum(seconds, _LOW_S) / _LOW_S) * _PER_OCTAVE).astype(np.int64)
+        counts = np.bincount(np.minimum(bucket, _BUCKETS - 1), minlength=_BUCKETS)
+        self._current(now)[:] += counts
+        self.total += counts
+        self.sum_s += float(seconds.sum())
+
+    def percentiles_ms(self, shares: tuple[float, ...], now: float) -> list[float]:
+        """Over the last minute; empty when nothing came."""
+        self._current(now)
+        recent = np.sum([counts for _, counts in self._slices], axis=0)
+        total = int(recent.sum())
+        if not total:
+            return []
+        reached = np.cumsum(recent)
+        return [1e3 * float(edges_s()[int(np.searchsorted(reached, share * total))]) for share in shares]
+
+    def _current(self, now: float) -> npt.NDArray[np.int64]:
+        start = now - now % _SLICE_S
+        while self._slices and self._slices[0][0] <= start - _SLICE_S * _SLICES:
+            self._slices.popleft()
+        if not self._slices or self._slices[-1][0] != start:
+            self._slices.append((start, np.zeros(_BUCKETS, np.int64)))
+        return self._slices[-1][1]
+
+
+class Latencies:
+    def __init__(self) -> None:
+        self.first_token = Histogram()
+        self.between_tokens = Histogram()
+        self.queue = Histogram()
+        self.whole = Histogram()

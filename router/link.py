@@ -1,0 +1,175 @@
+"""WorkerLink: the router's one session to one replica's worker, reopened with backoff while the replica is a member.
+
+A shell: reads frames and hands them to the core, writes what the core wants to start and cancel. Starts and cancels
+that come while a write is under way go out together in the next message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import grpc
+from grpc import aio
+
+from megatoken.frames import MalformedFrame
+from megatoken.v1 import tokens_pb2, worker_pb2
+from router import recovery, wire
+from router.fleet import Replica
+from router.intake import on_frame
+from router.load import take_load
+from router.secure import EOF
+from router.state import RouterState
+
+log = logging.getLogger(__name__)
+
+MAX_BATCH_BYTES = 2 << 20  # of starts in one ClientFrame; a single larger one goes alone
+CONNECT_S = 10.0
+PING_EVERY_S = 5.0
+PING_TIMEOUT_S = 5.0
+_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class WorkerLink:
+    """`run` until `close`. The core sees it through fleet.Link."""
+
+    def __init__(self, state: RouterState, replica: Replica, open_channel: Callable[[str], aio.Channel]) -> None:
+        self._state = state
+        self._replica = replica
+        self._open_channel = open_channel
+        self._starts: list[bytes] = []
+        self._cancels: list[int] = []
+        self._something = asyncio.Event()
+        self._call: Any = None
+        self._why = ""
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"link {self._replica.name}")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def send_start(self, slot: int, request: bytes) -> None:
+        self._starts.append(wire.start(slot, request))
+        self._something.set()
+
+    def send_cancel(self, slot: int) -> None:
+        self._cancels.append(slot)
+        self._something.set()
+
+    def cut(self, reason: str) -> None:
+        self._why = reason
+        if self._call is not None:
+            self._call.cancel()
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            began = time.monotonic()
+            try:
+                await self._connect_and_serve()
+            finally:
+                if self._replica.connected:
+                    why = self._why or f"lost the session to replica {self._replica.name}"
+                    recovery.lose_replica(self._state, self._replica, why, time.monotonic())
+                self._call = None
+                self._why = ""
+            failures = 0 if time.monotonic() - began > 5 else failures + 1
+            await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1] if failures else _BACKOFF_S[0])
+
+    async def _connect_and_serve(self) -> None:
+        """One session, from connecting to its end. Errors of the connection end it quietly: the caller reopens."""
+        channel = self._open_channel(self._replica.member.address)
+        helpers: list[asyncio.Task[None]] = []
+        try:
+            await asyncio.wait_for(channel.channel_ready(), CONNECT_S)
+            call = cast(Any, channel).stream_stream("/megatoken.v1.Tokens/Session")()
+            self._call = call
+            self._starts.clear()
+            self._cancels.clear()
+            self._replica.link = self
+            recovery.connect(self._state, self._replica, time.monotonic())
+            helpers.append(asyncio.create_task(self._write(call)))
+            helpers.append(asyncio.create_task(self._ping(channel)))
+            await self._read(call)
+        except (aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
+            if self._replica.connected:
+                log.warning("session to replica %s ended: %s", self._replica.name, _short(error))
+        except MalformedFrame as error:
+            self._why = f"replica {self._replica.name} sent a malformed frame: {error}"
+            log.error("%s", self._why)
+        except asyncio.CancelledError:
+            if asyncio.current_task() is self._task and self._task is not None and self._task.cancelling():
+                raise
+            log.warning("session to replica %s cut: %s", self._replica.name, self._why)
+        finally:
+            for helper in helpers:
+                helper.cancel()
+            await channel.close(None)
+
+    async def _read(self, call: Any) -> None:
+        state, replica = self._state, self._replica
+        monotonic = time.monotonic
+        while True:
+            raw = await call.read()
+            if raw is EOF:
+                return
+            on_frame(state, replica, raw, monotonic())
+
+    async def _write(self, call: Any) -> None:
+        try:
+            while True:
+                await self._something.wait()
+                self._something.clear()
+                while self._starts or self._cancels:
+                    await call.write(self._take())
+        except (aio.AioRpcError, asyncio.InvalidStateError):
+            call.cancel()
+
+    def _take(self) -> bytes:
+        """One ClientFrame. Cancels go after all starts, in the last message."""
+        size, taken = 0, 0
+        for start in self._starts:
+            if taken and size + len(start) > MAX_BATCH_BYTES:
+                break
+            size += len(start)
+            taken += 1
+        batch, self._starts = self._starts[:taken], self._starts[taken:]
+        if not self._starts and self._cancels:
+            batch.append(wire.cancel(self._cancels))
+            self._cancels = []
+        return b"".join(batch)
+
+    async def _ping(self, channel: aio.Channel) -> None:
+        """Measures the round trip and reads the load of an idle worker. Never counts for or against the replica."""
+        get_load = channel.unary_unary(
+            "/megatoken.v1.Worker/GetLoad",
+            request_serializer=worker_pb2.GetLoadRequest.SerializeToString,
+            response_deserializer=tokens_pb2.Load.FromString,
+        )
+        while True:
+            began = time.monotonic()
+            try:
+                load = await get_load(worker_pb2.GetLoadRequest(), timeout=PING_TIMEOUT_S)
+            except aio.AioRpcError:
+                load = None
+            now = time.monotonic()
+            if load is not None and self._replica.connected:
+                took = now - began
+                rtt = self._replica.rtt_s
+                self._replica.rtt_s = took if rtt == 0 else min(took, rtt + 0.1 * (took - rtt))
+                take_load(self._state, self._replica, load, now)
+            await asyncio.sleep(PING_EVERY_S)
+
+
+def _short(error: BaseException) -> str:
+    if isinstance(error, aio.AioRpcError):
+        code: grpc.StatusCode = error.code()
+        return f"{code.name}: {(error.details() or '')[:200]}"
+    return type(error).__name__

@@ -1,0 +1,34 @@
+"""Takes a worker's load report: who else uses the replica, and how fast it is."""
+
+from __future__ import annotations
+
+from megatoken.v1 import tokens_pb2
+from router.fleet import Replica
+from router.state import RouterState
+
+_QUEUE_SHARE = 0.125  # of its batch: with more than this waiting in the engine, a replica gets no more
+
+
+def take_load(state: RouterState, replica: Replica, load: tokens_pb2.Load, now: float) -> None:
+    """Updates the replica from its report and measures its capacity from the difference to the last one."""
+    has = load.running + load.waiting
+    replica.others = max(0, has - replica.in_flight)
+    before, was_running = replica.load_totals, replica.running
+    replica.running, replica.engine_waiting, replica.kv_usage = load.running, load.waiting, load.kv_usage
+    if load.waiting > max(4, _QUEUE_SHARE * replica.capacity.batch):
+        # The engine cannot run what it has (its cache is full): what it runs now is its limit until it says better.
+        replica.limit = max(1, load.running + max(2, load.running // 8))
+    else:
+        replica.limit = max(1, round(replica.capacity.batch * state.config.admission.replica_slack))
+    totals = (load.prompt_tokens, load.generated_tokens, load.busy_us)
+    if before is None:
+        replica.load_totals = totals
+    else:
+        prompt, generated, busy_us = (new - old for new, old in zip(totals, before, strict=True))
+        if busy_us >= 50_000 or generated < 0:
+            replica.load_totals = totals
+            running = max(1.0, (was_running + load.running) / 2)
+            if generated > 0 and prompt >= 0:
+                replica.capacity.observe(busy_us / 1e6, generated, prompt, running)
+                replica.pool.rates_by_kind[replica.member.device_kind] = replica.capacity.rates
+    state.fleet.refresh(replica, now)

@@ -1,0 +1,108 @@
+"""What waits to be sent to one client session: parts in order, put together into as few frames as fit.
+
+One part is what one worker frame held for the session. Several parts in one frame only repeat stream numbers, which
+the contract allows; order within a stream is the order of parts. The tokens in a part are views of received memory:
+nothing is copied before the frame is put together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatoken.frames import U32
+from router import wire
+
+U32Column = npt.NDArray[np.uint32]
+MAX_FRAME_BYTES: Final = 1 << 20  # gRPC clients refuse messages over 4 MiB unless told otherwise
+
+
+class Part(NamedTuple):
+    """Columns as in Frame (counts None: all one), with details and finishes encoded."""
+
+    stream: U32Column | None
+    counts: U32Column | None
+    token: U32Column | None
+    details: list[bytes]
+    finishes: list[bytes]
+
+    def size_bytes(self) -> int:
+        columns = 0 if self.stream is None or self.token is None else 8 * len(self.stream) + 4 * len(self.token)
+        return columns + sum(map(len, self.details)) + sum(map(len, self.finishes))
+
+
+_NONE: Final[list[bytes]] = []
+
+
+class FrameOutbox:
+    """Unbounded in itself: it holds at most what its requests may still produce, and admission bounds those."""
+
+    def __init__(self) -> None:
+        self._parts: deque[Part] = deque()
+        self.urgent = False  # holds a first token or a finish: do not wait
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def add_tokens(self, stream: Any, count: Any, token: Any) -> None:
+        self._parts.append(Part(stream, count, token, _NONE, _NONE))
+
+    def add_part(self, part: Part) -> None:
+        self._parts.append(part)
+
+    def add_finish(self, finish: bytes) -> None:
+        self._parts.append(Part(None, None, None, _NONE, [finish]))
+        self.urgent = True
+
+    def clear(self) -> None:
+        self._parts.clear()
+        self.urgent = False
+
+    def take(self) -> bytes:
+        """One encoded Frame of what waits, as much as fits; call again while the outbox is not empty."""
+        parts: list[Part] = []
+        size = 0
+        while self._parts:
+            following = self._parts[0].size_bytes()
+            if parts and size + following > MAX_FRAME_BYTES:
+                break
+            size += following
+            parts.append(self._parts.popleft())
+        if not self._parts:
+            self.urgent = False
+        return encode_frame(parts)
+
+
+def encode_frame(parts: list[Part]) -> bytes:
+    """The bytes of a Frame that holds the parts in order."""
+    columns = [part for part in parts if part.stream is not None]
+    pieces: list[bytes] = []
+    if columns:
+        stream = _joined([part.stream for part in columns])
+        token = _joined([part.token for part in columns])
+        pieces += (wire.TAG_FRAME_STREAM, wire.varint(len(stream)), stream)
+        if any(part.counts is not None for part in columns):
+            count = _joined([_ones(part.stream) if part.counts is None else part.counts for part in columns])
+            pieces += (wire.TAG_FRAME_COUNT, wire.varint(len(count)), count)
+        pieces += (wire.TAG_FRAME_TOKEN, wire.varint(len(token)), token)
+    for part in parts:
+        for detail in part.details:
+            pieces += (wire.TAG_FRAME_DETAIL, wire.varint(len(detail)), detail)
+    for part in parts:
+        for finish in part.finishes:
+            pieces += (wire.TAG_FRAME_FINISH, wire.varint(len(finish)), finish)
+    return b"".join(pieces)
+
+
+def _ones(stream: U32Column | None) -> U32Column:
+    return np.ones(0 if stream is None else len(stream), U32)
+
+
+def _joined(columns: list[U32Column | None]) -> bytes:
+    present = [column for column in columns if column is not None]
+    if len(present) == 1:
+        return present[0].tobytes()
+    return np.concatenate(present).tobytes()

@@ -1,0 +1,78 @@
+"""Gives waiting requests a replica: fair queue -> policy -> slot -> the worker's session."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatoken.frames import U32
+from megatoken.v1 import tokens_pb2
+from router import continuation
+from router.ending import LENGTH, end
+from router.fleet import Pool, Replica
+from router.lifecycle import Event
+from router.policies import Question
+from router.request import Request
+from router.slots import DIRECT
+from router.state import RouterState
+
+
+def question_of(request: Request) -> Question:
+    return Question(
+        request.prompt_tokens,
+        request.expected_tokens,
+        request.affinity,
+        request.lora,
+        request.site,
+        request.prefix_hashes,
+        frozenset(request.tried),
+    )
+
+
+def pump(state: RouterState, pool: Pool, now: float) -> None:
+    """Places as many waiting requests of the model as there is room for."""
+    while pool.queue.length and pool.open:
+        request = pool.queue.peek()
+        if request is None:
+            return
+        replica = pool.policy.choose(pool, question_of(request), state.rng)
+        if replica is None:
+            return
+        pool.queue.pop()
+        place(state, request, replica, now)
+
+
+def place(state: RouterState, request: Request, replica: Replica, now: float) -> None:
+    """Sends the request to the replica. It is in no queue."""
+    if replica.link is None:
+        raise RuntimeError(f"replica {replica.name} is in the open list without a session")
+    request.move(Event.PLACED)
+    request.attempts += 1
+    raw, base = request.raw, 0
+    if request.carried and not request.replay:
+        if len(request.carried) // 4 >= request.max_tokens:  # only its Finish was lost
+            end(state, request, tokens_pb2.Finish(reason=LENGTH, replica=replica.name), now)
+            return
+        raw, base = continuation.prefix_request(request.raw, request.carried), len(request.carried) // 4
+    direct = request.attempts > 1 or request.delivery or request.sink_index < 0
+    sink = DIRECT if direct else request.sink_index
+    slot = state.slots.take(replica.index, sink, request.stream, request, now)
+    if base:
+        state.pages.append_run(slot, 0, np.frombuffer(request.carried, U32))
+        state.slots.generated[slot] = base
+    elif request.carried:
+        request.replayed, request.replay_at = request.carried, 0
+    request.carried = b""
+    request.slot, request.replica, request.base_tokens = slot, replica, base
+    request.placed_s = now
+    request.first_on_replica = False
+    request.charged_prompt = request.prompt_tokens + base
+    request.charged_decode = max(1, request.expected_tokens - base)
+    replica.prompt_outstanding += request.charged_prompt
+    replica.decode_outstanding += request.charged_decode
+    if replica.in_flight == 0:
+        replica.last_frame_s = now
+    replica.in_flight += 1
+    replica.circuit.sent()
+    state.latencies.queue.add(now - request.arrived_s, now)
+    replica.link.send_start(slot, raw)
+    state.fleet.refresh(replica, now)

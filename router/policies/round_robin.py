@@ -1,0 +1,27 @@
+"""round_robin: the open replicas in turn. Load and speed play no part; for comparison, and for equal short requests."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from router.fleet import Pool, Replica
+    from router.policies import Question
+
+
+class RoundRobin:
+    name = "round_robin"
+    wants_prefix = False
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Replica | None:
+        places = pool.open
+        for _ in range(min(len(places), len(question.avoid) + 1)):
+            self._turn += 1
+            replica = places[self._turn % len(places)]
+            if replica.index not in question.avoid:
+                return replica
+        return places[self._turn % len(places)] if places else None

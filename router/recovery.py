@@ -1,0 +1,109 @@
+"""A replica is lost, or lets a request go: the request goes on elsewhere where that is allowed, else it ends."""
+
+from __future__ import annotations
+
+from megatoken.errors import UnavailableError
+from router.ending import end, error_finish, uncharge
+from router.fleet import Replica
+from router.lifecycle import Event, State
+from router.placement import pump
+from router.request import Request
+from router.state import RouterState
+
+
+def lose(state: RouterState, request: Request, reason: str, now: float, *, known_to_worker: bool) -> None:
+    """The request's replica has it no more. Queues it for another one, first in line, or ends it with UNAVAILABLE.
+
+    known_to_worker: the worker may still send for the slot (it was moved, not lost): it becomes a zombie.
+    """
+    if request.state is not State.RUNNING:
+        return
+    replica = request.replica
+    _take_back(state, request, now, known_to_worker)
+    if replica is not None and replica.index not in request.tried:
+        request.tried.append(replica.index)
+    refusal = _refusal(state, request, reason, now)
+    if refusal:
+        finish = error_finish(request.stream, UnavailableError(refusal))
+        if replica is not None:
+            finish.replica = replica.name
+        end(state, request, finish, now)
+        return
+    request.move(Event.LOST)
+    if request.carried or request.attempts:
+        request.resumes += bool(request.carried)
+    if request.carried:
+        state.ledger.resumes += 1
+    request.placed_s = now  # it waits from now on
+    request.pool.queue.push_front(request)
+    pump(state, request.pool, now)
+
+
+def _take_back(state: RouterState, request: Request, now: float, known_to_worker: bool) -> None:
+    """Keeps what was generated, and settles with the replica."""
+    slot = request.slot
+    total = int(state.slots.generated[slot])
+    carried = state.pages.read(slot, 0, total).tobytes()
+    if len(request.replayed) > len(carried):  # lost again in the middle of a replay
+        carried = request.replayed
+    replica = uncharge(state, request, now)
+    state.pages.free(slot)
+    if known_to_worker and replica is not None and replica.link is not None:
+        replica.link.send_cancel(slot)
+        state.slots.orphan(slot)
+    else:
+        state.slots.free(slot)
+    request.slot = -1
+    request.carried = carried
+    request.replayed, request.replay_at = b"", 0
+
+
+def _refusal(state: RouterState, request: Request, reason: str, now: float) -> str:
+    """Why the request cannot go on; empty when it can."""
+    resume = state.config.resume
+    if request.carried and not request.resume:
+        return f"{reason}; resuming is off for this request"
+    if request.attempts > resume.max_resumes:
+        return f"{reason}; moved {request.attempts - 1} times already"
+    if not state.retries.take(now):
+        return f"{reason}; too many requests move already (retry budget)"
+    if request.carried and request.pool.replicas and request.replay is False:
+        context = request.pool.max_model_len
+        if context and request.prompt_tokens + len(request.carried) // 4 >= context:
+            return f"{reason}; no room is left in the context"
+    return ""
+
+
+def lose_replica(state: RouterState, replica: Replica, reason: str, now: float) -> None:
+    """The session to the replica's worker is gone, and with it all that it had."""
+    replica.connected = False
+    replica.link = None
+    replica.load_totals = None
+    replica.others = 0
+    state.fleet.refresh(replica, now)
+    had = [(slot, state.slots.owner[slot]) for slot in state.slots.of_replica(replica.index)]
+    if any(owner is not None for _, owner in had):
+        replica.circuit.failed(now)
+    for slot, request in had:
+        if request is None:
+            state.slots.free(slot)
+        else:
+            lose(state, request, reason, now, known_to_worker=False)
+    if replica.gone:
+        state.fleet.release(replica)
+
+
+def connect(state: RouterState, replica: Replica, now: float) -> None:
+    """The session to the replica's worker stands (replica.link is set)."""
+    replica.connected = True
+    replica.last_frame_s = now
+    state.fleet.refresh(replica, now)
+    pump(state, replica.pool, now)
+
+
+def move_all(state: RouterState, replica: Replica, reason: str, now: float) -> None:
+    """Moves what a draining replica still has; it stays connected until the moved streams are confirmed."""
+    for slot in state.slots.of_replica(replica.index):
+        request = state.slots.owner[slot]
+        if request is not None:
+            lose(state, request, reason, now, known_to_worker=True)

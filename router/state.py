@@ -1,0 +1,66 @@
+"""RouterState: everything the router's pure core works on. The functions that change it are in the modules around.
+
+submission (a request arrives) -> placement (it gets a replica) -> intake (frames come back) -> ending (it is over);
+recovery (its replica is lost); upkeep (time passes). No I/O: shells hand in `now` and bytes, and are woken through
+the sinks and links they gave.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from megatoken.v1 import tokens_pb2
+from router.config import RouterConfig
+from router.fleet import Fleet
+from router.history import TokenPages
+from router.latency import Latencies
+from router.ledger import Ledger
+from router.policies import Policy, make_policy
+from router.request import Request
+from router.retry_budget import RetryBudget
+from router.sink import SessionSink
+from router.slots import SlotTable
+
+
+@dataclass(slots=True)
+class RouterState:
+    config: RouterConfig
+    ledger: Ledger
+    rng: random.Random
+    fleet: Fleet
+    slots: SlotTable = field(default_factory=SlotTable)
+    pages: TokenPages = field(init=False)
+    sinks: list[SessionSink | None] = field(default_factory=list)
+    latencies: Latencies = field(default_factory=Latencies)
+    retries: RetryBudget = field(init=False)
+    live: int = 0  # requests running, queued and resuming
+    resuming: int = 0
+    held: int = 0  # live requests with held delivery
+    draining: bool = False
+    deadlines: list[tuple[float, int, Request]] = field(default_factory=list)  # a heap
+    holds: list[tuple[float, int, Request]] = field(default_factory=list)  # held tokens due, a heap
+    on_finished: Callable[[Request, tokens_pb2.Finish, float], None] | None = None
+    ordinal: int = 0  # breaks ties in the heaps
+
+    def __post_init__(self) -> None:
+        self.pages = TokenPages(self.slots)
+        resume = self.config.resume
+        self.retries = RetryBudget(resume.retry_budget_ratio, resume.retry_budget_floor)
+
+    def policy_of(self, name: str) -> Policy:
+        return make_policy(name or self.config.policy)
+
+    def add_sink(self, sink: SessionSink) -> None:
+        for index, present in enumerate(self.sinks):
+            if present is None:
+                sink.index = index
+                self.sinks[index] = sink
+                return
+        sink.index = len(self.sinks)
+        self.sinks.append(sink)
+
+    def remove_sink(self, sink: SessionSink) -> None:
+        self.sinks[sink.index] = None
+        sink.index = -1

@@ -1,0 +1,135 @@
+"""A request arrives: checked, admitted, queued and, as a rule, placed at once."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+from megatoken.errors import MegatokenError, RequestError
+from megatoken.v1 import tokens_pb2
+from megatoken.v1.frame_columns_pb2 import GenerateRequest
+from router import admission, continuation
+from router.ending import CANCELLED, end
+from router.lifecycle import State
+from router.placement import pump
+from router.request import Request, Sink
+from router.state import RouterState
+from router.validation import check_request, pool_of
+
+_RESUME_OFF = 2  # tokens.proto, Resume
+
+
+def submit(
+    state: RouterState,
+    sink: Sink,
+    sink_index: int,
+    stream: int,
+    message: GenerateRequest,
+    tenant: str,
+    deadline_s: float,
+    now: float,
+    own: Callable[[list[Request]], None] | None = None,
+) -> list[Request]:
+    """Takes a request on; returns one Request a choice. Raises a MegatokenError when it may not enter.
+
+    `own` gets the requests before any answer can come.
+
+    `message` is the caller's no more: it is changed here. `deadline_s` is monotonic; inf: none. Answers come through
+    `sink`, possibly before this returns.
+    """
+    try:
+        requests = _admit(state, sink, sink_index, stream, message, tenant, deadline_s, now)
+    except RequestError:
+        raise
+    except MegatokenError:
+        state.ledger.refused += 1
+        raise
+    if own is not None:
+        own(requests)
+    for request in requests:
+        state.live += 1
+        state.held += bool(request.delivery)
+        state.retries.started(now)
+        state.ledger.add("requests_started")
+        if deadline_s != float("inf"):
+            state.ordinal += 1
+            heapq.heappush(state.deadlines, (deadline_s, state.ordinal, request))
+        request.pool.queue.push(request)
+    pump(state, requests[0].pool, now)
+    return requests
+
+
+def _admit(
+    state: RouterState,
+    sink: Sink,
+    sink_index: int,
+    stream: int,
+    message: GenerateRequest,
+    tenant: str,
+    deadline_s: float,
+    now: float,
+) -> list[Request]:
+    pool = pool_of(state.fleet, message.model)
+    prompt_tokens, max_tokens = check_request(message, pool, state.config.limits)
+    choices = max(1, message.sampling.n)
+    expected = pool.expected_output(max_tokens)
+    cost = (prompt_tokens + expected) * choices
+    refused = admission.refusal(
+        pool, cost, prompt_tokens, state.live + choices - 1, deadline_s - now, state.config.admission
+    )
+    if refused is not None:
+        raise refused
+    if not message.request_id:
+        state.ordinal += 1
+        message.request_id = f"{state.config.router}-{state.ordinal:x}"
+    replay = continuation.has_state(message.sampling)
+    if replay:
+        continuation.give_seed(message.sampling, state.rng)
+    delivery, delay_s = message.delivery, message.max_delay_ms / 1000
+    message.ClearField("delivery")  # holding back is the router's part
+    message.ClearField("max_delay_ms")
+    resume = state.config.resume.enabled if not message.resume else message.resume != _RESUME_OFF
+    return [
+        Request(
+            request_id=message.request_id,
+            sink=sink,
+            sink_index=sink_index,
+            stream=stream + choice,
+            choice=choice,
+            pool=pool,
+            raw=_choice_bytes(message, choice, choices),
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            expected_tokens=expected,
+            priority=message.priority,
+            tenant=tenant,
+            affinity=message.affinity,
+            lora=message.lora,
+            site=message.site,
+            resume=resume,
+            replay=replay,
+            delivery=delivery,
+            max_delay_s=delay_s,
+            deadline_s=deadline_s,
+            arrived_s=now,
+        )
+        for choice in range(choices)
+    ]
+
+
+def _choice_bytes(message: GenerateRequest, choice: int, choices: int) -> bytes:
+    """With n > 1 every choice is a request with n = 1, seeded as vLLM seeds its own children: seed + choice."""
+    if choices > 1:
+        message.sampling.n = 1
+        if choice and message.sampling.HasField("seed"):
+            message.sampling.seed += 1
+    return message.SerializeToString()
+
+
+def cancel(state: RouterState, request: Request, now: float) -> None:
+    """The client wants no more. Its Finish says CANCELLED; the worker is told."""
+    if request.state is State.FINISHED:
+        return
+    pool = request.pool
+    end(state, request, tokens_pb2.Finish(reason=CANCELLED), now)
+    pump(state, pool, now)

@@ -1,0 +1,77 @@
+"""What time alone brings about: deadlines, waits that are too long, hung replicas, drain deadlines, held tokens."""
+
+from __future__ import annotations
+
+import heapq
+
+from megatoken.errors import DeadlineError, UnavailableError
+from router.ending import end, error_finish
+from router.intake import flush_held
+from router.lifecycle import State
+from router.outliers import slow_replicas
+from router.placement import pump
+from router.recovery import move_all
+from router.state import RouterState
+
+
+def flush_due(state: RouterState, now: float) -> None:
+    """Passes on coalesced tokens whose delay is over. Called every few milliseconds while any is held."""
+    while state.holds and state.holds[0][0] <= now:
+        _, _, request = heapq.heappop(state.holds)
+        request.hold_due = False
+        if request.state is State.RUNNING:
+            flush_held(state, request)
+
+
+def tick(state: RouterState, now: float, unix_s: float) -> None:
+    """Called about ten times a second."""
+    _deadlines(state, now)
+    for replica in state.fleet.live():
+        if replica.draining and 0 < replica.member.drain_deadline_unix_s <= unix_s and replica.in_flight:
+            move_all(state, replica, f"replica {replica.name} was drained", now)
+        silent_s = now - replica.last_frame_s
+        if replica.connected and replica.in_flight and silent_s > state.config.resume.hang_s:
+            if replica.link is not None:
+                replica.circuit.failed(now)
+                replica.link.cut(f"no frame for {silent_s:.1f} s")
+            continue
+        state.fleet.refresh(replica, now)
+    for pool in state.fleet.pools.values():
+        pump(state, pool, now)
+    _waits(state, now)
+
+
+def slow_tick(state: RouterState, now: float) -> None:
+    """Called about once a second: leaves out replicas much slower than their kind."""
+    for pool in state.fleet.pools.values():
+        for replica in slow_replicas(pool, state.config.breaker, now):
+            replica.ejected_until_s = now + state.config.breaker.max_open_s
+            replica.ttft_s = replica.step_s = 0.0  # judged anew afterwards
+            state.fleet.refresh(replica, now)
+
+
+def _deadlines(state: RouterState, now: float) -> None:
+    while state.deadlines and state.deadlines[0][0] <= now:
+        _, _, request = heapq.heappop(state.deadlines)
+        if request.state is not State.FINISHED:
+            pool = request.pool
+            late_s = now - request.arrived_s
+            end(state, request, error_finish(0, DeadlineError(f"not done after {late_s:.3f} s, its deadline")), now)
+            pump(state, pool, now)
+
+
+def _waits(state: RouterState, now: float) -> None:
+    """Ends what waited too long: for its first replica, or for another one."""
+    for pool in state.fleet.pools.values():
+        if not pool.queue.length:
+            continue
+        serving = any(replica.connected for replica in pool.replicas)
+        for request in pool.queue.items():
+            since = request.placed_s if request.state is State.RESUMING else request.arrived_s
+            bound = state.config.admission.max_queue_s
+            if request.state is State.RESUMING or not serving:
+                bound = state.config.resume.wait_s
+            if now - since > bound:
+                why = pool.blocked or "no replica had room"
+                text = f"waited {now - since:.1f} s for a replica of {pool.model!r}: {why}"
+                end(state, request, error_finish(0, UnavailableError(text)), now)

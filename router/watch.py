@@ -1,0 +1,59 @@
+"""Watches membership: snapshots from a controller, the last one kept while it is away, a bounded resync."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from grpc import aio
+
+from megatoken.v1 import membership_pb2, membership_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+RESYNC_S = 60.0  # a watch is opened anew after this, asking for everything
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 5.0
+
+
+async def watch_membership(
+    controllers: Sequence[str],
+    watcher: str,
+    open_channel: Callable[[str], aio.Channel],
+    apply: Callable[[membership_pb2.Snapshot], None],
+) -> None:
+    """Until cancelled: tries the controllers in turn, applies every snapshot. Never raises for one that is away."""
+    pause_s = _FIRST_PAUSE_S
+    turn = 0
+    while True:
+        address = controllers[turn % len(controllers)]
+        got = await _watch_once(address, watcher, open_channel, apply)
+        if got:
+            pause_s = _FIRST_PAUSE_S
+            continue
+        turn += 1
+        await asyncio.sleep(pause_s)
+        pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+
+async def _watch_once(
+    address: str,
+    watcher: str,
+    open_channel: Callable[[str], aio.Channel],
+    apply: Callable[[membership_pb2.Snapshot], None],
+) -> bool:
+    """One watch; whether anything came. Ends at RESYNC_S at the latest."""
+    channel = open_channel(address)
+    got = False
+    try:
+        stub = membership_pb2_grpc.MembershipStub(channel)
+        async for snapshot in stub.Watch(membership_pb2.WatchRequest(watcher=watcher), timeout=RESYNC_S):
+            apply(snapshot)
+            got = True
+    except aio.AioRpcError as error:
+        if not got:
+            log.info("no membership from %s: %s", address, error.code().name)
+    finally:
+        await channel.close(None)
+    return got
