@@ -103,18 +103,20 @@ class RouterMember(_message.Message):
     def __init__(self, router: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class ThroughputGroup(_message.Message):
-    __slots__ = ("epoch", "members", "published_unix_s", "backend", "hierarchical")
+    __slots__ = ("epoch", "members", "published_unix_s", "backend", "hierarchical", "why")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     HIERARCHICAL_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     members: _containers.RepeatedCompositeFieldContainer[ThroughputMember]
     published_unix_s: float
     backend: str
     hierarchical: bool
-    def __init__(self, epoch: _Optional[int] = ..., members: _Optional[_Iterable[_Union[ThroughputMember, _Mapping]]] = ..., published_unix_s: _Optional[float] = ..., backend: _Optional[str] = ..., hierarchical: bool = ...) -> None: ...
+    why: str
+    def __init__(self, epoch: _Optional[int] = ..., members: _Optional[_Iterable[_Union[ThroughputMember, _Mapping]]] = ..., published_unix_s: _Optional[float] = ..., backend: _Optional[str] = ..., hierarchical: bool = ..., why: _Optional[str] = ...) -> None: ...
 
 class ThroughputMember(_message.Message):
     __slots__ = ("agent", "node", "site", "address", "store_address")
