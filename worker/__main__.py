@@ -19,6 +19,7 @@ from megatoken.errors import EngineDeadError, MegatokenError, RequestError
 from megatoken.log import log_event, setup_logging
 from megatoken.process import read_arguments, report_ready
 from worker.config import WorkerConfig
+from worker.engines.engine import Engine
 
 STATUS_ENGINE_DEAD: Final = 1
 STATUS_BAD_CONFIG: Final = 2
@@ -27,9 +28,8 @@ FLUSH_S: Final = 1.0  # how long callers get to read their last Finish when the 
 _log = logging.getLogger("worker")
 
 
-async def serve(config: WorkerConfig, ready_fd: int | None) -> int:
-    """Runs the worker; returns the exit status."""
-    from worker.engines.factory import make_engine
+async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> int:
+    """Serves a booted engine; returns the exit status."""
     from worker.measures import Measures
     from worker.replica import Replica
     from worker.server import WorkerServer
@@ -39,7 +39,6 @@ async def serve(config: WorkerConfig, ready_fd: int | None) -> int:
     stopping, died = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    engine = make_engine(config)
     counters = open_counters(config)
     replica = Replica(config, engine, counters.totals, Measures(), lambda _reason: died.set())
     starting = asyncio.create_task(replica.start())
@@ -126,8 +125,12 @@ def main() -> int:
     setup_logging("worker", config.replica, config.log_level)
     import uvloop
 
+    from worker.engines.factory import make_engine
+
     try:
-        return uvloop.run(serve(config, ready_fd))
+        engine = make_engine(config)
+        engine.boot()
+        return uvloop.run(serve(config, engine, ready_fd))
     except EngineDeadError as error:
         log_event(_log, "engine.dead", str(error), level=logging.ERROR, replica=config.replica)
         print(f"worker: {config.replica}: engine dead: {error}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ class TlsConfig(BaseModel):
 
     cert_file: str = Field(description="PEM certificate chain of this server")
     key_file: str = Field(description="PEM private key of this server")
-    ca_file: str | None = Field(None, description="PEM bundle that client certificates must be signed by")
+    ca_file: str | None = Field(default=None, description="PEM bundle that client certificates must be signed by")
 
 
 class FaultConfig(BaseModel):
@@ -27,9 +27,9 @@ class FaultConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["die", "hang", "slow"] = Field(description="die: the engine is gone; hang: no step; slow: long steps")
-    after_s: float | None = Field(None, ge=0, description="seconds from ready")
-    after_tokens: int | None = Field(None, ge=0, description="generated tokens of this worker")
-    factor: float = Field(10.0, gt=1, le=1000, description="slow: how many times longer a step takes")
+    after_s: float | None = Field(default=None, ge=0, description="seconds from ready")
+    after_tokens: int | None = Field(default=None, ge=0, description="generated tokens of this worker")
+    factor: float = Field(default=10.0, gt=1, le=1000, description="slow: how many times longer a step takes")
 
     @model_validator(mode="after")
     def _one_trigger(self) -> FaultConfig:
@@ -43,22 +43,24 @@ class SimulatedConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    decode_tokens_per_s: float = Field(4000.0, gt=0, description="generated tokens/s with a full batch")
-    prefill_tokens_per_s: float = Field(100_000.0, gt=0, description="prompt tokens/s")
-    max_running: int = Field(256, ge=1, le=65_536, description="requests in a batch")
+    decode_tokens_per_s: float = Field(default=4000.0, gt=0, description="generated tokens/s with a full batch")
+    prefill_tokens_per_s: float = Field(default=100_000.0, gt=0, description="prompt tokens/s")
+    max_running: int = Field(default=256, ge=1, le=65_536, description="requests in a batch")
     step_s: float | None = Field(
-        None, gt=0, le=10, description="seconds of a decode step; unset: max_running / decode_tokens_per_s"
+        default=None, gt=0, le=10, description="seconds of a decode step; unset: max_running / decode_tokens_per_s"
     )
-    max_model_len: int = Field(131_072, ge=2, description="tokens of prompt and answer; WorkerConfig.max_model_len wins")
-    vocab_size: int = Field(49_152, ge=16, description="token ids are below this")
-    block_size: int = Field(16, ge=1, description="tokens of a KV block")
-    kv_cache_tokens: int = Field(4_000_000, ge=16, description="tokens that fit the KV cache")
-    prefill_chunk_tokens: int = Field(8192, ge=16, description="prompt tokens a step takes at most")
-    eos_token_id: int = Field(2, ge=0, description="token that ends a request; see eos_every")
-    eos_every: int = Field(0, ge=0, description="about one token in this many is end-of-sequence; 0: never")
-    start_s: float = Field(0.0, ge=0, le=600, description="seconds that starting takes")
-    seed: int = Field(0, ge=0, description="another seed is another 'model': other tokens for the same prompt")
-    faults: tuple[FaultConfig, ...] = Field((), description="faults to make")
+    max_model_len: int = Field(
+        131_072, ge=2, description="tokens of prompt and answer; WorkerConfig.max_model_len wins"
+    )
+    vocab_size: int = Field(default=49_152, ge=16, description="token ids are below this")
+    block_size: int = Field(default=16, ge=1, description="tokens of a KV block")
+    kv_cache_tokens: int = Field(default=4_000_000, ge=16, description="tokens that fit the KV cache")
+    prefill_chunk_tokens: int = Field(default=8192, ge=16, description="prompt tokens a step takes at most")
+    eos_token_id: int = Field(default=2, ge=0, description="token that ends a request; see eos_every")
+    eos_every: int = Field(default=0, ge=0, description="about one token in this many is end-of-sequence; 0: never")
+    start_s: float = Field(default=0.0, ge=0, le=600, description="seconds that starting takes")
+    seed: int = Field(default=0, ge=0, description="another seed is another 'model': other tokens for the same prompt")
+    faults: tuple[FaultConfig, ...] = Field(default=(), description="faults to make")
 
 
 class WorkerConfig(BaseModel):
@@ -71,39 +73,51 @@ class WorkerConfig(BaseModel):
         default_factory=time.time_ns, ge=1, description="unique to this process; counters belong to it"
     )
     model: str = Field(min_length=1, max_length=256, description="name that requests ask for")
-    engine: Literal["vllm", "simulated"] = Field("vllm", description="what generates tokens")
-    source: str = Field("", description="builtin:NAME, a directory, or a Hugging Face id; simulated needs none")
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(0, ge=0, le=65_535, description="port to listen on; 0: any free one")
-    advertise_host: str | None = Field(None, description="host that others reach this worker by; unset: host")
-    metrics_port: int | None = Field(0, ge=0, le=65_535, description="HTTP port of /metrics; 0: any; null: none")
+    engine: Literal["vllm", "simulated"] = Field(default="vllm", description="what generates tokens")
+    source: str = Field(default="", description="builtin:NAME, a directory, or a Hugging Face id; simulated needs none")
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=0, ge=0, le=65_535, description="port to listen on; 0: any free one")
+    advertise_host: str | None = Field(default=None, description="host that others reach this worker by; unset: host")
+    metrics_port: int | None = Field(
+        default=0, ge=0, le=65_535, description="HTTP port of /metrics; 0: any; null: none"
+    )
     counters_dir: str = Field(description="directory of the node's counter files")
-    node: str = Field("local", description="Ray node this worker runs on")
-    site: str = Field("", description="site of the node")
-    device_kind: str = Field("cpu", description='e.g. "cpu", "MI355X"')
-    devices: tuple[str, ...] = Field((), description='one line a rank, in rank order: "rank 0: node-a device 0"')
+    node: str = Field(default="local", description="Ray node this worker runs on")
+    site: str = Field(default="", description="site of the node")
+    device_kind: str = Field(default="cpu", description='e.g. "cpu", "MI355X"')
+    devices: tuple[str, ...] = Field(
+        default=(), description='one line a rank, in rank order: "rank 0: node-a device 0"'
+    )
 
-    tensor_parallel: int = Field(1, ge=1, description="ranks a layer is split over")
-    pipeline_parallel: int = Field(1, ge=1, description="stages the layers are split over")
-    data_parallel: int = Field(1, ge=1, description="engine cores behind this worker")
-    expert_parallel: bool = Field(False, description="split experts, not their layers, over the ranks")
-    dtype: str = Field("auto", description="weights' type, as vLLM names it")
-    max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and answer; unset: the model's own")
-    max_running: int | None = Field(None, ge=1, description="requests in a batch; unset: the engine's default")
-    kv_cache_gib: float | None = Field(None, gt=0, description="KV cache on a CPU node; unset: 1 GiB on CPU")
-    cpu_threads: int | None = Field(None, ge=1, description="threads of an engine on CPU; unset: the cores it may use")
+    tensor_parallel: int = Field(default=1, ge=1, description="ranks a layer is split over")
+    pipeline_parallel: int = Field(default=1, ge=1, description="stages the layers are split over")
+    data_parallel: int = Field(default=1, ge=1, description="engine cores behind this worker")
+    expert_parallel: bool = Field(default=False, description="split experts, not their layers, over the ranks")
+    dtype: str = Field(default="auto", description="weights' type, as vLLM names it")
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="tokens of prompt and answer; unset: the model's own"
+    )
+    max_running: int | None = Field(default=None, ge=1, description="requests in a batch; unset: the engine's default")
+    kv_cache_gib: float | None = Field(default=None, gt=0, description="KV cache on a CPU node; unset: 1 GiB on CPU")
+    cpu_threads: int | None = Field(
+        default=None, ge=1, description="threads of an engine on CPU; unset: the cores it may use"
+    )
     engine_args: dict[str, Any] = Field(default_factory=dict, description="further vLLM engine arguments, by its names")
     env: dict[str, str] = Field(default_factory=dict, description="environment of the engine's processes")
-    simulated: SimulatedConfig | None = Field(None, description="settings of the simulated engine")
-    ray_address: str | None = Field(None, description="Ray cluster of the ranks; with placement_group_id")
-    placement_group_id: str | None = Field(None, description="hex id; set: vLLM's Ray executor runs in it")
+    simulated: SimulatedConfig | None = Field(default=None, description="settings of the simulated engine")
+    ray_address: str | None = Field(default=None, description="Ray cluster of the ranks; with placement_group_id")
+    placement_group_id: str | None = Field(default=None, description="hex id; set: vLLM's Ray executor runs in it")
 
-    max_requests: int = Field(32_768, ge=1, le=1_000_000, description="requests taken at once; more get OVERLOADED")
-    max_message_mib: int = Field(64, ge=1, le=1024, description="largest gRPC message")
-    start_timeout_s: float = Field(900.0, gt=0, description="limit on the engine's start")
-    stop_timeout_s: float = Field(5.0, ge=0, description="on SIGTERM, how long running requests may go on")
-    tls: TlsConfig | None = Field(None, description="unset: plain text")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of this process and its engine")
+    max_requests: int = Field(
+        default=32_768, ge=1, le=1_000_000, description="requests taken at once; more get OVERLOADED"
+    )
+    max_message_mib: int = Field(default=64, ge=1, le=1024, description="largest gRPC message")
+    start_timeout_s: float = Field(default=900.0, gt=0, description="limit on the engine's start")
+    stop_timeout_s: float = Field(default=5.0, ge=0, description="on SIGTERM, how long running requests may go on")
+    tls: TlsConfig | None = Field(default=None, description="unset: plain text")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="of this process and its engine"
+    )
 
     @model_validator(mode="after")
     def _fits_engine(self) -> WorkerConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatoken.errors import MegatokenError, OverloadError, status_number
+from megatoken.errors import OverloadError, grpc_status, status_number
 from megatoken.v1 import tokens_pb2 as pb
 from worker.engines.engine import Ended
 from worker.streams import Running
@@ -28,13 +28,13 @@ def end_of(ended: Ended, running: Running, *, stream: int, generated: int, repli
     return finish
 
 
-def refusal(stream: int, error: MegatokenError, replica: str) -> pb.Finish:
+def refusal(stream: int, error: Exception, replica: str) -> pb.Finish:
     """The Finish of a stream that never ran."""
     finish = pb.Finish(
         stream=stream,
         reason=pb.FINISH_REASON_ERROR,
         code=status_number(error),
-        message=str(error),
+        message=grpc_status(error)[1],
         replica=replica,
     )
     if isinstance(error, OverloadError):

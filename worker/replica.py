@@ -114,6 +114,9 @@ class Replica:
         except MegatokenError as error:
             self.measures.refused(error, self.draining)
             outlet.finish(refusal(number, error, self.config.replica))
+        except Exception as error:  # a defect met by one request must not end the others of its session
+            _log.exception("a request failed before it ran")
+            outlet.finish(refusal(number, error, self.config.replica))
 
     def submit_probe(self, outlet: Outlet, message: columns.GenerateRequest) -> None:
         """Starts a request of the control plane's own: it runs while draining, and counts in no total."""
@@ -188,7 +191,11 @@ class Replica:
         self._on_dead(reason)
 
     def written(self, tokens: int) -> None:
-        """A frame with this many tokens was handed to its caller's connection."""
+        """A frame with this many tokens is handed to its caller's connection.
+
+        Counted here and not when the engine made them: so the total is what a router can have received, and tokens of
+        a stream that was cancelled meanwhile are in neither's account.
+        """
         self.counters[totals.GENERATED_TOKENS] += tokens
         self.measures.frame(tokens)
 

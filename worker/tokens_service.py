@@ -55,8 +55,8 @@ async def serve_session(replica: Replica, context: Any) -> None:
         while True:
             taken = outlet.take()
             if taken is not None:
-                await context.write(encode_frame(taken))
                 replica.written(taken.tokens)
+                await context.write(encode_frame(taken))
                 continue
             if reader.done():
                 problem = reader.exception()
@@ -111,9 +111,9 @@ async def serve_generate(replica: Replica, raw: bytes, context: Any) -> None:
             if taken is not None:
                 if refused or _only_error(taken):
                     await _abort(context, taken.parts[-1].finishes[-1])
+                replica.written(taken.tokens)
                 for response in responses(taken):
                     await context.write(response)
-                replica.written(taken.tokens)
                 continue
             if outlet.idle:
                 return

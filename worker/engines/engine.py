@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatoken.frames import Column
 from megatoken.v1 import tokens_pb2 as pb
@@ -46,6 +46,7 @@ class EngineRequest:
     traceparent: str = ""
     resume_note: str = ""  # what of a resumed request may differ from an undisturbed run; set by the engine's check
     slots: tuple[int, ...] = ()
+    prepared: Any = None  # what the engine's check made, for its submit
 
 
 @dataclass(slots=True)
@@ -110,8 +111,14 @@ class Engine(Protocol):
 
     load: EngineLoad
 
+    def boot(self) -> None:
+        """Starts the engine's processes, before any event loop or thread of this one; blocks until they serve.
+
+        Raises RequestError for a configuration that cannot work, EngineDeadError when the engine does not come up.
+        """
+
     async def start(self, sink: StepSink) -> EngineFacts:
-        """Starts the engine and returns when it serves. Raises EngineDeadError with the reason when it does not."""
+        """Begins to report to the sink; called once, after `boot`, on the loop that serves."""
 
     def check(self, request: EngineRequest) -> None:
         """The engine's own validation. Raises RequestError; changes nothing that runs, and may fill the request in."""

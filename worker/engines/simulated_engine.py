@@ -38,6 +38,9 @@ class SimulatedEngine:
         self._generated = 0
         self._halted = False
 
+    def boot(self) -> None:
+        """Needs no process."""
+
     async def start(self, sink: StepSink) -> EngineFacts:
         """Waits `start_s` and serves."""
         self._sink = sink

@@ -1,0 +1,26 @@
+"""Entry point `vllm.general_plugins`, run in every process that vLLM starts: ties its life to its parent's.
+
+It acts only below a worker of ours (the worker names itself in OWNER_VARIABLE) and never in the worker itself.
+Forked children skip vLLM's plugins, which ran before the fork; `tie_forks` covers those. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from megatoken.process import die_with_parent
+
+OWNER_VARIABLE: Final = "MEGATOKEN_WORKER_PID"
+
+
+def tie_to_parent() -> None:
+    """Has the kernel kill this process when its parent ends, if a worker of ours started it."""
+    owner = os.environ.get(OWNER_VARIABLE)
+    if owner is not None and owner != str(os.getpid()) and not os.environ.get("RAY_RAYLET_PID"):
+        die_with_parent()
+
+
+def tie_forks() -> None:
+    """Ties every process that this one forks from now on."""
+    os.register_at_fork(after_in_child=die_with_parent)
