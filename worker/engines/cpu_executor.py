@@ -18,6 +18,7 @@ from worker.engines.cpu_platform_plugin import DEVICE_VARIABLE
 # Copied from the engine core to its ranks, before they import anything.
 EARLY_VARIABLES = (
     DEVICE_VARIABLE,
+    "TORCH_COMPILE_DISABLE",
     "OMP_NUM_THREADS",  # Ray sets 1 for an actor that reserves no CPU
     "VLLM_CPU_OMP_THREADS_BIND",
     "VLLM_CPU_KVCACHE_SPACE",

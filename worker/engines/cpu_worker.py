@@ -9,7 +9,7 @@ import os
 import socket
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped,unused-ignore]
 from vllm.distributed import get_pp_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 

@@ -41,6 +41,10 @@ def prepare_process(config: WorkerConfig) -> None:
     environment["OMP_NUM_THREADS"] = str(threads)
     environment.setdefault("KMP_BLOCKTIME", str(OMP_SPIN_MS))
     environment.setdefault("KMP_TPAUSE", "0")
+    if config.engine_args.get("enforce_eager", True):
+        # Eager mode leaves a few functions to torch.compile all the same; with tensor parallelism their C++ build would
+        # hold up the first token by 20 s.
+        environment.setdefault("TORCH_COMPILE_DISABLE", "1")
     if config.placement_group_id is None and PRELOADED not in environment:
         environment[PRELOADED] = "1"
         libraries = preload_libraries()
