@@ -10,8 +10,7 @@ import socket
 import sys
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from megatoken.log import setup_logging
 from megatoken.metrics import serve_metrics
@@ -62,7 +61,7 @@ async def serve(config: AgentConfig, ready_fd: int | None) -> None:
             stack.callback(exporter.close)
             metrics_address = f"{host}:{exporter.port}"
         throughput_pb2_grpc.add_ThroughputServicer_to_server(agent.board, server)
-        checks = HealthServicer()
+        checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
         await checks.set("", health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         await server.start()

@@ -51,10 +51,11 @@ from worker.collective.layout import (
 from worker.collective.ledger import Ledger, NodeSums
 from worker.collective.metrics import AgentMetrics
 from worker.collective.reachability import unreachable
-from worker.collective.reducer_client import Nursery, ReduceFailure, Reducer
+from worker.collective.reducer_client import NoAnswer, Nursery, ReduceFailure, Reducer
 
 SLACK_S: Final = 0.25  # the reducer's own deadline comes first: it knows more about what went wrong
 CLOCK_JUMP_S: Final = 0.5
+NURSERY_CHECK_S: Final = 0.2
 STANCES: Final = {
     State.OUTSIDE: throughput_pb2.ATTENDANCE_STATE_OUTSIDE,
     State.FORMING: throughput_pb2.ATTENDANCE_STATE_FORMING,
@@ -91,6 +92,9 @@ class Agent:
         self._epochs = Epochs(config.tick_s)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._group = membership_pb2.ThroughputGroup()
+        self._rank = -1
+        self._published: dict[int, tuple[membership_pb2.ThroughputGroup, float]] = {}  # groups not yet entered
+        self._newest = 0
         self._regrouped_s = 0.0
         self._reducer: Reducer | None = None
         self._layout: Layout | None = None
@@ -108,17 +112,34 @@ class Agent:
 
     async def run(self) -> None:
         """Until cancelled; leaves no reducer behind."""
-        link = asyncio.create_task(self._link.run())
+        tasks = [asyncio.create_task(self._link.run()), asyncio.create_task(self._keep_nursery())]
         try:
             while True:
                 event = await self._events.get()
+                if isinstance(event, Regrouped):
+                    self._enter(event.epoch)
                 for instruction in self._epochs.handle(event):
                     self._do(instruction)
         finally:
-            link.cancel()
-            await asyncio.gather(link, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._abandon()
             await self._nursery.stop()
+
+    async def _keep_nursery(self) -> None:
+        """Starts the nursery again when it died. Meanwhile the agent attends with no backend, and so in no group."""
+        while True:
+            await asyncio.sleep(NURSERY_CHECK_S)
+            if not self._nursery.alive:
+                log_event(logger, "nursery.restart", "the process that forks reducers ended", level=logging.ERROR)
+                self._link.hurry()
+                try:
+                    await self._nursery.start()
+                except ReduceFailure as failure:
+                    self.metrics.error(failure.reason)
+                    log_event(logger, "nursery.failed", str(failure), level=logging.ERROR)
+                self._link.hurry()
 
     def throughput_state(self) -> tuple[int, int, bool, float | None]:
         """(epoch, ranks, complete, monotonic seconds of the last whole sample), for the metrics."""
@@ -133,13 +154,20 @@ class Agent:
 
     def _on_snapshot(self, snapshot: membership_pb2.Snapshot) -> None:
         self._serving = frozenset(replica.replica for replica in snapshot.replicas)
-        if not snapshot.HasField("throughput") or snapshot.throughput.epoch <= self._group.epoch:
+        group = snapshot.throughput
+        if not snapshot.HasField("throughput") or group.epoch <= self._newest:
             return
-        self._group = snapshot.throughput
-        self._regrouped_s = time.monotonic()
-        agents = [member.agent for member in self._group.members]
+        self._newest = group.epoch
+        self._published[group.epoch] = (group, time.monotonic())
+        agents = [member.agent for member in group.members]
         rank = agents.index(self._config.agent) if self._config.agent in agents else None
-        self._events.put_nowait(Regrouped(self._group.epoch, rank, len(agents)))
+        self._events.put_nowait(Regrouped(group.epoch, rank, len(agents), group.why))
+
+    def _enter(self, epoch: int) -> None:
+        """Makes a published group the present one; in step with the epoch machine, not with the network."""
+        self._group, self._regrouped_s = self._published.pop(epoch)
+        agents = [member.agent for member in self._group.members]
+        self._rank = agents.index(self._config.agent) if self._config.agent in agents else -1
 
     def _on_refused(self, reason: str) -> None:
         if reason and reason != self._refused:
@@ -151,26 +179,17 @@ class Agent:
     def _attendance(self) -> throughput_pb2.Attendance:
         state = self._epochs.state
         greeting_again = state is State.GREETING and self._epochs.tick > 0
-        in_group = state is not State.OUTSIDE
         return throughput_pb2.Attendance(
             member=self._member,
             epoch=self._epochs.epoch,
             state=throughput_pb2.ATTENDANCE_STATE_TICKING if greeting_again else STANCES[state],
             problem=self._problem[0],
             suspects=self._problem[1],
-            backends=self._backends,
+            backends=self._backends if self._nursery.alive else (),  # nothing to reduce with: not in a group
             wire_version=WIRE_VERSION,
             # A restarted controller learns the group from rank 0 and checks it against the others' epochs.
-            members=[member.agent for member in self._group.members] if in_group and self._rank == 0 else (),
+            members=[member.agent for member in self._group.members] if self._rank == 0 else (),
         )
-
-    @property
-    def _rank(self) -> int:
-        """This agent's rank in the present group; -1 outside."""
-        for rank, member in enumerate(self._group.members):
-            if member.agent == self._config.agent:
-                return rank
-        return -1
 
     # Instructions of the epoch machine.
 
@@ -216,10 +235,7 @@ class Agent:
     async def _connect(self, order: Connect) -> None:
         group, config = self._group, self._config
         try:
-            if not self._nursery.alive:
-                log_event(logger, "nursery.restart", "starting the process that forks reducers again")
-                await self._nursery.start()
-            self._reducer = self._nursery.fork()
+            self._reducer = await self._nursery.fork()
             host, _, port = group.members[0].store_address.rpartition(":")
             facts = {
                 "epoch": order.epoch,
@@ -278,6 +294,8 @@ class Agent:
     async def _fail(self, epoch: int, failure: ReduceFailure) -> None:
         """Names who could not be reached before the failure is reported."""
         self.metrics.error(failure.reason)
+        if isinstance(failure, NoAnswer) and self._epochs.state is State.FORMING:
+            self._nursery.abort()  # frozen, or waiting for a child that cannot die; `_keep_nursery` makes another
         suspects = set(failure.suspects)
         addresses = [member.store_address for member in self._group.members]
         suspects |= await unreachable(addresses, self._rank)

@@ -36,6 +36,7 @@ class Regrouped:
     epoch: int
     rank: int | None
     size: int
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,8 @@ class Epochs:
         if self.state is not State.OUTSIDE:
             done.append(Abandon(self.epoch))
         if self.state is State.REDUCING:
-            done.append(PublishIncomplete(self.epoch, self.tick, f"epoch {event.epoch} replaced it"))
+            why = f"epoch {event.epoch} replaced it" + (f": {event.why}" if event.why else "")
+            done.append(PublishIncomplete(self.epoch, self.tick, why))
         self.epoch, self.tick = event.epoch, 0
         if event.rank is None:
             self.state = State.OUTSIDE

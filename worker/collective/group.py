@@ -80,6 +80,7 @@ class Group:
     members: tuple[Attendee, ...]
     backend: str = "gloo"
     hierarchical: bool = False
+    why: str = ""
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -110,7 +111,6 @@ class Groups:
 
     policy: GroupPolicy = field(default_factory=GroupPolicy)
     group: Group = field(default_factory=lambda: Group(0, ()))
-    why: str = ""  # of the present group, for an event
     _agents: dict[str, _Present] = field(default_factory=dict)
     _records: dict[str, _Record] = field(default_factory=dict)
     _failed_s: float | None = None
@@ -167,9 +167,8 @@ class Groups:
             return None
         if failed and not accused and not lost and not self._retry_due(now):
             return None
-        self.why = _why(lost, accused, joiners, failed)
         self._fruitless = self._fruitless + 1 if failed and not self._worked else 0
-        return self._publish(members, now)
+        return self._publish(members, _why(lost, accused, joiners, failed), now)
 
     def refusals(self) -> dict[str, str]:
         """Agents that attend and can be in no group now, with the reason."""
@@ -207,12 +206,12 @@ class Groups:
         """Nodes kept out for their troubles, and for how many seconds more."""
         return {node: record.held_until_s - now for node, record in self._records.items() if record.held_until_s > now}
 
-    def _publish(self, members: list[Attendee], now: float) -> Group:
+    def _publish(self, members: list[Attendee], why: str, now: float) -> Group:
         backend = common_backend(members)
         sites = {member.site for member in members}
         epoch = max([self.group.epoch, *(known.said.epoch for known in self._agents.values())]) + 1
         hierarchical = len(sites) > 1 and "" not in sites
-        self.group = Group(epoch, tuple(members), backend.partition("/")[0], hierarchical)
+        self.group = Group(epoch, tuple(members), backend.partition("/")[0], hierarchical, why)
         self._failed_s, self._formed_s, self._worked = None, now, False
         return self.group
 
@@ -319,8 +318,8 @@ class Groups:
             sites = {member.site for member in members}
             hierarchical = len(sites) > 1 and "" not in sites
             backend = common_backend(members).partition("/")[0]
-            self.group = Group(best.epoch, members, backend, hierarchical)
-            self._formed_s, self.why = now, "adopted from the controller before"
+            self.group = Group(best.epoch, members, backend, hierarchical, "adopted from the controller before")
+            self._formed_s = now
             return False
         return self._started_s is not None and now - self._started_s < self.policy.adopt_s
 

@@ -78,6 +78,8 @@ def _fork(channel: int, listener: int, unneeded: tuple[socket.socket, int, int])
         from worker.collective.reducer import serve
 
         serve(socket.socket(fileno=channel), listener)
+    except ConnectionError:
+        pass  # the agent left in the middle of a question
     except BaseException as error:
         print(f"reducer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:

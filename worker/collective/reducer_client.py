@@ -31,6 +31,10 @@ class ReduceFailure(Exception):
         self.suspects = suspects
 
 
+class NoAnswer(ReduceFailure):
+    """The reducer did not even report a timeout of its own: it is frozen, starved or stuck."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reduced:
     """The sums of one reduction and how long it took, in the reducer's own clock."""
@@ -42,8 +46,10 @@ class Reduced:
 class Reducer:
     """One epoch's process group, in a process of its own. One call at a time."""
 
-    def __init__(self, nursery: Nursery, number: int, channel: socket.socket) -> None:
-        self._nursery, self._number, self._channel = nursery, number, channel
+    def __init__(
+        self, nursery: Nursery, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._nursery, self._number, self._reader, self._writer = nursery, number, reader, writer
 
     async def connect(self, facts: dict[str, Any], timeout_s: float) -> None:
         """Joins the ranks of an epoch (process_group.ProcessGroup has the facts)."""
@@ -62,33 +68,24 @@ class Reducer:
 
     def kill(self) -> None:
         """Ends the process and everything it held. The nursery does it before it forks another."""
-        self._channel.close()
+        self._writer.transport.abort()
         self._nursery.kill(self._number)
 
     async def _ask(self, kind: bytes, payload: bytes, timeout_s: float, what: str) -> bytes:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout_s):
-                await loop.sock_sendall(self._channel, FRAME.pack(len(payload), kind) + payload)
-                length, answered = FRAME.unpack(await self._read(loop, FRAME.size))
-                answer = await self._read(loop, length)
+                self._writer.write(FRAME.pack(len(payload), kind) + payload)
+                await self._writer.drain()
+                length, answered = FRAME.unpack(await self._reader.readexactly(FRAME.size))
+                answer = await self._reader.readexactly(length)
         except TimeoutError:
-            raise ReduceFailure(f"{what}: no answer within {timeout_s:.1f} s", "timeout") from None
-        except OSError as error:
-            raise ReduceFailure(f"{what}: the reducer process ended ({error})", "other") from error
+            raise NoAnswer(f"{what}: no answer within {timeout_s:.2f} s", "timeout") from None
+        except (OSError, asyncio.IncompleteReadError):
+            raise ReduceFailure(f"{what}: the reducer process ended", "other") from None
         if answered == b"E":
             facts = json.loads(answer)
             raise ReduceFailure(facts["message"], facts["reason"], tuple(facts["suspects"]))
         return answer
-
-    async def _read(self, loop: asyncio.AbstractEventLoop, length: int) -> bytes:
-        content = bytearray()
-        while len(content) < length:
-            part = await loop.sock_recv(self._channel, min(length - len(content), 1 << 20))
-            if not part:
-                raise OSError("channel closed")
-            content += part
-        return bytes(content)
 
 
 class Nursery:
@@ -104,8 +101,8 @@ class Nursery:
 
     @property
     def alive(self) -> bool:
-        """Whether it can fork."""
-        return self._process is not None and self._process.poll() is None
+        """Whether it runs and has imported all it needs."""
+        return bool(self.backends) and self._process is not None and self._process.poll() is None
 
     async def start(self) -> None:
         """Starts the process and waits for what it found on this node. Raises ReduceFailure."""
@@ -132,13 +129,12 @@ class Nursery:
         facts = json.loads(line)
         self.backends, self.torch_version = tuple(facts["backends"]), facts["torch"]
 
-    def fork(self) -> Reducer:
+    async def fork(self) -> Reducer:
         """A fresh reducer. Raises ReduceFailure when the nursery is gone."""
         if self._control is None or not self.alive:
             raise ReduceFailure("the process that forks reducers ended", "other")
         number = next(self._numbers)
         ours, theirs = socket.socketpair()
-        ours.setblocking(False)
         try:
             socket.send_fds(self._control, [f"F {number}".encode()], [theirs.fileno()])
         except OSError as error:
@@ -146,7 +142,7 @@ class Nursery:
             raise ReduceFailure(f"the process that forks reducers does not answer ({error})", "other") from error
         finally:
             theirs.close()
-        return Reducer(self, number, ours)
+        return Reducer(self, number, *await asyncio.open_connection(sock=ours))
 
     def kill(self, number: int) -> None:
         """Kills reducer `number`; done before any later fork."""
@@ -154,8 +150,14 @@ class Nursery:
             with contextlib.suppress(OSError):
                 self._control.send(f"K {number}".encode())
 
+    def abort(self) -> None:
+        """SIGKILL, also for one that is frozen; its reducers die with it. `start` makes another."""
+        if self._process is not None:
+            self._process.kill()
+
     async def stop(self) -> None:
         """Ends the nursery and every reducer, and waits."""
+        self.backends = ()
         if self._control is not None:
             self._control.close()
             self._control = None

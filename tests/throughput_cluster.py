@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -20,11 +19,9 @@ import grpc
 
 from megatoken.counters import INDEX, CounterWriter
 from megatoken.v1 import membership_pb2, membership_pb2_grpc, throughput_pb2, throughput_pb2_grpc
+from tests.processes import Processes, Started
 from worker.collective.attendance import AttendanceServicer
 from worker.collective.group import GroupPolicy
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from processes import Processes, Started
 
 
 class FakeController(membership_pb2_grpc.MembershipServicer):
@@ -35,7 +32,7 @@ class FakeController(membership_pb2_grpc.MembershipServicer):
         self._server: grpc.aio.Server | None = None
         self._changed = asyncio.Condition()
         self.snapshot = membership_pb2.Snapshot(epoch=1, version=1)
-        self.groups: list[tuple[float, membership_pb2.ThroughputGroup, str]] = []
+        self.groups: list[tuple[float, membership_pb2.ThroughputGroup]] = []
         self.port = 0
         self.attendance: AttendanceServicer
 
@@ -58,8 +55,8 @@ class FakeController(membership_pb2_grpc.MembershipServicer):
         await self._server.stop(0)
         self._server = None
 
-    def publish(self, group: membership_pb2.ThroughputGroup, why: str) -> None:
-        self.groups.append((time.monotonic(), group, why))
+    def publish(self, group: membership_pb2.ThroughputGroup) -> None:
+        self.groups.append((time.monotonic(), group))
         self.snapshot.throughput.CopyFrom(group)
         self.push()
 
