@@ -1,0 +1,75 @@
+"""`megatoken top`: the live view of a cluster, or one picture of it as an SVG.
+
+The CLI calls `run_top` with the controller's address and a way to open channels with the cluster's credentials.
+`python -m cluster.top --control HOST:PORT` is the same against a controller without TLS and keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from textual.pilot import Pilot
+
+from cluster.top_app import Top
+from cluster.top_feed import Feed, OpenChannel
+from megatoken.tls import open_channel
+
+SCREENSHOT_SIZE = (100, 30)
+
+
+def run_top(control_address: str, open_to: OpenChannel) -> None:
+    """Shows the live view until the user quits. A controller that does not answer is waited for, and said so."""
+
+    async def show() -> None:
+        feed = Feed(control_address, open_to)
+        feed.start()
+        try:
+            await Top(feed).run_async(mouse=False)
+        finally:
+            await feed.close()
+
+    asyncio.run(show())
+
+
+def save_top(
+    control_address: str, open_to: OpenChannel, path: Path, after_s: float, size: tuple[int, int] = SCREENSHOT_SIZE
+) -> None:
+    """Watches for `after_s` seconds without a terminal, then writes the screen as an SVG."""
+
+    async def show() -> None:
+        feed = Feed(control_address, open_to)
+        feed.start()
+        app = Top(feed)
+
+        async def snap(pilot: Pilot[object]) -> None:
+            await asyncio.sleep(after_s)
+            app.redraw()
+            await pilot.pause()
+            path.write_text(app.export_screenshot(title="megatoken top"))
+            app.exit()
+
+        try:
+            await app.run_async(headless=True, size=size, auto_pilot=snap)
+        finally:
+            await feed.close()
+
+    asyncio.run(show())
+
+
+def main() -> None:
+    """Entry point of `python -m cluster.top`."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.top", description="Live view of a cluster.")
+    parser.add_argument("--control", required=True, metavar="HOST:PORT", help="the controller's address")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write one picture instead of showing the view")
+    parser.add_argument("--after", type=float, default=15.0, metavar="SECONDS", help="with --svg: watch first")
+    arguments = parser.parse_args()
+    if arguments.svg is not None:
+        save_top(arguments.control, lambda address: open_channel(address, None), arguments.svg, arguments.after)
+    else:
+        run_top(arguments.control, lambda address: open_channel(address, None))
+
+
+if __name__ == "__main__":
+    main()
