@@ -55,7 +55,7 @@ class FakeController(membership_pb2_grpc.MembershipServicer):
         await self._server.stop(0)
         self._server = None
 
-    def publish(self, group: membership_pb2.ThroughputGroup) -> None:
+    def publish(self, group: membership_pb2.ThroughputGroup, why: str) -> None:
         self.groups.append((time.monotonic(), group))
         self.snapshot.throughput.CopyFrom(group)
         self.push()

@@ -1,6 +1,6 @@
 """The ThroughputAttendance service: agents' streams in, groups out. Runs in the controller; decides nothing itself.
 
-    attendance = AttendanceServicer(publish)      # publish(group: ThroughputGroup), called on the event loop
+    attendance = AttendanceServicer(publish)      # publish(group: ThroughputGroup, why: str), on the event loop
     attendance.attach(server)                     # a grpc.aio server
     await attendance.start(); ...; await attendance.stop()
 
@@ -28,7 +28,7 @@ STANCES: Final = {
     throughput_pb2.ATTENDANCE_STATE_TICKING: Stance.TICKING,
     throughput_pb2.ATTENDANCE_STATE_FAILED: Stance.FAILED,
 }
-Publish = Callable[[membership_pb2.ThroughputGroup], None]
+Publish = Callable[[membership_pb2.ThroughputGroup, str], None]  # the group, and why it was formed
 
 
 class AttendanceServicer(throughput_pb2_grpc.ThroughputAttendanceServicer):
@@ -92,7 +92,7 @@ class AttendanceServicer(throughput_pb2_grpc.ThroughputAttendanceServicer):
         if group is None and self.groups.group.epoch != before:
             group = self.groups.group  # adopted
         if group is not None:
-            self._publish(to_message(group))
+            self._publish(to_message(group), group.why)
 
     async def _poll_forever(self) -> None:
         while True:

@@ -85,8 +85,8 @@ class Books:
 
     def learn(self, departed: Iterable[Departed], now: float) -> None:
         """Takes what other ranks know of nodes that left. Call before `arrange`."""
-        for cell, totals in departed:
-            place = self._place(cell)
+        told = list(departed)
+        for place, (_, totals) in zip(self._places_of(cell for cell, _ in told), told, strict=True):
             self._totals[place] = np.maximum(self._totals[place], totals)
             if self._first[place, 0] < 0:
                 self._first[place] = self._totals[place, TOKENS]
@@ -96,7 +96,7 @@ class Books:
         """Takes a new layout: its cells, and its replicas' facts."""
         self._present = frozenset(greeting.ledger for greeting in layout.greetings)
         self._facts = {name: facts for greeting in layout.greetings for name, facts in greeting.replicas}
-        self._places = np.array([self._place(cell) for cell in layout.cells], np.intp)
+        self._places = self._places_of(layout.cells)
         self._group()
 
     def update(self, cells: Totals, now: float) -> None:
@@ -146,18 +146,18 @@ class Books:
         spans = [self._span(window) for window in WINDOWS_S]
         return self._row("cluster", "cluster", self._groups.get(("cluster", "cluster"), _Group()), spans)
 
-    def _place(self, cell: Cell) -> int:
-        key = (cell.ledger, cell.kind, cell.name)
-        place = self._index.get(key)
-        if place is None:
-            place = self._index[key] = len(self._cells)
-            self._cells.append(cell)
-            self._totals = np.vstack([self._totals, np.zeros((1, WIDTH), np.int64)])
-            self._first = np.vstack([self._first, np.full((1, len(TOKENS)), -1, np.int64)])
-            self._seen = np.append(self._seen, -np.inf)
-        else:
-            self._cells[place] = cell
-        return place
+    def _places_of(self, cells: Iterable[Cell]) -> Indices:
+        """Where each cell is in the matrix; unknown ones get a place at its end."""
+        places = []
+        for cell in cells:
+            place = self._index.setdefault((cell.ledger, cell.kind, cell.name), len(self._cells))
+            self._cells[place : place + 1] = [cell]
+            places.append(place)
+        new = len(self._cells) - len(self._totals)
+        self._totals = np.vstack([self._totals, np.zeros((new, WIDTH), np.int64)])
+        self._first = np.vstack([self._first, np.full((new, len(TOKENS)), -1, np.int64)])
+        self._seen = np.append(self._seen, np.full(new, -np.inf))
+        return np.array(places, np.intp)
 
     def _group(self) -> None:
         """Which cells make which row. Replicas have a row while a rank lists them; all else for good."""
