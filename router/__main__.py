@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ import time
 
 import uvloop
 
+from megatoken.log import setup_logging
 from megatoken.process import read_arguments, report_ready
 from router.app import RouterApp
 from router.config import RouterConfig
@@ -30,7 +30,7 @@ async def _main(config: RouterConfig, ready_fd: int | None) -> None:
 
 def main() -> None:
     config, ready_fd = read_arguments("router", RouterConfig)
-    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    setup_logging("router", config.router, config.log_level)
     try:
         uvloop.run(_main(config, ready_fd))
     except (OSError, ValueError) as error:

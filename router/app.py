@@ -88,7 +88,7 @@ class RouterApp:
         if config.static_snapshot is not None:
             self.apply(json_format.ParseDict(config.static_snapshot, membership_pb2.Snapshot()))
         if config.controllers:
-            watching = watch_membership(config.controllers, config.router, self._channel, self.apply)
+            watching = watch_membership(config.controllers, config.router, self._channel, self.apply, self._connected)
             self._tasks.append(asyncio.create_task(watching))
         self._tasks.append(asyncio.create_task(self._tick()))
         self._tasks.append(asyncio.create_task(self._hold_tick()))
@@ -98,6 +98,9 @@ class RouterApp:
 
     def _channel(self, address: str) -> aio.Channel:
         return channel_to(address, self.config.worker_tls)
+
+    def _connected(self, up: bool) -> None:
+        self.state.membership_connected = up
 
     def apply(self, snapshot: membership_pb2.Snapshot) -> None:
         now = time.monotonic()

@@ -110,6 +110,7 @@ class ClientSession(SessionSink):
             deadline_s = now + message.timeout_ms / 1000 if message.timeout_ms else float("inf")
             submit(self._state, self, self.index, start.stream, message, tenant, deadline_s, now, self.own)
         except MegatokenError as error:
+            self._state.count_refusal(message.model, error)
             self.refuse(start.stream, max(1, message.sampling.n), error)
 
     def own(self, requests: list[Request]) -> None:

@@ -88,6 +88,7 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
     if not failed:
         request.pool.saw_output(finish.generated_tokens)
     state.latencies.whole.add(now - request.arrived_s, now)
+    request.pool.measures.ended(finish.reason, now - request.arrived_s)
     request.carried = request.replayed = b""
     request.sink.push_finish(request, finish.SerializeToString())
     if state.on_finished is not None:

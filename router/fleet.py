@@ -13,6 +13,7 @@ from router.capacity import Capacity, Rates
 from router.circuit import Circuit
 from router.config import AdmissionConfig, BreakerConfig
 from router.fair_queue import FairQueue
+from router.measures import Measures
 
 if TYPE_CHECKING:
     from router.policies import Policy, Question
@@ -117,6 +118,7 @@ class Pool:
     outputs_seen: int = 0
     prefix_holders: dict[int, list[Replica]] = field(default_factory=dict)
     rates_by_kind: dict[str, Rates] = field(default_factory=dict)
+    measures: Measures = field(default_factory=Measures)
 
     @property
     def max_model_len(self) -> int:

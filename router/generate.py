@@ -81,17 +81,20 @@ class GenerateSink:
 async def serve_generate(state: RouterState, config: RouterConfig, door: Door, raw: bytes, context: Any) -> None:
     """One call."""
     sink = GenerateSink()
+    model = ""
     try:
         try:
             message = GenerateRequest.FromString(raw)
         except DecodeError:
             raise RequestError("request", f"{len(raw)} bytes", "an encoded GenerateRequest") from None
+        model = message.model
         now = time.monotonic()
         left_s = context.time_remaining()
         tenant = door.admit(door.identify(context.invocation_metadata()), message, now)
         deadline_s = float("inf") if left_s is None else now + left_s
         submit(state, sink, DIRECT, 0, message, tenant, deadline_s, now, sink.requests.extend)
     except MegatokenError as error:
+        state.count_refusal(model, error)
         await refuse(context, error)
         return
     try:

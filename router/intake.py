@@ -60,6 +60,7 @@ def _take_tokens(
     replica.generated_tokens += found.tokens
     replica.decode_outstanding -= found.live
     state.ledger.add("generated_tokens", found.tokens)
+    replica.pool.measures.generated_tokens += found.tokens
     state.ledger.foreign_tokens += found.foreign
     urgent = _first_tokens(state, found, now) if found.first else ()
     for index, streams, counts, tokens in found.parts:
@@ -82,6 +83,7 @@ def _sample_times(state: RouterState, replica: Replica, stream: np.ndarray, now:
     gaps = now - state.slots.last_s[inside[state.slots.generated[inside] > 0]]
     if len(gaps):
         state.latencies.between_tokens.add_many(gaps, now)
+        replica.pool.measures.between_tokens_s.observe_many(gaps)
 
 
 def _first_tokens(state: RouterState, found: Sorted, now: float) -> set[int]:
@@ -103,6 +105,7 @@ def first_token(state: RouterState, request: Request, now: float) -> None:
     replica = request.replica
     replica.prompt_outstanding -= request.charged_prompt
     state.ledger.add("prompt_tokens", request.charged_prompt)
+    request.pool.measures.prompt_tokens += request.charged_prompt
     request.charged_prompt = 0
     was_closed = replica.circuit.failures == 0
     replica.circuit.succeeded()
@@ -113,6 +116,7 @@ def first_token(state: RouterState, request: Request, now: float) -> None:
     if not request.first_s:
         request.first_s = now
         state.latencies.first_token.add(now - request.arrived_s, now)
+        request.pool.measures.first_token_s.observe(now - request.arrived_s)
 
 
 def _take_direct(state: RouterState, request: Request, packed: bytes, details: list[bytes], now: float) -> None:
@@ -210,6 +214,7 @@ def _take_finish(state: RouterState, replica: Replica, finish: tokens_pb2.Finish
         state.slots.free(slot)
         return
     state.ledger.add("cached_tokens", finish.cached_tokens)
+    request.pool.measures.cached_tokens += finish.cached_tokens
     if finish.reason == ERROR and finish.code in _FAULTS:
         replica.circuit.failed(now)
         lose(state, request, finish.message or f"replica {replica.name} failed it", now, known_to_worker=False)

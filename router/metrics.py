@@ -1,126 +1,171 @@
-"""Prometheus metrics of a router, made from its state when they are scraped: nothing is counted twice."""
+"""The router's Prometheus metrics, made from its state when they are scraped; docs/metrics.md names each.
+
+Reads in the metrics server's thread: plain attribute reads, safe under the GIL. Replicas and models that left are gone
+from the next scrape.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from typing import Final
 
-from prometheus_client import CollectorRegistry, start_http_server
+import numpy as np
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from router.latency import Histogram, edges_s
+from megatoken import metrics as shared
+from megatoken.metrics import FastHistogram
+from router.fleet import Replica
+from router.measures import Measures
 from router.state import RouterState
-from router.status import router_status
+from router.status import replica_state, router_status
 
-_TOTALS = (
-    ("prompt_tokens", "Prompt tokens that replicas prefilled for this router."),
-    ("generated_tokens", "Tokens that replicas generated for this router."),
-    ("cached_tokens", "Prompt tokens read from replicas' prefix caches."),
-    ("requests_started", "Requests taken on."),
-    ("requests_finished", "Requests that ended well."),
-    ("requests_failed", "Requests that ended with an error, or were cancelled."),
+PREFIX: Final = "megatoken_router_"
+UNKNOWN: Final = "unknown"  # the model label of requests for models that are not there
+STATES: Final = ("closed", "open", "half-open", "draining", "ejected", "unreachable")
+
+_TOTALS: Final = (
+    ("requests_started", "Requests admitted.", "started"),
+    ("prompt_tokens", "Prompt tokens whose prefill was answered; adds up to the ledger.", "prompt_tokens"),
+    ("generated_tokens", "Tokens taken over from replicas; adds up to the ledger.", "generated_tokens"),
+    ("cached_tokens", "Prompt tokens read from a prefix cache.", "cached_tokens"),
+    ("retries", "Requests sent to another replica before their first token.", "retries"),
 )
-_HISTOGRAM_EVERY = 10  # one exported bucket a factor of 2
+_KINDS: Final = (
+    ("requests", "Admitted requests that ended.", "outcome", "outcomes"),
+    ("refusals", "Requests not admitted.", "reason", "refusals"),
+    ("resumes", "Requests that went on on another replica.", "cause", "resumes"),
+)
+_TIMES: Final = (
+    ("time_to_first_token_seconds", "Arrival to first token.", "first_token_s"),
+    ("inter_token_latency_seconds", "Between tokens of a stream, sampled.", "between_tokens_s"),
+    ("queue_seconds", "Arrival to dispatch.", "queue_s"),
+    ("request_duration_seconds", "Arrival to end.", "whole_s"),
+)
+_REPLICA_GAUGES: Final[tuple[tuple[str, str, Callable[[Replica], float]], ...]] = (
+    ("in_flight", "Requests it has from this router.", lambda replica: replica.in_flight),
+    ("outstanding_tokens", "Tokens still to come from it.", lambda replica: replica.outstanding_tokens),
+    ("decode_tokens_per_second", "Measured, smoothed.", lambda replica: replica.capacity.decode_tokens_per_s),
+    ("prefill_tokens_per_second", "Measured, smoothed.", lambda replica: replica.capacity.prefill_tokens_per_s),
+    ("rtt_seconds", "Measured round trip.", lambda replica: replica.rtt_s),
+)
 
 
 class StateCollector(Collector):
-    """Reads the router's state in the metrics server's thread: plain attribute reads, safe under the GIL."""
+    """Turns a router's state into metric families."""
 
     def __init__(self, state: RouterState) -> None:
         self._state = state
 
+    def describe(self) -> Iterator[Metric]:
+        """Nothing ahead of time: registering must not read the state."""
+        return iter(())
+
     def collect(self) -> Iterator[Metric]:
+        """Every family, as of now."""
         state = self._state
-        for name, text in _TOTALS:
-            metric = CounterMetricFamily(f"megatoken_router_{name}", text)
-            metric.add_metric([], state.ledger[name])
-            yield metric
+        models = {pool.model: pool.measures for pool in list(state.fleet.pools.values())}
+        yield from _counters({**models, UNKNOWN: state.nowhere})
+        for name, text, attribute in _TIMES:
+            family = HistogramMetricFamily(PREFIX + name, text, labels=["model"])
+            for model, measures in models.items():
+                _add_histogram(family, [model], getattr(measures, attribute))
+            yield family
+        yield from self._by_model()
+        yield from self._whole_router()
+        yield from _replicas(state.fleet.live(), time.monotonic())
+
+    def _by_model(self) -> Iterator[Metric]:
+        running = _gauge("requests_running", "Requests that replicas have.", ["model"])
+        queued = _gauge("requests_queued", "Requests that wait for a replica.", ["model"])
+        tokens = _gauge("queued_tokens", "Tokens that they may cost.", ["model"])
+        for pool in list(self._state.fleet.pools.values()):
+            running.add_metric([pool.model], sum(replica.in_flight for replica in pool.replicas))
+            queued.add_metric([pool.model], pool.queue.length)
+            tokens.add_metric([pool.model], pool.queue.tokens)
+        yield from (running, queued, tokens)
+
+    def _whole_router(self) -> Iterator[Metric]:
+        state, status = self._state, router_status(self._state)
+        sessions = _gauge("sessions", "Open Session streams.", ["peer"])
+        sessions.add_metric(["client"], sum(sink is not None for sink in state.sinks))
+        sessions.add_metric(["worker"], sum(replica.connected for replica in state.fleet.live()))
+        yield sessions
         for name, text, value in (
-            ("requests_refused", "Requests refused at the door.", state.ledger.refused),
-            ("resumes", "Times that a request went on on another replica.", state.ledger.resumes),
-            ("delivered_tokens", "Tokens passed on to clients.", state.ledger.delivered_tokens),
-            (
-                "foreign_tokens",
-                "Tokens that came for streams their replica does not have.",
-                state.ledger.foreign_tokens,
-            ),
+            ("draining", "1 while the router takes no new requests.", int(state.draining)),
+            ("membership_epoch", "Of the snapshot in use.", state.fleet.epoch),
+            ("membership_version", "Of the snapshot in use.", state.fleet.version),
+            ("membership_connected", "1 while the controller answers.", int(state.membership_connected)),
+            ("capacity_ceiling_ratio", "Share of capacity that the present split can reach.", status.ceiling),
         ):
-            metric = CounterMetricFamily(f"megatoken_router_{name}", text)
-            metric.add_metric([], value)
-            yield metric
-        yield from self._gauges()
-        latencies = state.latencies
-        for name, text, histogram in (
-            ("time_to_first_token", "Arrival to first token.", latencies.first_token),
-            ("inter_token", "Between two tokens of a stream, sampled.", latencies.between_tokens),
-            ("queue", "Arrival to dispatch.", latencies.queue),
-            ("request", "Arrival to end.", latencies.whole),
+            yield GaugeMetricFamily(PREFIX + name, text, value=value)
+        for name, text, total in (
+            ("delivered_tokens", "Tokens passed on to clients, each once.", state.ledger.delivered_tokens),
+            ("foreign_tokens", "Tokens for streams that their replica does not have.", state.ledger.foreign_tokens),
         ):
-            yield _histogram(f"megatoken_router_{name}_seconds", text, histogram)
-
-    def _gauges(self) -> Iterator[Metric]:
-        status = router_status(self._state)
-        for name, text, value in (
-            ("running_requests", "Requests that replicas have.", status.running),
-            ("queued_requests", "Requests that wait for a replica.", status.queued),
-            (
-                "capacity_ceiling_ratio",
-                "Share of the fleet's capacity that the present split can reach.",
-                status.ceiling,
-            ),
-            ("draining", "1 while the router takes no new requests.", int(status.draining)),
-            ("membership_version", "Version of the snapshot in use.", status.membership_version),
-        ):
-            yield GaugeMetricFamily(f"megatoken_router_{name}", text, value=value)
-        labels = ["replica", "model"]
-        families = {
-            "in_flight": GaugeMetricFamily(
-                "megatoken_router_replica_in_flight_requests", "Requests it has from this router.", labels=labels
-            ),
-            "outstanding_tokens": GaugeMetricFamily(
-                "megatoken_router_replica_outstanding_tokens", "Tokens still to come from it.", labels=labels
-            ),
-            "decode_tokens_per_s": GaugeMetricFamily(
-                "megatoken_router_replica_decode_tokens_per_second", "Measured decode capacity.", labels=labels
-            ),
-            "kv_usage": GaugeMetricFamily(
-                "megatoken_router_replica_kv_usage_ratio", "Share of its KV cache in use.", labels=labels
-            ),
-        }
-        for replica in status.replicas:
-            for field, family in families.items():
-                family.add_metric([replica.replica, replica.model], getattr(replica, field))
-        up = GaugeMetricFamily(
-            "megatoken_router_replica_state", "1 for the state that it is in.", labels=[*labels, "state"]
-        )
-        for replica in status.replicas:
-            up.add_metric([replica.replica, replica.model, replica.state], 1)
-        yield from families.values()
-        yield up
+            family = CounterMetricFamily(PREFIX + name, text)
+            family.add_metric([], total)
+            yield family
 
 
-def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:
-    cumulative = histogram.total.cumsum()
-    edges = edges_s()
-    picked = range(_HISTOGRAM_EVERY - 1, len(edges), _HISTOGRAM_EVERY)
-    buckets = [(f"{edges[i]:.6g}", int(cumulative[i])) for i in picked]
-    buckets.append(("+Inf", int(cumulative[-1])))
-    family = HistogramMetricFamily(name, text)
-    family.add_metric([], buckets, histogram.sum_s)
-    return family
+def _counters(models: dict[str, Measures]) -> Iterator[Metric]:
+    for name, text, attribute in _TOTALS:
+        family = CounterMetricFamily(PREFIX + name, text, labels=["model"])
+        for model, measures in models.items():
+            family.add_metric([model], getattr(measures, attribute))
+        yield family
+    for name, text, label, attribute in _KINDS:
+        family = CounterMetricFamily(PREFIX + name, text, labels=["model", label])
+        for model, measures in models.items():
+            for kind, count in getattr(measures, attribute).items():
+                family.add_metric([model, kind], count)
+        yield family
+
+
+def _replicas(replicas: list[Replica], now: float) -> Iterator[Metric]:
+    replicas = [replica for replica in replicas if not replica.gone]
+    labels = ["model", "replica"]
+    for name, text, value in _REPLICA_GAUGES:
+        family = _gauge(f"replica_{name}", text, labels)
+        for replica in replicas:
+            family.add_metric([replica.member.model, replica.name], value(replica))
+        yield family
+    states = _gauge("replica_state", "1 for the state that it is in.", [*labels, "state"])
+    for replica in replicas:
+        present = replica_state(replica, now)
+        for state in STATES:
+            states.add_metric([replica.member.model, replica.name, state], float(state == present))
+    yield states
+    tokens = CounterMetricFamily(
+        PREFIX + "replica_generated_tokens", "Taken over from it by this router.", labels=labels
+    )
+    for replica in replicas:
+        tokens.add_metric([replica.member.model, replica.name], replica.generated_tokens)
+    yield tokens
+
+
+def _gauge(name: str, text: str, labels: list[str]) -> GaugeMetricFamily:
+    return GaugeMetricFamily(PREFIX + name, text, labels=labels)
+
+
+def _add_histogram(family: HistogramMetricFamily, labels: list[str], histogram: FastHistogram) -> None:
+    edges = [*(repr(float(bound)) for bound in histogram.bounds), "+Inf"]
+    cumulative = np.cumsum(histogram.counts).tolist()
+    family.add_metric(labels, list(zip(edges, cumulative, strict=True)), histogram.sum)
+
+
+def router_registry(state: RouterState) -> CollectorRegistry:
+    """The registry of a router process."""
+    registry = shared.new_registry("router")
+    registry.register(StateCollector(state))
+    return registry
 
 
 def serve_metrics(state: RouterState) -> tuple[str, Callable[[], None]]:
     """Starts the metrics server; returns its address and how to stop it."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(StateCollector(state))
-    host = state.config.metrics_host
-    server, thread = start_http_server(state.config.metrics_port or 0, host, registry)
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
-
-    return f"{state.config.advertise_host or host}:{server.server_port}", stop
+    config = state.config
+    server = shared.serve_metrics(router_registry(state), config.metrics_host, config.metrics_port or 0)
+    return f"{config.advertise_host or config.metrics_host}:{server.port}", server.close

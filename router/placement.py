@@ -74,5 +74,6 @@ def place(state: RouterState, request: Request, replica: Replica, now: float) ->
     replica.in_flight += 1
     replica.circuit.sent()
     state.latencies.queue.add(now - request.arrived_s, now)
+    request.pool.measures.queue_s.observe(now - request.arrived_s)
     replica.link.send_start(slot, raw)
     state.fleet.refresh(replica, now)

@@ -34,6 +34,7 @@ def lose(state: RouterState, request: Request, reason: str, now: float, *, known
         request.resumes += bool(request.carried)
     if request.carried:
         state.ledger.resumes += 1
+    request.pool.measures.moved(with_tokens=bool(request.carried), drained=known_to_worker)
     request.placed_s = now  # it waits from now on
     request.pool.queue.push_front(request)
     pump(state, request.pool, now)

@@ -11,12 +11,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from megatoken.errors import MegatokenError
 from megatoken.v1 import tokens_pb2
 from router.config import RouterConfig
 from router.fleet import Fleet
 from router.history import TokenPages
 from router.latency import Latencies
 from router.ledger import Ledger
+from router.measures import Measures, refusal_reason
 from router.policies import Policy, make_policy
 from router.request import Request
 from router.retry_budget import RetryBudget
@@ -34,11 +36,13 @@ class RouterState:
     pages: TokenPages = field(init=False)
     sinks: list[SessionSink | None] = field(default_factory=list)
     latencies: Latencies = field(default_factory=Latencies)
+    nowhere: Measures = field(default_factory=Measures)  # of requests for models that are not there
     retries: RetryBudget = field(init=False)
     live: int = 0  # requests running, queued and resuming
     resuming: int = 0
     held: int = 0  # live requests with held delivery
     draining: bool = False
+    membership_connected: bool = False  # the controller answers
     deadlines: list[tuple[float, int, Request]] = field(default_factory=list)  # a heap
     holds: list[tuple[float, int, Request]] = field(default_factory=list)  # held tokens due, a heap
     on_finished: Callable[[Request, tokens_pb2.Finish, float], None] | None = None
@@ -51,6 +55,12 @@ class RouterState:
 
     def policy_of(self, name: str) -> Policy:
         return make_policy(name or self.config.policy)
+
+    def count_refusal(self, model: str, error: MegatokenError) -> None:
+        """A request was turned away at the door."""
+        pool = self.fleet.pools.get(model)
+        measures = pool.measures if pool is not None else self.nowhere
+        measures.refusals[refusal_reason(error, self.draining)] += 1
 
     def add_sink(self, sink: SessionSink) -> None:
         for index, present in enumerate(self.sinks):

@@ -51,6 +51,7 @@ def submit(
         state.held += bool(request.delivery)
         state.retries.started(now)
         state.ledger.add("requests_started")
+        request.pool.measures.started += 1
         if deadline_s != float("inf"):
             state.ordinal += 1
             heapq.heappush(state.deadlines, (deadline_s, state.ordinal, request))

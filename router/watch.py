@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+import grpc
 from grpc import aio
 
 from megatoken.v1 import membership_pb2, membership_pb2_grpc
@@ -22,13 +23,14 @@ async def watch_membership(
     watcher: str,
     open_channel: Callable[[str], aio.Channel],
     apply: Callable[[membership_pb2.Snapshot], None],
+    connected: Callable[[bool], None] = lambda _up: None,
 ) -> None:
     """Until cancelled: tries the controllers in turn, applies every snapshot. Never raises for one that is away."""
     pause_s = _FIRST_PAUSE_S
     turn = 0
     while True:
         address = controllers[turn % len(controllers)]
-        got = await _watch_once(address, watcher, open_channel, apply)
+        got = await _watch_once(address, watcher, open_channel, apply, connected)
         if got:
             pause_s = _FIRST_PAUSE_S
             continue
@@ -42,6 +44,7 @@ async def _watch_once(
     watcher: str,
     open_channel: Callable[[str], aio.Channel],
     apply: Callable[[membership_pb2.Snapshot], None],
+    connected: Callable[[bool], None],
 ) -> bool:
     """One watch; whether anything came. Ends at RESYNC_S at the latest."""
     channel = open_channel(address)
@@ -51,7 +54,9 @@ async def _watch_once(
         async for snapshot in stub.Watch(membership_pb2.WatchRequest(watcher=watcher), timeout=RESYNC_S):
             apply(snapshot)
             got = True
+            connected(True)
     except aio.AioRpcError as error:
+        connected(got and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED)  # that is only the resync
         if not got:
             log.info("no membership from %s: %s", address, error.code().name)
     finally:
