@@ -119,30 +119,31 @@ class Groups:
     _polled_s: float | None = None
     _fruitless: int = 0  # epochs in a row that failed before anyone ticked
     _worked: bool = False
-    _refused: dict[str, str] | None = None  # kept until somebody comes, goes or changes
+    _in: frozenset[str] = frozenset()  # agents of the group
+    _refused: dict[str, str] = field(default_factory=dict)
+    _changed: bool = False  # somebody came, went or changed: `_refused` is to be made again
 
     def attended(self, said: Attended, now: float) -> str:
         """Takes a sign of life; returns why the agent is refused, or nothing."""
         agent = said.attendee.agent
         known = self._agents.get(agent)
         if known is None or known.gone:
-            self._agents[agent], self._refused = _Present(said, now, now), None
+            self._agents[agent], self._changed = _Present(said, now, now), True
         else:
-            if known.said.attendee != said.attendee:
-                self._refused = None
+            self._changed |= known.said.attendee != said.attendee
             known.said, known.last_s = said, now
         if said.epoch == self.group.epoch:
             self._worked |= said.state is Stance.TICKING
-            if said.state is Stance.FAILED and self._failed_s is None and agent in self.group.agents:
+            if said.state is Stance.FAILED and self._failed_s is None and agent in self._in:
                 self._failed_s = now
-        return self.refusals().get(agent, "")
+        return self._refused.get(agent, "")  # as of the last poll
 
     def left(self, agent: str, now: float) -> None:
         """The agent's stream ended."""
         known = self._agents.get(agent)
         if known is not None:
             known.gone, known.last_s = True, now
-            self._refused = None
+            self._changed = True
 
     def poll(self, now: float) -> Group | None:
         """The next group when there has to be one; call it about ten times a second and after every event."""
@@ -172,8 +173,8 @@ class Groups:
 
     def refusals(self) -> dict[str, str]:
         """Agents that attend and can be in no group now, with the reason."""
-        if self._refused is None:
-            self._refused = self._refuse()
+        if self._changed:
+            self._refused, self._changed = self._refuse(), False
         return self._refused
 
     def _refuse(self) -> dict[str, str]:
@@ -212,6 +213,7 @@ class Groups:
         epoch = max([self.group.epoch, *(known.said.epoch for known in self._agents.values())]) + 1
         hierarchical = len(sites) > 1 and "" not in sites
         self.group = Group(epoch, tuple(members), backend.partition("/")[0], hierarchical, why)
+        self._in = frozenset(self.group.agents)
         self._failed_s, self._formed_s, self._worked = None, now, False
         return self.group
 
@@ -261,7 +263,7 @@ class Groups:
 
     def _joiners(self, present: dict[str, _Present], now: float) -> list[str]:
         """Agents outside that may come in, in the order they came."""
-        outside = [agent for agent in present if agent not in self.group.agents]
+        outside = [agent for agent in present if agent not in self._in]
         return sorted(
             (agent for agent in outside if not self._is_held(present[agent].said.attendee.node, now)),
             key=lambda agent: (present[agent].first_s, agent),
@@ -298,9 +300,9 @@ class Groups:
     def _forget(self, now: float) -> None:
         """Bounds what is kept of agents and nodes that do not come back."""
         for agent, known in list(self._agents.items()):
-            if now - known.last_s > self.policy.forgive_s and agent not in self.group.agents:
+            if now - known.last_s > self.policy.forgive_s and agent not in self._in:
                 del self._agents[agent]
-                self._refused = None
+                self._changed = True
         for node, record in list(self._records.items()):
             if now - max(record.struck_s, record.held_until_s) > self.policy.forgive_s:
                 del self._records[node]
@@ -319,7 +321,7 @@ class Groups:
             hierarchical = len(sites) > 1 and "" not in sites
             backend = common_backend(members).partition("/")[0]
             self.group = Group(best.epoch, members, backend, hierarchical, "adopted from the controller before")
-            self._formed_s = now
+            self._in, self._formed_s = frozenset(self.group.agents), now
             return False
         return self._started_s is not None and now - self._started_s < self.policy.adopt_s
 
