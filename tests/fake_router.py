@@ -4,7 +4,8 @@
         ... router.address ..., router.requests, router.cancelled
 
 A script is called once a request and returns its steps: a token id, a list of token ids that arrive together, END (the
-request ends by stop), or a Finish. `gate` holds every step back until it is set; `step_s` paces them.
+request ends by stop), or a Finish. `gate` holds every step back until it is set, `permits` lets one pass for each
+release; `step_s` paces them.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ class FakeRouter:
         self.step_s = step_s
         self.gate = asyncio.Event()
         self.gate.set()
+        self.permits: asyncio.Semaphore | None = None
         self.requests: list[GenerateRequest] = []
         self.cancelled: list[int] = []
+        self.running = 0
         self.sessions: list[Any] = []
         self.address = ""
         self._server: grpc.aio.Server | None = None
@@ -99,10 +102,13 @@ class FakeRouter:
                     out.put_nowait(columns.Frame(finish=[finish]))
 
     async def _run(self, stream: int, request: GenerateRequest, out: asyncio.Queue[columns.Frame]) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
+        self.running += 1
+        with contextlib.suppress(asyncio.CancelledError), contextlib.closing(_Counted(self)):
             generated = 0
             for step in self.script(request):
                 await self.gate.wait()
+                if self.permits is not None:
+                    await self.permits.acquire()
                 await asyncio.sleep(self.step_s)
                 if isinstance(step, Finish):
                     finish = Finish()
@@ -122,6 +128,16 @@ class FakeRouter:
                     tokens = [step] if isinstance(step, int) else list(step)
                     out.put_nowait(token_frame(stream, tokens, []))
                 generated += len(tokens)
+
+
+class _Counted:
+    """Takes one from `running` when a request ends, however it ends."""
+
+    def __init__(self, router: FakeRouter) -> None:
+        self.router = router
+
+    def close(self) -> None:
+        self.router.running -= 1
 
 
 def token_frame(stream: int, tokens: Sequence[int], details: Sequence[Detail]) -> columns.Frame:

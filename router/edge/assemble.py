@@ -46,7 +46,6 @@ async def assemble(config: EdgeConfig, allowed: Callable[[str | None], bool] | N
     models = tuple([await build_model_app(model, config, session) for model in config.models])
     dispatch = Dispatch(
         apps={name: model for model in models for name in model.model.names},
-        fast={},
         is_healthy=lambda: link.connected,
         exposition=lambda: metrics.exposition(link.connected),
         allowed=allowed,

@@ -27,6 +27,7 @@ class EdgeModel(_Part):
     chat_template: str | None = Field(None, description="a Jinja file, or the template itself; unset: the tokenizer's")
     tool_parser: str | None = Field(None, description="vLLM's --tool-call-parser; turns automatic tool choice on")
     reasoning_parser: str | None = Field(None, description="vLLM's --reasoning-parser")
+    fast_stream: bool = Field(True, description="write plain streams without vLLM's per-chunk layer; same bytes")
     trust_remote_code: bool = Field(False, description="run code that comes with the tokenizer or config")
     extra_args: dict[str, Any] = Field(
         default_factory=dict, description='further arguments of `vllm serve`, by their names: {"response_role": "bot"}'
@@ -63,7 +64,6 @@ class EdgeConfig(_Part):
     models: tuple[EdgeModel, ...] = Field(min_length=1, description="what is offered")
     tls: ServerTls | None = Field(None, description="unset: plain HTTP")
     api_keys_file: Path | None = Field(None, description="JSON of hashed keys; unset: no key is asked for")
-    fast_stream: bool = Field(True, description="write plain streams without vLLM's per-chunk layer; same bytes")
     site: str = Field("", description="where the edge is; passed on with requests")
     limits: LimitsConfig = LimitsConfig()
     access_log: bool = Field(False, description="one line a request; never with a prompt or a key")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
 from typing import Any, Final, Protocol
 
 import msgspec
 
+from router.edge.direct import Exchange
 from router.edge.refusals import GuardedSend
 
 Scope = MutableMapping[str, Any]
@@ -22,6 +24,7 @@ AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS: Final = frozenset({"/health", "/ping", "/version", "/metrics"})  # need no key, as with vLLM
 MODELS_PATH: Final = "/v1/models"
+EXCHANGE: ContextVar[Exchange | None] = ContextVar("exchange", default=None)  # read where vLLM starts a generation
 
 
 class NamesModel(msgspec.Struct):
@@ -38,27 +41,18 @@ class Served(Protocol):
     async def list_models(self) -> list[dict[str, Any]]: ...
 
 
-class FastPath(Protocol):
-    """Answers some exchanges without the app; see fast_stream."""
-
-    async def answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> bool:
-        """Answers and returns True, or does nothing and returns False."""
-
-
 class Dispatch:
-    """`apps` and `fast` by every name a request may ask for; `apps` holds the default model first."""
+    """`apps` by every name a request may ask for, the default model first."""
 
     def __init__(
         self,
         apps: dict[str, Served],
-        fast: dict[str, FastPath],
         is_healthy: Callable[[], bool],
         exposition: Callable[[], bytes],
         allowed: Callable[[str | None], bool] | None,
         max_body_bytes: int,
     ) -> None:
         self._apps = apps
-        self._fast = fast
         self._default = next(iter(apps.values()))
         self._single = len({id(app) for app in apps.values()}) == 1
         self._is_healthy = is_healthy
@@ -84,7 +78,7 @@ class Dispatch:
         else:
             await self._default.app(scope, receive, GuardedSend(send))
 
-    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _post(self, scope: Scope, receive: Receive, send: GuardedSend) -> None:
         body = await read_body(receive, self._max_body_bytes)
         if body is None:
             message = f"body: more than {self._max_body_bytes} bytes is not allowed"
@@ -99,9 +93,7 @@ class Dispatch:
                 await answer(send, 404, error_body(404, "NotFoundError", message, "model"))
                 return
             served = self._default
-        fast = self._fast.get(name) if name is not None else None
-        if fast is not None and await fast.answer(scope, body, receive, send):
-            return
+        EXCHANGE.set(Exchange(send))
         await served.app(scope, replay(body, receive), send)
 
     async def _models(self, name: str, send: Send) -> None:

@@ -21,10 +21,11 @@ ERROR_CHUNK: Final = b'data: {"error"'
 class GuardedSend:
     """Wraps the `send` of one HTTP exchange."""
 
-    __slots__ = ("_dropping", "_send", "_start", "status")
+    __slots__ = ("_dropping", "_start", "bodies", "raw", "status")
 
     def __init__(self, send: Send) -> None:
-        self._send = send
+        self.raw = send
+        self.bodies = 0  # body messages that went through
         self._start: Message | None = None
         self._dropping = False
         self.status = 0
@@ -39,13 +40,15 @@ class GuardedSend:
             start, self._start = self._start, None
             error = error_of(message.get("body", b""))
             if start["status"] == 200 and error is None:
-                await self._send(start)
+                await self.raw(start)
             else:
                 await self._refuse(start, message, error)
                 return
         elif self._dropping:
             return
-        await self._send(message)
+        await self.raw(message)
+        if message["type"] == "http.response.body":
+            self.bodies += 1
 
     async def _refuse(self, start: Message, message: Message, error: dict[str, Any] | None) -> None:
         body = message.get("body", b"")
@@ -61,8 +64,8 @@ class GuardedSend:
             start = {**start, "status": status, "headers": headers}
         self.status = start["status"]
         headers = [*start.get("headers", []), *retry_after_headers(start["status"], text)]
-        await self._send({**start, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        await self.raw({**start, "headers": headers})
+        await self.raw({"type": "http.response.body", "body": body, "more_body": more})
 
 
 def waits(start: Message) -> bool:

@@ -70,7 +70,6 @@ def dispatch(
     apps = [Echo(name) for name in names]
     made = Dispatch(
         apps={app.name: app for app in apps},
-        fast={},
         is_healthy=lambda: healthy,
         exposition=lambda: b"metrics",
         allowed=None if key is None else lambda given: given == key,
