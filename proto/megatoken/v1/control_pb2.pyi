@@ -60,7 +60,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("cluster", "generation", "membership_epoch", "membership_version", "unix_s", "controller", "ray_address", "nodes", "models", "replicas", "processes", "throughput")
+    __slots__ = ("cluster", "generation", "membership_epoch", "membership_version", "unix_s", "controller", "ray_address", "nodes", "models", "replicas", "processes", "throughput", "metrics_address")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     MEMBERSHIP_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class ClusterStatus(_message.Message):
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     PROCESSES_FIELD_NUMBER: _ClassVar[int]
     THROUGHPUT_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     generation: int
     membership_epoch: int
@@ -85,7 +86,8 @@ class ClusterStatus(_message.Message):
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
     processes: _containers.RepeatedCompositeFieldContainer[ProcessStatus]
     throughput: _throughput_pb2.ThroughputSample
-    def __init__(self, cluster: _Optional[str] = ..., generation: _Optional[int] = ..., membership_epoch: _Optional[int] = ..., membership_version: _Optional[int] = ..., unix_s: _Optional[float] = ..., controller: _Optional[str] = ..., ray_address: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., processes: _Optional[_Iterable[_Union[ProcessStatus, _Mapping]]] = ..., throughput: _Optional[_Union[_throughput_pb2.ThroughputSample, _Mapping]] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, cluster: _Optional[str] = ..., generation: _Optional[int] = ..., membership_epoch: _Optional[int] = ..., membership_version: _Optional[int] = ..., unix_s: _Optional[float] = ..., controller: _Optional[str] = ..., ray_address: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., processes: _Optional[_Iterable[_Union[ProcessStatus, _Mapping]]] = ..., throughput: _Optional[_Union[_throughput_pb2.ThroughputSample, _Mapping]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
     __slots__ = ("node", "address", "site", "state", "device_kind", "devices", "devices_used", "devices_out", "labels")
