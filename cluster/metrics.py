@@ -81,6 +81,11 @@ class ControllerMetrics(Collector):
         self._failed_seen = set(failed)
         self._status = status
 
+    @property
+    def status(self) -> ClusterStatus:
+        """The last status published: what /sd lists."""
+        return self._status
+
     def record_event(self, event: Event) -> None:
         """Counts an event by its kind."""
         kind = event.kind if event.kind in self._event_kinds or len(self._event_kinds) < MAX_EVENT_KINDS else "other"

@@ -1,12 +1,10 @@
 """`megatoken top`: the live view of a cluster, or one picture of it as an SVG.
 
-The CLI calls `run_top` with the controller's address and a way to open channels with the cluster's credentials.
-`python -m cluster.top --control HOST:PORT` is the same against a controller without TLS and keys.
+cli_top.py calls these with the controller's address and a way to open channels with the cluster's credentials.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from textual.pilot import Pilot
 
 from cluster.top_app import Top
 from cluster.top_feed import Feed, OpenChannel
-from megatoken.tls import open_channel
 
 SCREENSHOT_SIZE = (100, 30)
 
@@ -56,20 +53,3 @@ def save_top(
             await feed.close()
 
     asyncio.run(show())
-
-
-def main() -> None:
-    """Entry point of `python -m cluster.top`."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.top", description="Live view of a cluster.")
-    parser.add_argument("--control", required=True, metavar="HOST:PORT", help="the controller's address")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="write one picture instead of showing the view")
-    parser.add_argument("--after", type=float, default=15.0, metavar="SECONDS", help="with --svg: watch first")
-    arguments = parser.parse_args()
-    if arguments.svg is not None:
-        save_top(arguments.control, lambda address: open_channel(address, None), arguments.svg, arguments.after)
-    else:
-        run_top(arguments.control, lambda address: open_channel(address, None))
-
-
-if __name__ == "__main__":
-    main()

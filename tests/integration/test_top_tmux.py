@@ -72,7 +72,9 @@ def control() -> Iterator[subprocess.Popen[str]]:
 def terminal(control: subprocess.Popen[str]) -> Iterator[Terminal]:
     assert control.stdout is not None
     address = control.stdout.readline().strip()
-    started = Terminal(f"cd {REPOSITORY} && {sys.executable} -m cluster.top --control {address}; echo left: $?; cat")
+    started = Terminal(
+        f"cd {REPOSITORY} && {sys.executable} -m cluster.cli top --control {address}; echo left: $?; cat"
+    )
     yield started
     started.close()
 
