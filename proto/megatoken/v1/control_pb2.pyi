@@ -119,7 +119,7 @@ class NodeStatus(_message.Message):
     def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ..., site: _Optional[str] = ..., state: _Optional[str] = ..., device_kind: _Optional[str] = ..., devices: _Optional[int] = ..., devices_used: _Optional[int] = ..., devices_out: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("model", "wanted", "ready", "blocked", "rollout", "running", "waiting", "generated_tokens_per_s")
+    __slots__ = ("model", "wanted", "ready", "blocked", "rollout", "running", "waiting", "generated_tokens_per_s", "source", "engine")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +128,8 @@ class ModelStatus(_message.Message):
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     model: str
     wanted: int
     ready: int
@@ -136,7 +138,9 @@ class ModelStatus(_message.Message):
     running: int
     waiting: int
     generated_tokens_per_s: float
-    def __init__(self, model: _Optional[str] = ..., wanted: _Optional[int] = ..., ready: _Optional[int] = ..., blocked: _Optional[str] = ..., rollout: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens_per_s: _Optional[float] = ...) -> None: ...
+    source: str
+    engine: str
+    def __init__(self, model: _Optional[str] = ..., wanted: _Optional[int] = ..., ready: _Optional[int] = ..., blocked: _Optional[str] = ..., rollout: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens_per_s: _Optional[float] = ..., source: _Optional[str] = ..., engine: _Optional[str] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
     __slots__ = ("replica", "model", "state", "reason", "engine", "address", "ranks", "age_s", "running", "waiting", "kv_usage", "generated_tokens_per_s", "generated_tokens", "incarnation", "spec_generation", "metrics_address", "node")
