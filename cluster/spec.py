@@ -63,7 +63,9 @@ class ClusterSpec(Part):
         if self.routers.policy not in POLICIES:
             raise ValueError(f"routers.policy: {self.routers.policy!r} is not allowed; one of {', '.join(POLICIES)}")
         if self.edge.count and not self.routers.count:
-            raise ValueError(f"routers.count: 0 is not allowed with edge.count {self.edge.count}; an edge needs a router")
+            raise ValueError(
+                f"routers.count: 0 is not allowed with edge.count {self.edge.count}; an edge needs a router"
+            )
         if self.agents.deadline_s < self.agents.tick_s:
             raise ValueError(
                 f"agents.deadline_s: {self.agents.deadline_s} is not allowed; at least tick_s = {self.agents.tick_s}"

@@ -79,7 +79,9 @@ def _line(problem: Any, document: dict[Any, Any]) -> str:
     if kind == "value_error":
         text = str(context.get("error", problem["msg"]))
         return f"{where}: {text}" if where else text
-    allowed = problem["msg"].removeprefix("Input should be ").removeprefix("String should ").removeprefix("Value should ")
+    allowed = (
+        problem["msg"].removeprefix("Input should be ").removeprefix("String should ").removeprefix("Value should ")
+    )
     return f"{where}: {_shown(value)} is not allowed; {allowed}"
 
 

@@ -11,6 +11,7 @@ from cluster.spec_model import POLICIES, Part
 from router.config import AdmissionConfig, BreakerConfig, DeliveryConfig, LeaseConfig, LimitsConfig, ResumeConfig
 
 ANY_PORT = 0
+HOST_RULE = "loopback where Ray is local, else the node's own address"
 RAY_ADDRESS_PATTERN = r"^(local|auto|ray://[^\s]+|[^\s:]+:\d{1,5})$"
 
 
@@ -30,7 +31,7 @@ class RaySpec(Part):
 class ControlSpec(Part):
     """The controller's own server and habits."""
 
-    host: str = Field("127.0.0.1", min_length=1, description="address it binds; remote routers need a reachable one")
+    host: str | None = Field(None, min_length=1, description="address it binds; unset: " + HOST_RULE)
     port: int = Field(7700, ge=0, le=65_535, description="Control, Membership and Throughput services; 0: any free one")
     tick_s: float = Field(1.0, gt=0, le=60, description="longest time between two looks at the cluster")
     reserve_timeout_s: float = Field(30.0, gt=0, le=3600, description="limit on Ray's grant of a placement group")
@@ -44,7 +45,7 @@ class RoutersSpec(Part):
 
     count: int = Field(1, ge=0, le=1024, description="routers on the head node, sharing its port; 0: none")
     per_node: bool = Field(False, description="`count` routers on every node instead")
-    host: str = Field("127.0.0.1", min_length=1, description="address they bind")
+    host: str | None = Field(None, min_length=1, description="address they bind; unset: " + HOST_RULE)
     port: int = Field(7701, ge=0, le=65_535, description="0: any free one; several routers then have one each")
     policy: str = Field("least_tokens", description=f"one of {', '.join(POLICIES)}")
     admission: AdmissionConfig = AdmissionConfig()
@@ -61,7 +62,7 @@ class EdgeSpec(Part):
 
     count: int = Field(1, ge=0, le=1024, description="edges on the head node, sharing its port; 0: none")
     per_node: bool = Field(False, description="`count` edges on every node instead")
-    host: str = Field("127.0.0.1", min_length=1, description="address they bind")
+    host: str | None = Field(None, min_length=1, description="address they bind; unset: " + HOST_RULE)
     port: int = Field(8000, ge=0, le=65_535, description="0: any free one")
     max_requests: int = Field(16_384, ge=1, le=1_000_000, description="requests running at once; more get 429")
     access_log: bool = Field(False, description="one line a request; never with a prompt or a key")
@@ -74,7 +75,7 @@ class AgentsSpec(Part):
     tick_s: float = Field(1.0, ge=0.05, le=60, description="time between two sums")
     deadline_s: float = Field(2.0, gt=0, le=60, description="limit on one sum before its epoch ends")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="nccl is RCCL on ROCm; auto: by device")
-    host: str = Field("127.0.0.1", min_length=1, description="address they bind")
+    host: str | None = Field(None, min_length=1, description="address they bind; unset: " + HOST_RULE)
 
 
 class TlsSpec(Part):

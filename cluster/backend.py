@@ -1,0 +1,81 @@
+"""What the controller needs from the system that runs things: the seam between deciding and Ray.
+
+ray_backend.py is the real one; tests and the simulation have their own. All methods are called from one thread, none
+may wait longer than it says, and each is idempotent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cluster.fleet import Phase, Replica, ReplicaObservation
+from cluster.topology import Inventory
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessObservation:
+    """What is seen of a router, edge or agent."""
+
+    phase: Phase = Phase.NONE
+    facts: Mapping[str, Any] | None = None
+    reason: str = ""
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at Ray. `complete` is False when Ray did not answer."""
+
+    inventory: Inventory = field(default_factory=Inventory)
+    replicas: Mapping[str, ReplicaObservation] = field(default_factory=dict)
+    processes: Mapping[str, ProcessObservation] = field(default_factory=dict)
+    complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessLaunch:
+    """A program to run on one node, as child.Launch has it."""
+
+    name: str
+    program: str
+    config: Mapping[str, Any]
+    node: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    cpu_ranks: int = 0
+    """Ranks that share the node's cores, this one included; 0: the program sets its own threads."""
+
+
+class Backend(Protocol):
+    """Reserves devices, starts and ends processes, and looks."""
+
+    ray_address: str
+    head_node: str
+
+    def look(self, wait_s: float) -> Look:
+        """What there is; returns early when something changes, at the latest after about `wait_s`."""
+
+    def reserve(self, replica: Replica) -> None:
+        """Asks for the replica's devices, each bundle pinned to its node."""
+
+    def start_replica(self, replica: Replica, launch: ProcessLaunch) -> None:
+        """Starts the worker in the replica's reservation."""
+
+    def release(self, replica_id: str, grace_s: float) -> None:
+        """Ends the worker, after `grace_s` by force, and gives the devices back."""
+
+    def start_process(self, launch: ProcessLaunch) -> None:
+        """Starts a router, edge or agent."""
+
+    def stop_process(self, name: str, grace_s: float) -> None:
+        """Ends it, after `grace_s` by force."""
+
+    def tail(self, name: str, lines: int, timeout_s: float) -> str:
+        """The last lines that a replica or process wrote. Raises KeyError when there is none of that name."""
+
+    def placement_group_id(self, replica_id: str) -> str:
+        """Ray's id of the replica's placement group; empty when it has none."""
+
+    def clean(self) -> None:
+        """Removes the runtime directories of every node."""

@@ -1,0 +1,175 @@
+"""Starts a cluster's controller for the command line, and the processes that own a local cluster. Shell code.
+
+A local cluster is guard -> owner -> Ray; see guard.py. With `attached`, the guard holds the other end of a pipe of
+ours, so that the cluster ends when this process does, however it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.clusters import ClusterRecord, alive, record_path, write_record
+from cluster.control_client import CommandError
+from cluster.controller_main import client_tls
+from cluster.embedded import BringUp
+from cluster.progress import Progress
+from cluster.runtime_dirs import cluster_directory, runtime_root, state_directory
+from cluster.spec import ClusterSpec
+
+READY_TIMEOUT_S = 120.0
+LOG_TAIL_LINES = 15
+
+
+@dataclass
+class Up:
+    """A cluster whose controller serves."""
+
+    record: ClusterRecord
+    guard: subprocess.Popen[bytes] | None
+    """Local clusters: the process to wait for."""
+    lifeline: int | None
+    """Attached: closing it, or ending, takes the cluster down."""
+
+
+def bring_up(spec: ClusterSpec, progress: Progress, *, attached: bool) -> Up:
+    """Starts Ray if it is local, and the controller; writes the cluster down. Raises CommandError."""
+    root, states = runtime_root(os.environ), state_directory(os.environ)
+    _refuse_running(states, spec.cluster)
+    directory = cluster_directory(root, spec.cluster)
+    local = spec.ray.address == "local"
+    if local:
+        shutil.rmtree(directory, ignore_errors=True)  # of a cluster whose guard was killed
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    ray_temp = Path(tempfile.mkdtemp(prefix="mt-ray-")) if local else None
+    config = directory / "bring-up.json"
+    config.write_text(BringUp(spec=spec, runtime_root=root, ray_temp_dir=ray_temp).model_dump_json())
+    progress.say("starting a local Ray" if local else f"connecting to the Ray cluster at {spec.ray.address}")
+    started = _Started(directory, ray_temp, record_path(states, spec.cluster), config, local, attached)
+    ready = started.wait_ready(progress)
+    if "error" in ready:
+        started.end()
+        raise CommandError(str(ready["error"]), 2)
+    record = ClusterRecord(
+        cluster=spec.cluster,
+        control=ready["control"],
+        ray_address=ready.get("ray_address", ""),
+        guard_pid=started.process.pid if local else 0,
+        runtime_dir=str(directory),
+        tls=client_tls(spec),
+    )
+    write_record(states, record)
+    progress.say(f"controller serves at {record.control}; Ray at {record.ray_address}")
+    return Up(record, started.process if local else None, started.lifeline)
+
+
+class _Started:
+    """The process that brings the controller up: the guard, or a helper that ends by itself."""
+
+    def __init__(
+        self, directory: Path, ray_temp: Path | None, record: Path, config: Path, local: bool, attached: bool
+    ) -> None:
+        self.log = directory / "owner.log"
+        ready_read, ready_write = os.pipe()
+        lifeline_read: int | None = None
+        self.lifeline: int | None = None
+        if attached and local:
+            lifeline_read, self.lifeline = os.pipe()
+        owner = [sys.executable, "-m", "cluster.embedded", "--config", str(config), "--ready-fd", str(ready_write)]
+        command, passed = [*owner, "--orphan"] if not local else owner, [ready_write]
+        if local:
+            clean = [directory, record, *([ray_temp] if ray_temp else [])]
+            guard = [sys.executable, "-m", "cluster.guard", "--ready-fd", str(ready_write)]
+            for path in clean:
+                guard += ["--clean", str(path)]
+            if lifeline_read is not None:
+                guard += ["--lifeline-fd", str(lifeline_read)]
+                passed.append(lifeline_read)
+            command = [*guard, "--", *owner]
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=passed,
+                start_new_session=True,  # the terminal's Ctrl-C is ours to handle
+                env=_environment(directory) if local else dict(os.environ),
+            )
+        os.close(ready_write)
+        if lifeline_read is not None:
+            os.close(lifeline_read)
+        self._ready = ready_read
+
+    def wait_ready(self, progress: Progress) -> dict[str, str]:
+        """The ready line. Raises CommandError with the end of the log when none comes."""
+        deadline, said = time.monotonic() + READY_TIMEOUT_S, b""
+        try:
+            while b"\n" not in said:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    self.end()
+                    raise CommandError(f"the controller did not serve within {READY_TIMEOUT_S:.0f} s\n{self._tail()}")
+                if select.select([self._ready], [], [], min(left_s, 1.0))[0]:
+                    chunk = os.read(self._ready, 65_536)
+                    if not chunk:
+                        self.end()
+                        raise CommandError(f"the cluster did not come up\n{self._tail()}")
+                    said += chunk
+                progress.still("still starting")
+        except KeyboardInterrupt:
+            self.end()
+            raise
+        finally:
+            os.close(self._ready)
+        facts: dict[str, str] = json.loads(said)
+        return facts
+
+    def end(self) -> None:
+        """Ends it and whatever it started."""
+        self.tail = self._tail()
+        self.process.terminate()
+        try:
+            self.process.wait(40)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+    def _tail(self) -> str:
+        try:
+            lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        except OSError:
+            lines = getattr(self, "tail", "").splitlines()
+        return "\n".join(lines)
+
+
+def _refuse_running(states: Path, cluster: str) -> None:
+    path = record_path(states, cluster)
+    try:
+        record = ClusterRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return
+    if record.guard_pid == 0 or alive(record.guard_pid):
+        raise CommandError(
+            f"cluster: {cluster!r} is not allowed; a cluster of that name runs, controller at {record.control}. "
+            "Use `megatoken apply`, or `megatoken down` first",
+            2,
+        )
+    path.unlink(missing_ok=True)
+
+
+def _environment(directory: Path) -> dict[str, str]:
+    """A local Ray of our own: token authentication with a fresh token in a file only this user can read."""
+    token = directory / "ray.token"
+    with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+    return {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}

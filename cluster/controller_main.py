@@ -1,0 +1,185 @@
+"""Puts the controller together inside its Ray actor: state file, server, attendance, metrics, the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from cluster.control_server import ControlServer
+from cluster.controller import Controller, Settings, bind_host
+from cluster.metrics import ControllerMetrics
+from cluster.runtime_dirs import cluster_directory
+from cluster.service_discovery import serve_controller_metrics
+from cluster.spec import ClusterSpec
+from cluster.state import StateStore
+from megatoken.log import JsonFormatter
+from megatoken.tls import ClientTls, ServerTls
+from worker.collective.attendance import AttendanceServicer
+
+logger = logging.getLogger(__name__)
+LOG_LINES = 2000
+SETTLED_PORTS = ("control.port", "routers.port", "edge.port", "agents.port", "metrics.port")
+RESTART_BIND_S = 5.0  # a restarted controller may find its port still held by the one that died
+
+
+class ControllerActor:
+    """The Ray actor `controller`: one thread runs the event loop; when that fails Ray restarts the actor."""
+
+    def __init__(self, state_file: str, runtime_root: str, node_address: str, spec_json: str | None) -> None:
+        self._ready = threading.Event()
+        self._closed = threading.Event()
+        self._address = ""
+        self._problem = ""
+        arguments = (Path(state_file), Path(runtime_root), node_address, spec_json)
+        threading.Thread(target=self._live, args=arguments, name="controller", daemon=True).start()
+
+    def address(self, timeout_s: float) -> tuple[str, str]:
+        """(host:port, problem), once one of them is known; the problem is empty when it serves."""
+        self._ready.wait(timeout_s)
+        return self._address, self._problem
+
+    def wait_closed(self, timeout_s: float) -> bool:
+        """True once the cluster was taken down."""
+        return self._closed.wait(timeout_s)
+
+    def _live(self, state_file: Path, runtime_root: Path, node_address: str, spec_json: str | None) -> None:
+        try:
+            asyncio.run(self._serve(state_file, runtime_root, node_address, spec_json))
+        except BaseException as error:
+            logger.exception("the controller failed")
+            if self._ready.is_set():
+                os._exit(1)  # Ray starts it again, and it carries on from the state file
+            self._problem = str(error) or type(error).__name__
+            self._ready.set()
+            return
+        self._closed.set()
+
+    async def _serve(self, state_file: Path, runtime_root: Path, node_address: str, spec_json: str | None) -> None:
+        from cluster.ray_backend import RayBackend
+
+        lines = collect_logs(runtime_root, state_file)
+        store = StateStore(state_file)
+        if store.spec() is None:
+            if spec_json is None:
+                raise RuntimeError("no spec was given and the state file holds none")
+            store.put_spec(ClusterSpec.model_validate_json(spec_json), {})
+        spec = store.spec()
+        if spec is None:
+            raise RuntimeError("the state file lost its spec")
+        host = bind_host(spec, node_address)
+        settle_ports(store, spec, host)
+        local = spec.ray.address == "local"
+        advertise = node_address if host in ("0.0.0.0", "::") else host
+        settings = Settings(spec.cluster, state_file, local, host, advertise, client_tls(spec))
+        controller = Controller(settings, store, lambda: RayBackend(spec.cluster, runtime_root))
+        controller.log_lines = lines
+        server = ControlServer(controller, server_tls(spec))
+        attendance = AttendanceServicer(controller.set_throughput)
+        attendance.attach(server.server)
+        ports = store.ports()
+        port = await start_server(server, host, ports["control.port"])
+        controller.address = f"{advertise}:{port}"
+        await attendance.start()
+        metrics = start_metrics(controller, host, advertise, ports["metrics.port"])
+        self._address = controller.address
+        self._ready.set()
+        try:
+            await controller.run()
+        finally:
+            metrics.close()
+            await attendance.stop()
+            await server.stop()
+            store.close()
+
+
+async def start_server(server: ControlServer, host: str, port: int) -> int:
+    """Binds, patiently: after a restart the port may be held for a moment."""
+    deadline = asyncio.get_running_loop().time() + RESTART_BIND_S
+    while True:
+        try:
+            return await server.start(host, port)
+        except RuntimeError:
+            if asyncio.get_running_loop().time() > deadline:
+                raise RuntimeError(f"control.port: {port} is not allowed; it is in use on {host}") from None
+            await asyncio.sleep(0.2)
+
+
+def start_metrics(controller: Controller, host: str, advertise: str, port: int) -> Any:
+    """/metrics and /sd of the controller."""
+    registry = CollectorRegistry()
+    metrics = ControllerMetrics(registry)
+
+    def on_tick(seconds: float, ok: bool) -> None:
+        metrics.record_tick(seconds, ok)
+        metrics.publish(controller.status())
+
+    controller.on_tick = on_tick
+    controller.on_event = metrics.record_event
+    server = serve_controller_metrics(registry, controller.status, host, port, advertise)
+    controller.metrics_address = f"{advertise}:{server.port}"
+    return server
+
+
+def settle_ports(store: StateStore, spec: ClusterSpec, host: str) -> None:
+    """Finds a free port for each service whose port the spec leaves open, once: a restart keeps it."""
+    fixed: Mapping[str, int] = spec.ports
+    settled = store.ports()
+    with contextlib.ExitStack() as held:  # all at once, so that no port is found twice
+        for name in SETTLED_PORTS:
+            asked = fixed.get(name, 0)
+            if asked:
+                settled[name] = asked
+            elif name not in settled:
+                listener = held.enter_context(socket.socket())
+                listener.bind((host, 0))
+                settled[name] = int(listener.getsockname()[1])
+    store.put_ports(settled)
+
+
+def collect_logs(runtime_root: Path, state_file: Path) -> deque[str]:
+    """Sends this process's log as JSON lines to memory, for `megatoken logs`, and to stderr, which Ray keeps."""
+    lines: deque[str] = deque(maxlen=LOG_LINES)
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(self.format(record))
+
+    handler, stream = Keep(), logging.StreamHandler()
+    for entry in (handler, stream):
+        entry.setFormatter(JsonFormatter({"process": "controller"}))
+    root = logging.getLogger()
+    root.handlers[:] = [handler, stream]
+    root.setLevel(logging.INFO)
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    return lines
+
+
+def server_tls(spec: ClusterSpec) -> ServerTls | None:
+    tls = spec.security.tls
+    if tls is None:
+        return None
+    return ServerTls(cert_file=tls.cert_file, key_file=tls.key_file, client_ca_file=tls.ca_file if tls.mutual else None)
+
+
+def client_tls(spec: ClusterSpec) -> ClientTls | None:
+    """How a process of the cluster, or the command line, proves itself to the others."""
+    tls = spec.security.tls
+    if tls is None:
+        return None
+    own = (tls.cert_file, tls.key_file) if tls.mutual else (None, None)
+    return ClientTls(ca_file=tls.ca_file, cert_file=own[0], key_file=own[1], server_name=tls.server_name)
+
+
+def state_path(runtime_root: Path, cluster: str) -> Path:
+    """The state file of a cluster on its head node."""
+    return cluster_directory(runtime_root, cluster) / "controller.sqlite"
