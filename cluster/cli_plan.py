@@ -8,7 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-from cluster.model_shape import ModelShape, ShapeError, load_shape
+from cluster.cli_common import read_text
+from cluster.launchers.launch_load import launch_of
+from cluster.launchers.launch_spec import SshHost
+from cluster.model_shape import GIB, ModelShape, ShapeError, load_shape
 from cluster.plan import plan_cluster
 from cluster.plan_print import plan_json, plan_text
 from cluster.spec import ClusterSpec, default_spec
@@ -18,32 +21,21 @@ from cluster.topology_file import load_inventory
 from worker.models import PREFIX, cache_directory
 
 EXIT_BLOCKED = 3  # the spec is right, but not all of it finds a place
-EXIT_WRONG = 2
 
 
-def add_plan_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Registers the command; main() then calls args.run(args)."""
-    parser = commands.add_parser("plan", help="show where replicas would stand, without touching anything")
-    parser.add_argument("-f", "--file", type=Path, help="the spec; without it, the embedded default")
-    parser.add_argument("--inventory", type=Path, help="nodes as JSON or YAML; without it, the spec's launch section")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", "--file", help="the spec, YAML; none: the embedded default")
+    parser.add_argument("--inventory", type=Path, help="nodes as JSON or YAML; none: the spec's machines, or this one")
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=plan_command)
 
 
-def plan_command(args: argparse.Namespace) -> int:
-    """0: everything finds a place; 3: something is blocked; 2: the spec or the inventory is wrong."""
-    try:
-        spec = load_spec(args.file.read_text()) if args.file else default_spec()
-        inventory, note = _inventory(args.inventory, spec)
-        shapes, unknown = read_shapes(spec)
-    except OSError as error:
-        print(f"{args.file}: cannot be read: {error.strerror}", file=sys.stderr)
-        return EXIT_WRONG
-    except SpecError as error:
-        print(error, file=sys.stderr)
-        return EXIT_WRONG
+def run(arguments: argparse.Namespace) -> int:
+    """0: everything finds a place; 3: something is blocked. Raises CommandError or SpecError for wrong input."""
+    spec = load_spec(read_text(arguments.file)) if arguments.file else default_spec()
+    inventory, note = planned_inventory(arguments.inventory, spec)
+    shapes, unknown = read_shapes(spec)
     plan = plan_cluster(spec, inventory, shapes)
-    if args.json:
+    if arguments.json:
         print(json.dumps(plan_json(plan), indent=1))
     else:
         for line in (note, *unknown):
@@ -82,9 +74,34 @@ def model_directory(source: str) -> Path | None:
     return next((path for path in places if (path / "config.json").is_file()), None)
 
 
-def _inventory(path: Path | None, spec: ClusterSpec) -> tuple[Inventory, str]:
+def planned_inventory(path: Path | None, spec: ClusterSpec) -> tuple[Inventory, str]:
+    """The nodes to plan on, and a line that says where they come from when it was not a file."""
     if path is not None:
         return load_inventory(path), ""
+    launch = launch_of(spec.launch)
+    if launch.ssh is not None:
+        hosts = [_host_node(host, head=number == 0) for number, host in enumerate(launch.ssh.hosts)]
+        return Inventory(tuple(hosts)), f"no --inventory: planning on the {len(hosts)} hosts of launch.ssh"
     slots = spec.ray.cpu_devices if spec.ray.cpu_devices is not None else spec.width
     local = Node("local", "127.0.0.1", tuple(Device(CPU_KIND, index) for index in range(slots)), head=True)
     return Inventory((local,)), f"no --inventory: planning on this machine, with {slots} CPU slots"
+
+
+def _host_node(host: SshHost, *, head: bool) -> Node:
+    count = host.gpus or host.cpu_devices
+    domains = [str(number) for number, size in enumerate(host.link_domains) for _ in range(size)]
+    kind = host.device_kind or ("gpu" if host.gpus else CPU_KIND)
+    memory = int(host.device_memory_gib * GIB)
+    devices = tuple(
+        Device(kind, index, memory, domains[index] if len(domains) == count else "") for index in range(count)
+    )
+    return Node(
+        id=host.node_address,
+        address=host.node_address,
+        devices=devices,
+        name=host.host,
+        site=host.site,
+        rack=host.rack,
+        labels=host.node_labels,
+        head=head,
+    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
 
-from cluster.cli_plan import add_plan_parser
+from cluster.cli import main
 from cluster.model_shape import read_shape
 from cluster.plan import plan_cluster
 from cluster.plan_order import rate_of
@@ -48,12 +47,7 @@ def spec_file(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_plan_parser(parser.add_subparsers())
-    args = parser.parse_args(["plan", *arguments])
-    status = args.run(args)
-    assert isinstance(status, int)
-    return status
+    return main(["plan", *arguments])
 
 
 def test_plan_prints_ranks_blocked_unused_and_alternatives(
@@ -107,7 +101,7 @@ def test_a_wrong_inventory_is_named(tmp_path: Path, content: str, said: str) -> 
 
 def test_a_missing_file_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-f", str(tmp_path / "none.yaml")) == 2
-    assert "none.yaml: cannot be read" in capsys.readouterr().err
+    assert "none.yaml' cannot be read" in capsys.readouterr().err
 
 
 def test_impossible_sizes_block_with_what_is_allowed(nodes_file: Path) -> None:
