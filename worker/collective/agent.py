@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,6 +57,7 @@ from worker.collective.reducer_client import NoAnswer, Nursery, ReduceFailure, R
 SLACK_S: Final = 0.25  # the reducer's own deadline comes first: it knows more about what went wrong
 CLOCK_JUMP_S: Final = 0.5
 NURSERY_CHECK_S: Final = 0.2
+LINKS_CHECK_S: Final = 1.0
 STANCES: Final = {
     State.OUTSIDE: throughput_pb2.ATTENDANCE_STATE_OUTSIDE,
     State.FORMING: throughput_pb2.ATTENDANCE_STATE_FORMING,
@@ -113,6 +115,7 @@ class Agent:
     async def run(self) -> None:
         """Until cancelled; leaves no reducer behind."""
         tasks = [asyncio.create_task(self._link.run()), asyncio.create_task(self._keep_nursery())]
+        tasks.append(asyncio.create_task(self._try_links()))
         try:
             while True:
                 event = await self._events.get()
@@ -310,6 +313,20 @@ class Agent:
         )
         self._events.put_nowait(Broke(epoch, str(failure), tuple(sorted(suspects))))
 
+    def _names(self, ranks: Iterable[int]) -> tuple[str, ...]:
+        members = self._group.members
+        return tuple(members[rank].agent for rank in ranks if rank < len(members))
+
+    async def _try_links(self) -> None:
+        """Outside a group, tells the controller which members it cannot reach: it would only break the group."""
+        while True:
+            await asyncio.sleep(LINKS_CHECK_S)
+            if self._epochs.state is State.OUTSIDE and self._group.members:
+                group = self._group
+                missing = await unreachable([member.store_address for member in group.members], -1)
+                if group is self._group and self._epochs.state is State.OUTSIDE:
+                    self._problem = (self._problem[0], self._names(sorted(missing)))
+
     def _read_counters(self) -> NodeSums:
         now = time.monotonic()
         readings = self._files.read()
@@ -356,7 +373,7 @@ class Agent:
 
     def _report(self, report: Report) -> None:
         agents = [member.agent for member in self._group.members]
-        names = tuple(agents[rank] for rank in report.suspects if rank < len(agents))
-        self._problem = (report.problem[:300], names)
+        if report.state is not State.OUTSIDE:  # outside, whom it could not reach stands until it was tried again
+            self._problem = (report.problem[:300], self._names(report.suspects))
         log_event(logger, f"epoch.{report.state}", epoch=report.epoch, ranks=len(agents), rank=self._rank)
         self._link.hurry()

@@ -4,7 +4,9 @@
     attendance.attach(server)                     # a grpc.aio server
     await attendance.start(); ...; await attendance.stop()
 
-`publish` puts the group into the next membership snapshot. See `group` for the rules.
+`publish` puts the group into the next membership snapshot. A controller that keeps state passes the last epoch it
+published as `last_epoch`: numbers never come twice then, even when every agent is out of sight at its restart. See
+`group` for the rules.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ class AttendanceServicer(throughput_pb2_grpc.ThroughputAttendanceServicer):
         publish: Publish,
         policy: GroupPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
+        last_epoch: int = 0,
     ) -> None:
-        self.groups = Groups(policy or GroupPolicy())
+        self.groups = Groups(policy or GroupPolicy(), last_epoch=last_epoch)
         self._publish, self._clock = publish, clock
         self._streams: dict[str, object] = {}
         self._poller: asyncio.Task[None] | None = None

@@ -6,6 +6,7 @@ stands. The rules, in order of urgency:
   2. Members that report a failed group get a new epoch once all of them did, or `settle_s` after the first. Those that
      others could not reach are left out: as few as explain every report.
   3. Agents that wait outside join together, `gather_s` after the last one came, and not while a group still forms.
+     One that says it cannot reach a member (a link is cut) waits until it can.
 An agent that was dropped is held out for `hold_s`, twice as long each time up to `hold_max_s`, counted per node: a
 flapping node costs the others ever fewer samples. An agent that cannot be in the group (another version of the vector,
 no common backend, a second agent on a node) is refused with a reason.
@@ -68,7 +69,7 @@ class Attended:
     epoch: int = 0
     state: Stance = Stance.OUTSIDE
     problem: str = ""
-    suspects: tuple[str, ...] = ()  # agents
+    suspects: tuple[str, ...] = ()  # agents of the group that did not answer this one
     members: tuple[str, ...] = ()  # agents of `epoch`, in rank order
 
 
@@ -111,6 +112,7 @@ class Groups:
 
     policy: GroupPolicy = field(default_factory=GroupPolicy)
     group: Group = field(default_factory=lambda: Group(0, ()))
+    last_epoch: int = 0  # of an earlier controller, where it is known: an agent out of sight may still be in it
     _agents: dict[str, _Present] = field(default_factory=dict)
     _records: dict[str, _Record] = field(default_factory=dict)
     _failed_s: float | None = None
@@ -210,7 +212,8 @@ class Groups:
     def _publish(self, members: list[Attendee], why: str, now: float) -> Group:
         backend = common_backend(members)
         sites = {member.site for member in members}
-        epoch = max([self.group.epoch, *(known.said.epoch for known in self._agents.values())]) + 1
+        seen = [known.said.epoch for known in self._agents.values()]
+        epoch = max([self.group.epoch, self.last_epoch, *seen]) + 1
         hierarchical = len(sites) > 1 and "" not in sites
         self.group = Group(epoch, tuple(members), backend.partition("/")[0], hierarchical, why)
         self._in = frozenset(self.group.agents)
@@ -262,8 +265,11 @@ class Groups:
         return now - self._formed_s >= wait_s
 
     def _joiners(self, present: dict[str, _Present], now: float) -> list[str]:
-        """Agents outside that may come in, in the order they came."""
-        outside = [agent for agent in present if agent not in self._in]
+        """Agents outside that may come in, in the order they came. One that cannot reach a member waits."""
+        members = self._in.intersection(present)
+        outside = [
+            agent for agent in present if agent not in self._in and members.isdisjoint(present[agent].said.suspects)
+        ]
         return sorted(
             (agent for agent in outside if not self._is_held(present[agent].said.attendee.node, now)),
             key=lambda agent: (present[agent].first_s, agent),

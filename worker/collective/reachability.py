@@ -16,9 +16,10 @@ MAX_PROBED: Final = 64  # of a large group the ranks after ours: everyone is pro
 
 
 async def unreachable(addresses: Sequence[str], own: int) -> set[int]:
-    """Ranks whose address does not accept a connection within TIMEOUT_S."""
+    """Ranks whose address does not accept a connection within TIMEOUT_S; `own` is -1 outside the group."""
     size = len(addresses)
-    ranks = [(own + step) % size for step in range(1, min(size, MAX_PROBED + 1))] if own >= 0 else []
+    ranks = [(own + step) % size for step in range(1, min(size, MAX_PROBED) + 1)]
+    ranks = [rank for rank in ranks if rank != own]
     answers = await asyncio.gather(*(_reaches(addresses[rank]) for rank in ranks))
     return {rank for rank, reached in zip(ranks, answers, strict=True) if not reached}
 

@@ -46,7 +46,8 @@ class Room:
         if group.epoch < said.epoch:  # a new controller: the agent keeps the group it has
             return said
         if name not in group.agents:
-            return replace(said, epoch=group.epoch, state=Stance.OUTSIDE, members=())
+            unreached = self.broken.get(name, ())
+            return replace(said, epoch=group.epoch, state=Stance.OUTSIDE, members=(), suspects=unreached)
         if name in self.broken:
             return replace(said, epoch=group.epoch, state=Stance.FAILED, suspects=self.broken[name])
         members = group.agents if group.agents[0] == name else ()
@@ -158,6 +159,17 @@ def test_members_that_others_cannot_reach_are_left_out(reports: dict[str, tuple[
     room.broken = reports
     (group,) = room.pass_s(0.1)
     assert group.agents == tuple(left)
+
+
+def test_an_agent_outside_that_cannot_reach_a_member_waits_until_it_can() -> None:
+    room = Room("abc")
+    room.pass_s(2)
+    room.broken = {"a": ("b",), "b": ("a",)}
+    assert room.pass_s(0.5)[-1].agents == ("a", "c")
+    room.broken = {"b": ("a",)}
+    assert room.pass_s(20) == []
+    room.broken = {"b": ("gone",)}
+    assert room.pass_s(2)[-1].agents == ("a", "c", "b")
 
 
 def test_a_group_that_keeps_failing_with_nobody_to_blame_is_tried_ever_more_rarely() -> None:
