@@ -11,9 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from prometheus_client import CollectorRegistry
 
 from cluster.control_server import ControlServer
 from cluster.controller import Controller, Settings, bind_host
@@ -23,12 +20,13 @@ from cluster.service_discovery import serve_controller_metrics
 from cluster.spec import ClusterSpec
 from cluster.state import StateStore
 from megatoken.log import JsonFormatter
+from megatoken.metrics import MetricsServer, new_registry
 from megatoken.tls import ClientTls, ServerTls
 from worker.collective.attendance import AttendanceServicer
 
 logger = logging.getLogger(__name__)
 LOG_LINES = 2000
-SETTLED_PORTS = ("control.port", "routers.port", "edge.port", "agents.port", "metrics.port")
+SETTLED_PORTS = ("control.port", "routers.port", "edge.port", "agents.port", "control.metrics_port")
 RESTART_BIND_S = 5.0  # a restarted controller may find its port still held by the one that died
 
 
@@ -90,7 +88,7 @@ class ControllerActor:
         port = await start_server(server, host, ports["control.port"])
         controller.address = f"{advertise}:{port}"
         await attendance.start()
-        metrics = start_metrics(controller, host, advertise, ports["metrics.port"])
+        metrics = start_metrics(controller, host, advertise, ports["control.metrics_port"])
         self._address = controller.address
         self._ready.set()
         try:
@@ -114,9 +112,9 @@ async def start_server(server: ControlServer, host: str, port: int) -> int:
             await asyncio.sleep(0.2)
 
 
-def start_metrics(controller: Controller, host: str, advertise: str, port: int) -> Any:
+def start_metrics(controller: Controller, host: str, advertise: str, port: int) -> MetricsServer:
     """/metrics and /sd of the controller."""
-    registry = CollectorRegistry()
+    registry = new_registry("controller")
     metrics = ControllerMetrics(registry)
 
     def on_tick(seconds: float, ok: bool) -> None:
@@ -125,7 +123,7 @@ def start_metrics(controller: Controller, host: str, advertise: str, port: int) 
 
     controller.on_tick = on_tick
     controller.on_event = metrics.record_event
-    server = serve_controller_metrics(registry, controller.status, host, port, advertise)
+    server = serve_controller_metrics(registry, lambda: metrics.status, host, port, advertise)
     controller.metrics_address = f"{advertise}:{server.port}"
     return server
 

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from cluster.spec_model import POLICIES, ModelSpec, Part
 from cluster.spec_services import (
     ANY_PORT,
+    METRICS_OFFSET,
     AgentsSpec,
     ControlSpec,
     EdgeSpec,
@@ -83,7 +84,11 @@ class ClusterSpec(Part):
     @property
     def ports(self) -> dict[str, int]:
         """Fixed ports by field; a service that does not run has none."""
-        ports = {"control.port": self.control.port}
+        control = self.control
+        metrics_port = control.metrics_port
+        if metrics_port is None:
+            metrics_port = control.port + METRICS_OFFSET if 0 < control.port <= 65_535 - METRICS_OFFSET else ANY_PORT
+        ports = {"control.port": control.port, "control.metrics_port": metrics_port}
         if self.routers.count:
             ports["routers.port"] = self.routers.port
         if self.edge.count:

@@ -11,6 +11,7 @@ from cluster.spec_model import POLICIES, Part
 from router.config import AdmissionConfig, BreakerConfig, DeliveryConfig, LeaseConfig, LimitsConfig, ResumeConfig
 
 ANY_PORT = 0
+METRICS_OFFSET = 2  # 7700 is the controller's, 7701 the routers', 7702 the controller's metrics
 HOST_RULE = "loopback where Ray is local, else the node's own address"
 RAY_ADDRESS_PATTERN = r"^(local|auto|ray://[^\s]+|[^\s:]+:\d{1,5})$"
 
@@ -33,6 +34,9 @@ class ControlSpec(Part):
 
     host: str | None = Field(None, min_length=1, description="address it binds; unset: " + HOST_RULE)
     port: int = Field(7700, ge=0, le=65_535, description="Control, Membership and Throughput services; 0: any free one")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65_535, description="/metrics and /sd; 0: any free one; unset: port + 2, and with port 0 any"
+    )
     tick_s: float = Field(1.0, gt=0, le=60, description="longest time between two looks at the cluster")
     reserve_timeout_s: float = Field(30.0, gt=0, le=3600, description="limit on Ray's grant of a placement group")
     restart_backoff_s: float = Field(1.0, gt=0, le=600, description="pause after a failed start; doubles, with a bound")

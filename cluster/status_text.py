@@ -27,6 +27,8 @@ def rates_of(sample: throughput_pb2.ThroughputSample, seconds: int) -> dict[tupl
 
 def _headline(status: control_pb2.ClusterStatus) -> str:
     lines = [f"cluster {status.cluster}  generation {status.generation}  controller {status.controller}"]
+    if status.metrics_address:
+        lines.append(f"metrics http://{status.metrics_address}/metrics, of every process at /sd")
     sample = status.throughput
     if sample.ranks:
         rates = rates_of(sample, 10)
