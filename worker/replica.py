@@ -31,7 +31,7 @@ from worker.engines.engine import Ended, Engine, EngineFacts, Step
 from worker.finish import end_of, refusal
 from worker.measures import Measures
 from worker.outlet import Outlet
-from worker.requests import check_request
+from worker.requests import MAX_CHOICES, check_request
 from worker.streams import Running, StreamTable
 
 LOAD_INTERVAL_S: Final = 0.2  # how often a changed load goes out at most
@@ -113,10 +113,15 @@ class Replica:
             raise
         except MegatokenError as error:
             self.measures.refused(error, self.draining)
-            outlet.finish(refusal(number, error, self.config.replica))
+            self._refuse(outlet, number, request, error)
         except Exception as error:  # a defect met by one request must not end the others of its session
             _log.exception("a request failed before it ran")
-            outlet.finish(refusal(number, error, self.config.replica))
+            self._refuse(outlet, number, request, error)
+
+    def _refuse(self, outlet: Outlet, number: int, request: columns.GenerateRequest, error: Exception) -> None:
+        choices = request.sampling.n if 1 < request.sampling.n <= MAX_CHOICES else 1
+        for choice in range(choices):
+            outlet.finish(refusal((number + choice) % 2**32, error, self.config.replica))
 
     def submit_probe(self, outlet: Outlet, message: columns.GenerateRequest) -> None:
         """Starts a request of the control plane's own: it runs while draining, and counts in no total."""

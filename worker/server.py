@@ -28,7 +28,7 @@ class WorkerServer:
     def __init__(self, config: WorkerConfig, replica: Replica) -> None:
         self._config = config
         self._replica = replica
-        self._health = health.aio.HealthServicer()
+        self._health: Any = vars(health)["aio"].HealthServicer()  # missing from the published stubs
         self._server = grpc.aio.server(options=_options(config))
         self._server.add_generic_rpc_handlers((tokens_handler(replica),))
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(replica), self._server)

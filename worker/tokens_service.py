@@ -24,10 +24,11 @@ from worker.outlet import Outlet, Part, Taken, encode_frame
 from worker.replica import Replica, StreamInUseError
 
 SERVICE: Final = "megatoken.v1.Tokens"
+END: Final[Any] = vars(grpc.aio)["EOF"]  # missing from the published stubs
 GENERATE_STREAM: Final = 0  # the number of a Generate call's first choice
 
 
-def tokens_handler(replica: Replica) -> grpc.GenericRpcHandler:
+def tokens_handler(replica: Replica) -> Any:
     """The service's method handlers; messages stay bytes, so that columns are packed and unpacked once."""
 
     async def session(_requests: Any, context: Any) -> None:
@@ -76,7 +77,7 @@ async def _read_session(replica: Replica, outlet: Outlet, context: Any) -> None:
     """Takes the caller's frames until it closes its half. Raises ValueError for bytes that are no frame."""
     while True:
         raw = await context.read()
-        if raw is grpc.aio.EOF:
+        if raw is END:
             return
         try:
             frame = columns.ClientFrame.FromString(raw)
