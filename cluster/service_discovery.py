@@ -27,7 +27,7 @@ def targets(status: ClusterStatus, controller_address: str) -> list[TargetGroup]
     A label whose value is not known is left out, since Prometheus drops empty labels anyway.
     """
     sites = {node.node: node.site for node in status.nodes}
-    found = [_group(controller_address, status.cluster, "controller", status.controller or "controller", "", "")]
+    found = [_group(controller_address, status.cluster, "controller", "controller", "", "")]
     for process in sorted(status.processes, key=lambda process: (process.kind, process.name)):
         if process.metrics_address:
             site = sites.get(process.node, "")

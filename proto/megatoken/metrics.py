@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, disable_created_metrics, generate_latest
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -143,6 +143,7 @@ class FastHistograms(Collector):
 
 def new_registry(kind: str) -> CollectorRegistry:
     """A process's own registry: CPU, memory and descriptors of the process, and megatoken_build_info."""
+    disable_created_metrics()  # a gauge beside every counter that no query of ours asks for
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     build = Gauge("megatoken_build_info", "Always 1; what runs here.", ["kind", "version"], registry=registry)

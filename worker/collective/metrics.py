@@ -43,10 +43,10 @@ class AgentMetrics:
             "megatoken_agent_errors", "Ticks or joins that failed.", ["reason"], registry=self.registry
         )
         self._files = Gauge(
-            "megatoken_agent_counter_files", "Counter files read on this node.", ["kind"], registry=self.registry
+            "megatoken_agent_files", "Counter files read on this node.", ["kind"], registry=self.registry
         )
         self._faults = Counter(
-            "megatoken_agent_counter_faults",
+            "megatoken_agent_file_faults",
             "Counter files left out, and totals that went down.",
             ["reason"],
             registry=self.registry,

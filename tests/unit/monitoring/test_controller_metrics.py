@@ -142,7 +142,7 @@ def test_targets_list_every_process_that_answers_with_its_labels() -> None:
 
 def test_sd_is_served_beside_metrics_and_follows_the_status(registry: CollectorRegistry) -> None:
     metrics = ControllerMetrics(registry)
-    current = [ClusterStatus(cluster="demo", controller="controller")]
+    current = [ClusterStatus(cluster="demo", controller="10.0.0.1:7700")]
     server = serve_controller_metrics(registry, lambda: current[0], "127.0.0.1", 0)
     try:
 
