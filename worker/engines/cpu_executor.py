@@ -8,8 +8,10 @@ ray_placement.py, because its check for pipeline parallelism accepts no path.
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
+import psutil  # type: ignore[import-untyped,unused-ignore]
 from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
@@ -37,7 +39,13 @@ class CpuRank(RayWorkerProc):  # type: ignore[misc]
 
     def initialize_worker(self, *arguments: Any, **options: Any) -> None:
         """Completes a rank with its own node's address, which vLLM looks up through a route to the internet."""
-        os.environ["VLLM_HOST_IP"] = ray_executor_v2.ray.util.get_node_ip_address()
+        address = ray_executor_v2.ray.util.get_node_ip_address()
+        os.environ["VLLM_HOST_IP"] = address
+        # Left alone, Gloo takes the address that the host name resolves to, which is loopback on many machines; and the
+        # engine core would hand on the name of its own node's interface.
+        interface = interface_of(address)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
         super().initialize_worker(*arguments, **options)
 
 
@@ -55,3 +63,11 @@ class CpuRayExecutor(RayExecutorV2):  # type: ignore[misc]
             if name in os.environ:
                 variables.setdefault(name, os.environ[name])
         return environment
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that has this IP address, or None."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address and entry.family in (socket.AF_INET, socket.AF_INET6) for entry in addresses):
+            return str(name)
+    return None

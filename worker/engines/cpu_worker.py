@@ -1,4 +1,4 @@
-"""One rank on a CPU node: vLLM's CPU worker, able to be a later pipeline stage and tied to its node's address.
+"""One rank on a CPU node: vLLM's CPU worker, able to be a later pipeline stage.
 
 Named by cpu_platform.py and made by vLLM inside each rank process.
 """
@@ -6,10 +6,8 @@ Named by cpu_platform.py and made by vLLM inside each rank process.
 from __future__ import annotations
 
 import os
-import socket
 from typing import Any
 
-import psutil  # type: ignore[import-untyped,unused-ignore]
 from vllm.distributed import get_pp_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -20,14 +18,8 @@ class StageCpuWorker(CPUWorker):  # type: ignore[misc]
     """A CPU rank that can receive what the stage before it computed."""
 
     def init_device(self) -> None:
-        """Joins the process groups over the interface that carries this node's cluster address."""
-        address = os.environ.get("VLLM_HOST_IP", "")
-        os.environ[SEGMENT_VARIABLE] = f"{self.vllm_config.instance_id}-{address}"
-        if "GLOO_SOCKET_IFNAME" not in os.environ:
-            # Left alone, Gloo takes the address that the host name resolves to, which is loopback on many machines.
-            interface = interface_of(address)
-            if interface is not None:
-                os.environ["GLOO_SOCKET_IFNAME"] = interface
+        """Names the shared memory of this replica on this host, then joins the process groups."""
+        os.environ[SEGMENT_VARIABLE] = f"{self.vllm_config.instance_id}-{os.environ.get('VLLM_HOST_IP', '')}"
         super().init_device()
 
     def load_model(self, *arguments: Any, **options: Any) -> None:
@@ -42,11 +34,3 @@ class StageCpuWorker(CPUWorker):  # type: ignore[misc]
             runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
                 batch_size=runner.max_num_tokens, dtype=self.model_config.dtype, device=self.device
             )
-
-
-def interface_of(address: str) -> str | None:
-    """The name of the network interface that has this IP address, or None."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address and entry.family in (socket.AF_INET, socket.AF_INET6) for entry in addresses):
-            return name
-    return None

@@ -17,7 +17,10 @@ OWNER_VARIABLE: Final = "MEGATOKEN_WORKER_PID"
 def tie_to_parent() -> None:
     """Has the kernel kill this process when its parent ends, if a worker of ours started it."""
     owner = os.environ.get(OWNER_VARIABLE)
-    if owner is not None and owner != str(os.getpid()) and not os.environ.get("RAY_RAYLET_PID"):
+    # Ray's own children are Ray's to end: their parent is the raylet. (Other processes below an actor inherit the
+    # variable as well, an engine core among them.)
+    under_raylet = os.environ.get("RAY_RAYLET_PID") == str(os.getppid())
+    if owner is not None and owner != str(os.getpid()) and not under_raylet:
         die_with_parent()
 
 

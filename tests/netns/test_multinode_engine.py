@@ -1,0 +1,101 @@
+"""Real vLLM over separate hosts: tensor parallel inside a host, pipeline parallel between hosts, and their deaths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import grpc
+import pytest
+
+from deploy.netns.ray_nodes import RayNodes
+from tests.netns.engines import RunningWorker, reserve, start_worker
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+TINY = "builtin:tiny-llama"
+SMOLLM2 = "builtin:smollm2-135m-instruct"
+PROMPTS = [[(7 * request + 3 * place) % 4000 + 10 for place in range(20 + 5 * request)] for request in range(3)]
+TOKENS = 24
+ENGINE_DEATH_S = 5.0
+
+
+def answers(worker: RunningWorker) -> list[list[int]]:
+    return [worker.generate(prompt, TOKENS) for prompt in PROMPTS]
+
+
+def engine_processes(nodes: RayNodes) -> dict[int, str]:
+    """Processes of any engine, on every host: the worker, its engine core, and the ranks."""
+    words = ("-m worker", "EngineCore", "CpuRank", "Worker_")
+    return {
+        pid: f"{host.name}: {command}"
+        for host in nodes.network.hosts
+        for pid, command in host.processes().items()
+        if any(word in command for word in words)
+    }
+
+
+def wait_until_gone(nodes: RayNodes, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while left := engine_processes(nodes):
+        if time.monotonic() > deadline:
+            pytest.fail(f"still running after {timeout_s} s: {left}")
+        time.sleep(0.1)
+
+
+def test_two_stages_on_two_hosts_answer_as_one_engine_does(make_ray_nodes: Callable[[int, int], RayNodes]) -> None:
+    nodes = make_ray_nodes(2, 1)
+    first, second = nodes.network.hosts
+    alone = start_worker(nodes, first, None, source=SMOLLM2)
+    expected = answers(alone)
+    assert alone.stop() == 0
+    split = start_worker(nodes, first, reserve(nodes, [first, second]), source=SMOLLM2, pipeline_parallel=2)
+    ranks = {host.name: nodes.ray_pids(host, "CpuRank") for host in nodes.network.hosts}
+    assert {name: len(pids) for name, pids in ranks.items()} == {"node0": 1, "node1": 1}
+    assert answers(split) == expected
+    assert split.stop() == 0
+    wait_until_gone(nodes, 10)
+
+
+def test_tensor_parallel_inside_and_pipeline_between_hosts(make_ray_nodes: Callable[[int, int], RayNodes]) -> None:
+    """Rank i runs in bundle i, so the pair of each stage shares a host, and the driver need not be node0."""
+    nodes = make_ray_nodes(2, 2)
+    first, second = nodes.network.hosts
+    alone = start_worker(nodes, first, None, source=TINY)
+    expected = answers(alone)
+    assert alone.stop() == 0
+    group = reserve(nodes, [second, second, first, first])
+    split = start_worker(nodes, second, group, source=TINY, tensor_parallel=2, pipeline_parallel=2)
+    assert [len(nodes.ray_pids(host, "CpuRank")) for host in nodes.network.hosts] == [2, 2]
+    began = time.monotonic()
+    assert split.generate(PROMPTS[0], 1) == expected[0][:1]
+    assert time.monotonic() - began < 10, "the first token waited for something that READY should have covered"
+    assert answers(split) == expected
+    assert split.stop() == 0
+    wait_until_gone(nodes, 10)
+
+
+@pytest.mark.parametrize("victim", ["rank", "engine core", "worker"])
+def test_any_dead_part_ends_the_whole_replica_within_seconds(
+    victim: str, make_ray_nodes: Callable[[int, int], RayNodes]
+) -> None:
+    nodes = make_ray_nodes(2, 1)
+    first, second = nodes.network.hosts
+    worker = start_worker(nodes, first, reserve(nodes, [first, second]), source=TINY, pipeline_parallel=2)
+    assert worker.generate(PROMPTS[0], 2)
+    pids = {
+        "rank": nodes.ray_pids(second, "CpuRank"),
+        "engine core": worker.pids("EngineCore"),
+        "worker": worker.pids("-m worker"),
+    }[victim]
+    assert len(pids) == 1
+    os.kill(pids[0], signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(grpc.RpcError) as caught:
+        worker.generate(PROMPTS[0], 400, timeout_s=60)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert time.monotonic() - began < ENGINE_DEATH_S
+    wait_until_gone(nodes, 10)
+    assert worker.door.wait(timeout=10) != 0
