@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 
-from cluster.clusters import ClusterRecord, read_records
+from cluster.clusters import ClusterRecord, alive, read_records
 from megatoken.tls import ClientTls
 from megatoken.v1 import control_pb2, control_pb2_grpc
 
@@ -29,7 +29,7 @@ def choose(directory: Path, cluster: str | None, control: str | None) -> Cluster
         if not host or not port.isdigit():
             raise CommandError(f"--control: {control!r} is not allowed; HOST:PORT", 2)
         return ClusterRecord(cluster=cluster or "", control=control)
-    records = read_records(directory)
+    records = [record for record in read_records(directory) if not record.guard_pid or alive(record.guard_pid)]
     if cluster is not None:
         found = next((record for record in records if record.cluster == cluster), None)
         if found is None:

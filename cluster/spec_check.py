@@ -60,10 +60,10 @@ def source_directory(source: str) -> Path | None:
 
 def port_problems(spec: ClusterSpec) -> list[str]:
     """Fixed ports of a local cluster that another process has; one line each."""
-    hosts = {"control.port": spec.control.host, "routers.port": spec.routers.host, "edge.port": spec.edge.host}
+    hosts = {"control": spec.control.host, "routers": spec.routers.host, "edge": spec.edge.host}
     problems = []
     for field, port in spec.ports.items():
-        host = hosts[field] or LOOPBACK
+        host = hosts[field.partition(".")[0]] or LOOPBACK
         if port and _in_use(host, port):
             problems.append(f"{field}: {port} is not allowed; it is in use on {host} (0 takes any free port)")
     return problems
