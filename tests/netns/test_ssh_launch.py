@@ -1,0 +1,203 @@
+"""Launching over ssh for real: an sshd on each of two hosts, host keys checked, and nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.launchers.launch_load import launch_of
+from cluster.launchers.ssh_run import LaunchError, SshCluster
+from cluster.launchers.ssh_script import ssh_artefacts
+from cluster.spec import ClusterSpec
+from cluster.spec_load import parse_spec
+from deploy.netns.hosts import Host, Network
+
+SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
+pytestmark = pytest.mark.skipif(
+    not (Path(SSHD).exists() and shutil.which("ssh-keygen")), reason="openssh-server is not installed"
+)
+PREFIX = Path(sys.prefix)
+TOKEN = "7" * 64
+PORT = 2222
+
+
+@dataclass
+class SshHosts:
+    """Hosts that run sshd, and what a client needs to reach them."""
+
+    network: Network
+    directory: Path
+
+    def spec(self, *, known_hosts: str = "known_hosts", addresses: dict[str, str] | None = None) -> ClusterSpec:
+        hosts = [
+            {
+                "host": host.address,
+                "address": (addresses or {}).get(host.name, host.address),
+                "cpu_devices": 1,
+                "rack": host.name,
+                "link_domains": [1],
+            }
+            for host in self.network.hosts
+        ]
+        ssh = {
+            "hosts": hosts,
+            "user": "root",
+            "port": PORT,
+            "identity_file": str(self.directory / "client"),
+            "known_hosts_file": str(self.directory / known_hosts),
+            "connect_timeout_s": 3,
+            "start_timeout_s": 60,
+            "prefix": str(PREFIX),
+            "directory": "/tmp/mt",
+        }
+        services = {"routers": {"count": 0}, "edge": {"count": 0}, "agents": {"enabled": False}}
+        model = {"name": "m", "engine": "simulated", "replicas": 2, "placement": {"separate": "node"}}
+        return parse_spec({"cluster": "sshtest", "launch": {"ssh": ssh}, "models": [model], **services})
+
+    def cluster(self, spec: ClusterSpec) -> SshCluster:
+        return SshCluster(spec, launch_of(spec.launch), TOKEN, lambda _line: None)
+
+    def left(self) -> list[str]:
+        """Processes of ours on any host."""
+        found = [command for host in self.network.hosts for command in host.processes().values()]
+        return [command for command in found if "ray" in command or "cluster." in command or "worker" in command]
+
+
+@pytest.fixture
+def ssh_hosts(make_network: Callable[[int], Network], tmp_path: Path) -> SshHosts:
+    network = make_network(2)
+    keygen("client", tmp_path)
+    keygen("stranger", tmp_path)
+    known, wrong = [], []
+    for host in network.hosts:
+        keygen(host.name, tmp_path)
+        start_sshd(host, tmp_path)
+        known.append(f"[{host.address}]:{PORT} {public(tmp_path / host.name)}")
+        wrong.append(f"[{host.address}]:{PORT} {public(tmp_path / ('stranger' if wrong else host.name))}")
+    (tmp_path / "known_hosts").write_text("\n".join(known) + "\n")
+    (tmp_path / "wrong_key").write_text("\n".join(wrong) + "\n")
+    (tmp_path / "unknown_key").write_text(known[0] + "\n")
+    return SshHosts(network, tmp_path)
+
+
+def keygen(name: str, directory: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)], check=True, timeout=20)
+
+
+def public(key: Path) -> str:
+    return " ".join(key.with_suffix(".pub").read_text().split()[:2])
+
+
+def start_sshd(host: Host, keys: Path) -> None:
+    """An sshd with its own key in the host; its files lie in the host's own /tmp."""
+    home = host.path("/tmp/sshd")
+    home.mkdir(mode=0o700)
+    shutil.copy(keys / host.name, home / "key")
+    shutil.copy(keys / "client.pub", home / "authorized")
+    (home / "key").chmod(0o600)
+    config = (
+        f"Port {PORT}\nListenAddress {host.address}\nHostKey /tmp/sshd/key\nAuthorizedKeysFile /tmp/sshd/authorized\n"
+        "PasswordAuthentication no\nPermitRootLogin prohibit-password\nStrictModes no\nUsePAM no\nPidFile none\n"
+    )
+    (home / "config").write_text(config)
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd's privilege separation directory
+    host.run([SSHD, "-f", "/tmp/sshd/config", "-E", "/tmp/sshd/log"])
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.1)
+
+
+def test_rays_hosts_start_and_stop_over_ssh(ssh_hosts: SshHosts) -> None:
+    spec = ssh_hosts.spec()
+    cluster = ssh_hosts.cluster(spec)
+    try:
+        address = cluster.up(controller=False)
+        head = ssh_hosts.network.hosts[0]
+        assert address == f"{head.address}:6379"
+        program = (
+            "import ray; ray.init(log_to_driver=False); nodes = [n for n in ray.nodes() if n['Alive']];"
+            "print(sorted((n['NodeManagerAddress'], n['Labels']['rack'], n['Resources']['cpu_device']) for n in nodes))"
+        )
+        token = head.path("/tmp/mt/sshtest/ray_token")
+        assert token.read_text() == TOKEN
+        assert token.stat().st_mode & 0o777 == 0o600
+        env = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PATH": "/usr/bin:/bin"}
+        shown = head.run([sys.executable, "-c", program], env, timeout_s=90).stdout
+        expected = sorted((host.address, host.name, 1.0) for host in ssh_hosts.network.hosts)
+        assert str(expected) in shown
+        for host in ssh_hosts.network.hosts:
+            assert TOKEN not in " ".join(host.processes().values()), "the token is on a command line"
+    finally:
+        cluster.down(controller=False)
+    assert ssh_hosts.left() == []
+    assert not ssh_hosts.network.hosts[0].path("/tmp/mt/sshtest/ray_token").exists()
+
+
+@pytest.mark.parametrize(
+    ("known_hosts", "said"),
+    [("wrong_key", "its host key is not the known one"), ("unknown_key", "its host key is not known")],
+)
+def test_a_wrong_host_key_is_one_clear_error_and_nothing_starts(
+    ssh_hosts: SshHosts, known_hosts: str, said: str
+) -> None:
+    spec = ssh_hosts.spec(known_hosts=known_hosts)
+    with pytest.raises(LaunchError) as caught:
+        ssh_hosts.cluster(spec).up(controller=False)
+    second = ssh_hosts.network.hosts[1]
+    assert str(caught.value).startswith(f"host {second.address}: {said}")
+    assert ssh_hosts.left() == []
+
+
+def test_an_unreachable_host_is_one_clear_error_and_nothing_starts(ssh_hosts: SshHosts) -> None:
+    second = ssh_hosts.network.hosts[1]
+    second.link(up=False)
+    with pytest.raises(LaunchError, match=rf"host {second.address}: it is unreachable"):
+        ssh_hosts.cluster(ssh_hosts.spec()).up(controller=False)
+    assert ssh_hosts.left() == []
+
+
+def test_a_host_that_cannot_start_takes_down_what_started(ssh_hosts: SshHosts) -> None:
+    second = ssh_hosts.network.hosts[1]
+    spec = ssh_hosts.spec(addresses={second.name: "203.0.113.9"})
+    with pytest.raises(LaunchError) as caught:
+        ssh_hosts.cluster(spec).up(controller=False)
+    assert f"host {second.address}: could not start Ray" in str(caught.value)
+    assert "address: '203.0.113.9' is not allowed; this machine has: eth0" in str(caught.value)
+    assert ssh_hosts.left() == [], "the head was started and must be gone"
+
+
+def test_the_rendered_scripts_bring_a_whole_cluster_up_and_down(ssh_hosts: SshHosts, tmp_path: Path) -> None:
+    spec = ssh_hosts.spec()
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    for artefact in ssh_artefacts(spec, launch_of(spec.launch)):
+        (scripts / artefact.name).write_text(artefact.text)
+        if artefact.executable:
+            (scripts / artefact.name).chmod(0o755)
+    head = ssh_hosts.network.hosts[0]
+    try:
+        up = subprocess.run([scripts / "up.sh"], capture_output=True, text=True, timeout=200, check=False)
+        assert up.returncode == 0, up.stdout + up.stderr
+        assert (scripts / "ray_token").stat().st_mode & 0o777 == 0o600
+        status = [str(PREFIX / "bin" / "megatoken"), "status", "--cluster", "sshtest"]
+
+        def both_ready() -> bool:
+            shown = head.run(status, {"PATH": "/usr/bin:/bin", "HOME": "/root"}, check=False).stdout
+            return shown.count("READY") >= 2
+
+        wait_until(both_ready, 60)
+    finally:
+        down = subprocess.run([scripts / "down.sh"], capture_output=True, text=True, timeout=200, check=False)
+    assert down.returncode == 0, down.stdout + down.stderr
+    assert ssh_hosts.left() == []
