@@ -1,7 +1,7 @@
-"""The edge's one session with its router: starts and cancels out, whole frames in.
+"""Keeps the edge's one session with its router open: a ColumnSession, and another when it is lost.
 
-What many requests hand in during one turn of the event loop goes out as one ClientFrame. A lost session is opened
-again; `on_lost` is told, since its requests are gone. Knows streams by number only. Called by session.
+What many requests hand in during one turn of the event loop goes out as one ClientFrame. `on_lost` is told when a
+session breaks, since its requests are gone. Knows streams by number only. Called by session.
 """
 
 from __future__ import annotations
@@ -10,28 +10,19 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-import grpc
-import grpc.aio
+from megatoken.errors import MegatokenError, UnavailableError
+from megatoken.frames import MalformedFrame
+from megatoken.log import log_event
+from megatoken.tls import ClientTls
+from megatoken.v1.frame_columns_pb2 import Frame
+from router.columns import ColumnSession
 
-from megatoken.frames import MalformedFrame, pack
-from megatoken.tls import ClientTls, open_channel
-from megatoken.v1.frame_columns_pb2 import ClientFrame, Frame, GenerateRequest
-
-SESSION: Final = "/megatoken.v1.Tokens/Session"
-RECONNECT_FIRST_S: Final = 0.1
+CONNECT_TIMEOUT_S: Final = 2.0
+RECONNECT_FIRST_S: Final = 0.05
 RECONNECT_MAX_S: Final = 2.0
 STABLE_S: Final = 5.0  # a session that lasted this long starts the reconnect pauses afresh
-MAX_FRAME_PROMPT_BYTES: Final = 2 << 20  # prompts put together in one ClientFrame; a longer one goes alone
-CHANNEL_OPTIONS: Final[tuple[tuple[str, object], ...]] = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
 logger = logging.getLogger(__name__)
 
 
@@ -50,29 +41,24 @@ class RouterLink:
         self._on_frame = on_frame
         self._on_lost = on_lost
         self._tls = tls
-        self._metadata = (("authorization", f"Bearer {key}"),) if key else None
-        self._starts: list[tuple[int, GenerateRequest]] = []
-        self._cancels: list[int] = []
-        self._wake = asyncio.Event()
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         self._connected = asyncio.Event()
-        self._closing = False
-        self._channel: grpc.aio.Channel | None = None
+        self._session: ColumnSession | None = None
         self._task: asyncio.Task[None] | None = None
-        self.problem = f"the router at {address} does not answer"
+        self.problem = f"router {address} does not answer"
 
     @property
     def connected(self) -> bool:
         """Whether requests can be sent now."""
-        return self._connected.is_set()
+        return self._session is not None
 
     def start(self) -> None:
         """Begins to connect. Call in the event loop."""
-        self._channel = open_channel(self.address, self._tls, list(CHANNEL_OPTIONS))
-        self._task = asyncio.create_task(self._keep_connected(self._channel), name="edge-router-link")
+        self._task = asyncio.create_task(self._keep_connected(), name="edge-router-link")
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """Waits for a session; False when there is none in time."""
-        if self._connected.is_set():
+        if self._session is not None:
             return True
         try:
             await asyncio.wait_for(self._connected.wait(), timeout_s)
@@ -80,91 +66,47 @@ class RouterLink:
             return False
         return True
 
-    def send_start(self, stream: int, request: GenerateRequest) -> None:
-        """Queues a request; it goes out at the end of this turn of the loop."""
-        self._starts.append((stream, request))
-        self._wake.set()
+    def submit(self, request: bytes) -> int:
+        """Sends an encoded GenerateRequest; returns its stream number, which no other request of the session gets."""
+        if self._session is None:
+            raise UnavailableError(self.problem)
+        return self._session.submit(request)
 
-    def send_cancel(self, stream: int) -> None:
-        """Queues a cancel. The stream still ends with a Finish."""
-        self._cancels.append(stream)
-        self._wake.set()
+    def cancel(self, stream: int) -> None:
+        """Asks for the end of a stream. It still ends with a Finish."""
+        if self._session is not None:
+            self._session.cancel((stream,))
 
     async def close(self) -> None:
         """Ends the session and waits for it."""
-        self._closing = True
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        if self._channel is not None:
-            await self._channel.close(grace=None)
 
-    async def _keep_connected(self, channel: grpc.aio.Channel) -> None:
+    async def _keep_connected(self) -> None:
         pause_s = RECONNECT_FIRST_S
         loop = asyncio.get_running_loop()
-        while not self._closing:
+        while True:
             began = loop.time()
+            session = ColumnSession(self.address, self._metadata, self._tls)
             try:
-                await asyncio.wait_for(channel.channel_ready(), RECONNECT_MAX_S)
-                await self._run_session(channel)
-                self.problem = f"the router at {self.address} closed the session"
-            except TimeoutError:
-                self.problem = f"the router at {self.address} does not answer"
-            except grpc.aio.AioRpcError as error:
-                self.problem = f"the router at {self.address} ended the session: {error.code().name}: {error.details()}"
+                await session.open(CONNECT_TIMEOUT_S)
+                self._session = session
+                self._connected.set()
+                async for frame in session.frames():
+                    self._on_frame(frame)
+                self.problem = f"router {self.address} ended the session"
+            except MegatokenError as error:
+                self.problem = str(error)
             except MalformedFrame as error:
-                self.problem = f"the router at {self.address} sent a malformed frame: {error}"
-            self._forget(self.problem)
+                self.problem = f"router {self.address} sent a malformed frame: {error}"
+            finally:
+                lost, self._session = self._session is not None, None
+                self._connected.clear()
+                await session.close()
+            if lost:
+                log_event(logger, "edge.router_lost", self.problem, level=logging.WARNING, router=self.address)
+                self._on_lost(self.problem)
             pause_s = RECONNECT_FIRST_S if loop.time() - began > STABLE_S else min(pause_s * 2, RECONNECT_MAX_S)
             await asyncio.sleep(pause_s)
-
-    def _forget(self, problem: str) -> None:
-        was_connected = self._connected.is_set()
-        self._connected.clear()
-        self._starts.clear()
-        self._cancels.clear()
-        if was_connected:
-            logger.warning("%s", problem)
-            self._on_lost(problem)
-
-    async def _run_session(self, channel: grpc.aio.Channel) -> None:
-        session: Any = channel.stream_stream(SESSION, None, Frame.FromString)
-        call = session(metadata=self._metadata)  # no iterator of requests: the writer below can be ended with the call
-        writer = asyncio.create_task(self._write(call), name="edge-router-writer")
-        self._connected.set()
-        try:
-            while True:
-                frame = await call.read()
-                if not isinstance(frame, Frame):  # the end of the stream
-                    return
-                self._on_frame(frame)
-        finally:
-            call.cancel()
-            writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await writer
-
-    async def _write(self, call: Any) -> None:
-        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # the reader sees why
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                while self._starts or self._cancels:
-                    await call.write(self._take())
-
-    def _take(self) -> bytes:
-        """One encoded ClientFrame of what is queued, cancels after the starts they may be for."""
-        frame = ClientFrame()
-        size = taken = 0
-        for stream, request in self._starts:
-            size += len(request.prompt)
-            if taken and size > MAX_FRAME_PROMPT_BYTES:
-                break
-            frame.start.add(stream=stream, request=request)
-            taken += 1
-        del self._starts[:taken]
-        if not self._starts and self._cancels:
-            frame.cancel = pack(self._cancels)
-            self._cancels.clear()
-        return frame.SerializeToString()

@@ -45,8 +45,8 @@ class Link(Protocol):
     @property
     def connected(self) -> bool: ...
     async def wait_connected(self, timeout_s: float) -> bool: ...
-    def send_start(self, stream: int, request: GenerateRequest) -> None: ...
-    def send_cancel(self, stream: int) -> None: ...
+    def submit(self, request: bytes) -> int: ...
+    def cancel(self, stream: int) -> None: ...
 
 
 class Session:
@@ -82,20 +82,21 @@ class Session:
             raise UnavailableError(self._link.problem if self._link else "the edge is not connected to a router")
 
     def open(self, receiver: Receiver, request: GenerateRequest) -> None:
-        """Sends a request. Call after wait_connected, without an await in between. Raises OverloadError."""
+        """Sends a request. Raises OverloadError at the bound, UnavailableError without a router."""
         if self._link is None:
             raise UnavailableError("the edge is not connected to a router")
-        number = self.streams.open(receiver.request_id, receiver)
+        self.streams.check_room()
+        number = self._link.submit(request.SerializeToString())
+        self.streams.add(number, receiver.request_id, receiver)
         self._opened[number] = (request.model, self._clock())
         self._silent.add(number)
         self._observer.started(request.model)
-        self._link.send_start(number, request)
 
     def cancel(self, request_id: str) -> None:
         """Aborts a request; its receiver is fed no more. Unknown ids are ignored: the request ended already."""
         number = self.streams.cancel(request_id)
         if number is not None and self._link is not None:
-            self._link.send_cancel(number)
+            self._link.cancel(number)
 
     def on_frame(self, frame: Frame) -> None:
         """Feeds every request that a frame has something for. Raises MalformedFrame."""
