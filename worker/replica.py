@@ -163,7 +163,7 @@ class Replica:
 
     def cancel(self, outlet: Outlet, numbers: Sequence[int]) -> None:
         """Aborts these streams of a caller; numbers that do not run (any more) are passed over."""
-        slots = [outlet.slots[number] for number in numbers if number in outlet.slots]
+        slots = [outlet.slots[number] for number in dict.fromkeys(numbers) if number in outlet.slots]
         self._abort(slots, pb.FINISH_REASON_CANCELLED)
 
     def on_step(self, step: Step) -> None:

@@ -40,8 +40,9 @@ def fold_prompt(prompt: Column, salt: int) -> int:
     powers = np.full(len(prompt), FOLD, np.uint64)
     powers[0] = 1
     powers = np.multiply.accumulate(powers)
+    start = int(scramble(np.array([salt], np.uint64))[0])  # 0 for 0; else far from any token
     total = int(np.sum((prompt.astype(np.uint64) + np.uint64(1)) * powers[::-1], dtype=np.uint64))
-    return (total + salt * pow(int(FOLD), len(prompt), 2**64)) % 2**64
+    return (total + start * pow(int(FOLD), len(prompt), 2**64)) % 2**64
 
 
 @dataclass(slots=True)

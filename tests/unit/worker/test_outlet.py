@@ -1,0 +1,101 @@
+"""What waits for a slow caller is merged in order, and nothing of it is lost or told twice."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatoken.frames import token_columns
+from megatoken.v1 import tokens_pb2 as pb
+from megatoken.v1.frame_columns_pb2 import Frame
+from worker.outlet import FRAME_TOKENS, Outlet, Part, encode_frame
+
+
+def part(streams, tokens, counts=None, finishes=(), details=()) -> Part:
+    pack = lambda values: np.array(values, "<u4").tobytes()  # noqa: E731
+    return Part(pack(streams), b"" if counts is None else pack(counts), pack(tokens), list(details), list(finishes))
+
+
+def decoded(outlet: Outlet) -> Frame:
+    taken = outlet.take()
+    assert taken is not None
+    frame = Frame.FromString(encode_frame(taken))
+    stream, count, token = token_columns(frame)
+    assert len(token) == taken.tokens
+    frame_tokens: dict[int, list[int]] = {}
+    start = 0
+    for at, number in enumerate(stream.tolist()):
+        length = 1 if count is None else int(count[at])
+        frame_tokens.setdefault(number, []).extend(token[start : start + length].tolist())
+        start += length
+    decoded.tokens = frame_tokens
+    return frame
+
+
+def test_one_part_is_one_frame_without_counts() -> None:
+    outlet = Outlet()
+    outlet.push(part([4, 5], [40, 50]))
+    frame = decoded(outlet)
+    assert decoded.tokens == {4: [40], 5: [50]}
+    assert not frame.count
+    assert outlet.take() is None
+
+
+def test_parts_merge_in_order_with_their_finishes() -> None:
+    outlet = Outlet()
+    outlet.push(part([4, 5], [40, 50]))
+    outlet.push(part([4, 5], [41, 42, 51], counts=[2, 1]))
+    outlet.push(part([5], [52], finishes=[pb.Finish(stream=5, reason=pb.FINISH_REASON_STOP)]))
+    frame = decoded(outlet)
+    assert decoded.tokens == {4: [40, 41, 42], 5: [50, 51, 52]}
+    assert [finish.stream for finish in frame.finish] == [5]
+
+
+def test_a_large_backlog_is_split_and_each_finish_comes_after_its_tokens() -> None:
+    outlet = Outlet()
+    steps = 5
+    for step in range(steps):
+        outlet.push(part([1], [step] * (FRAME_TOKENS // 2), counts=[FRAME_TOKENS // 2]))
+    outlet.push(part([], [], finishes=[pb.Finish(stream=1)]))
+    seen, finished_at = 0, []
+    frames = 0
+    while not outlet.idle or outlet._parts:
+        frame = decoded(outlet)
+        frames += 1
+        seen += len(decoded.tokens.get(1, []))
+        finished_at += [seen for _ in frame.finish]
+        assert len(frame.SerializeToString()) < 4 * 2**20
+    assert frames >= 3
+    assert finished_at == [steps * (FRAME_TOKENS // 2)]
+
+
+async def test_a_split_backlog_keeps_the_writer_awake() -> None:
+    outlet = Outlet()
+    for _ in range(3):
+        outlet.push(part([1], [7] * FRAME_TOKENS, counts=[FRAME_TOKENS]))
+    await outlet.wait()
+    taken = 0
+    while taken < 3:
+        assert outlet.take() is not None
+        taken += 1
+        if taken < 3:
+            await outlet.wait()
+    assert outlet.take() is None
+
+
+def test_load_rides_on_the_next_frame_once() -> None:
+    outlet = Outlet()
+    outlet.state_load(pb.Load(running=3))
+    outlet.push(part([1], [9]))
+    assert decoded(outlet).load.running == 3
+    outlet.push(part([1], [9]))
+    assert not decoded(outlet).HasField("load")
+    outlet.state_load(pb.Load(running=4))
+    assert decoded(outlet).load.running == 4
+
+
+def test_a_closed_outlet_drops_what_waits_and_takes_no_more() -> None:
+    outlet = Outlet()
+    outlet.push(part([1], [9]))
+    outlet.close()
+    outlet.push(part([1], [9]))
+    assert outlet.take() is None

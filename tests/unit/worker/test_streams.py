@@ -1,0 +1,109 @@
+"""A step reaches each caller as that caller's own columns, whatever the mix of callers, counts and order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatoken.frames import U32, token_columns
+from megatoken.v1 import tokens_pb2 as pb
+from megatoken.v1.frame_columns_pb2 import Frame
+from worker.engines.engine import EngineRequest, Step
+from worker.outlet import Outlet, encode_frame
+from worker.streams import Running, StreamTable
+
+
+def running(outlet: Outlet, choices: int = 1) -> Running:
+    request = EngineRequest("r", np.array([1], U32), pb.SamplingParams(), 10, choices=choices)
+    return Running(request, outlet, 0.0, choices)
+
+
+def received(outlet: Outlet) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {}
+    while (taken := outlet.take()) is not None:
+        stream, count, token = token_columns(Frame.FromString(encode_frame(taken)))
+        start = 0
+        for at, number in enumerate(stream.tolist()):
+            length = 1 if count is None else int(count[at])
+            tokens.setdefault(number, []).extend(token[start : start + length].tolist())
+            start += length
+    return tokens
+
+
+@given(data=st.data(), callers=st.integers(1, 4), streams=st.integers(1, 30))
+def test_every_token_reaches_its_own_stream_once_and_in_order(data: st.DataObject, callers: int, streams: int) -> None:
+    table = StreamTable()
+    outlets = [Outlet() for _ in range(callers)]
+    for outlet in outlets:
+        table.open(outlet)
+    sent: dict[tuple[int, int], list[int]] = {}
+    slots = []
+    for number in range(streams):
+        owner = data.draw(st.integers(0, callers - 1))
+        request = running(outlets[owner])
+        table.allot(request, number)
+        slots.append((request.request.slots[0], owner, number))
+        sent[owner, number] = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        moved = data.draw(st.lists(st.sampled_from(slots), unique=True, max_size=streams))
+        counts = [data.draw(st.integers(1, 3)) for _ in moved]
+        tokens = []
+        for (_slot, owner, number), count in zip(moved, counts, strict=True):
+            made = [len(tokens) * 7 + at + number for at in range(count)]
+            sent[owner, number] += made
+            tokens += made
+        step = Step(
+            np.array([slot for slot, _, _ in moved], U32),
+            np.array(tokens, U32),
+            count=None if all(count == 1 for count in counts) else np.array(counts, U32),
+        )
+        if len(step.slot):
+            table.advance(step, 1.0)
+        table.split(step, {})
+    for owner, outlet in enumerate(outlets):
+        got = received(outlet)
+        for number in range(streams):
+            assert got.get(number, []) == sent.get((owner, number), [])
+
+
+def test_the_table_grows_and_reuses_slots() -> None:
+    table, outlet = StreamTable(), Outlet()
+    table.open(outlet)
+    requests = [running(outlet) for _ in range(1000)]
+    for number, request in enumerate(requests):
+        table.allot(request, number)
+    assert table.live == 1000
+    assert len({request.request.slots[0] for request in requests}) == 1000
+    assert len(list(table.all())) == 1000
+    for request in requests:
+        table.free(request.request.slots[0])
+    assert table.live == 0
+    assert not outlet.slots
+    with pytest.raises(LookupError):
+        table[requests[0].request.slots[0]]
+
+
+def test_choices_take_consecutive_numbers() -> None:
+    table, outlet = StreamTable(), Outlet()
+    table.open(outlet)
+    request = running(outlet, choices=3)
+    table.allot(request, 2**32 - 1)
+    assert sorted(outlet.slots) == [0, 1, 2**32 - 1]
+    assert len(list(table.all())) == 1
+
+
+def test_a_finish_of_a_stream_without_tokens_in_the_step_still_goes_out() -> None:
+    table, one, other = StreamTable(), Outlet(), Outlet()
+    table.open(one)
+    table.open(other)
+    first, second = running(one), running(other)
+    table.allot(first, 1)
+    table.allot(second, 2)
+    step = Step(np.array([first.request.slots[0]], U32), np.array([5], U32))
+    table.split(step, {other: [pb.Finish(stream=2)]})
+    assert received(one) == {1: [5]}
+    taken = other.take()
+    assert taken is not None
+    assert taken.parts[0].finishes[0].stream == 2
