@@ -21,6 +21,7 @@ from router import recovery, upkeep
 from router.config import RouterConfig
 from router.door import Door
 from router.fleet import Fleet, Replica
+from router.inbox import Inbox
 from router.ledger import Ledger
 from router.link import WorkerLink
 from router.membership import apply_snapshot
@@ -52,6 +53,7 @@ class RouterApp:
             config, Ledger(writer), random.Random(incarnation), Fleet(config.admission, config.breaker)
         )
         self.door = Door()
+        self._inbox = Inbox(self.state)
         self.address = ""
         self.metrics_address = ""
         self._links: dict[Replica, WorkerLink] = {}
@@ -108,7 +110,7 @@ class RouterApp:
         if change is None:
             return
         for replica in change.added:
-            link = WorkerLink(self.state, replica, self._channel)
+            link = WorkerLink(self.state, self._inbox, replica, self._channel)
             self._links[replica] = link
             link.start()
         for replica in change.removed:

@@ -1,7 +1,7 @@
-"""Takes a worker's frame apart: whose tokens are these, and which are a stream's first.
+"""Takes workers' frames apart: whose tokens are these, and which are a stream's first.
 
-Pure numpy over the slot table; the work is per frame and per client session in it, never per token. Appends to the
-history and moves `generated` on. Called by `intake.py` for every frame with tokens.
+Pure numpy over the slot table; the work is per call and per client session in it, never per token. Appends to the
+history and moves `generated` on. Called by `intake.py` with all the frames that came in one moment.
 """
 
 from __future__ import annotations
@@ -29,15 +29,25 @@ class Sorted:
     parts: list[tuple[int, Column, Column | None, Column]] = field(default_factory=list)  # sink, stream, count, token
     direct: list[tuple[int, bytes]] = field(default_factory=list)  # slot, packed tokens
     first: list[int] = field(default_factory=list)  # slots whose first token this is
-    tokens: int = 0  # all that came for streams of this replica, zombies included
-    live: int = 0  # of tokens, without zombies
-    foreign: int = 0  # for streams it does not have: dropped
+    slots: Index = field(default_factory=lambda: np.empty(0, np.intp))  # entries taken, by slot; zombies are left out
+    counts: Column | None = None  # of these entries
+    tokens: int = 0  # all that came for streams of their replicas, zombies included
+    foreign: int = 0  # for streams that their sender does not have: dropped
 
 
 def sort_frame(
-    slots: SlotTable, pages: TokenPages, replica: int, stream: Column, count: Column | None, token: Column, now: float
+    slots: SlotTable,
+    pages: TokenPages,
+    replica: int | Index,
+    stream: Column,
+    count: Column | None,
+    token: Column,
+    now: float,
 ) -> Sorted:
-    """Sorts the tokens of a frame by where they go. Raises MalformedFrame for a stream number out of range."""
+    """Sorts the tokens of one frame, or of frames from different replicas put together, by where they go.
+
+    `replica` is the sender's index, or that of each entry. Raises MalformedFrame for a stream number out of range.
+    """
     result = Sorted()
     if int(stream.max()) >= slots.size:
         raise MalformedFrame(f"stream {int(stream.max())}, but there are {slots.size}")
@@ -54,7 +64,7 @@ def sort_frame(
         if not held.all():
             slot, count, token = _keep(held, slot, count, token)
             sink = sink[held]
-    result.live = len(token)
+    result.slots, result.counts = slot, count
     if not len(slot):
         return result
     slots.last_s[slot] = now
@@ -135,7 +145,7 @@ def _split(
         token = token[order]
     sink, stream = sink[order], slots.stream[slot[order]]
     edges = [0, *(np.flatnonzero(sink[1:] != sink[:-1]) + 1).tolist(), len(sink)]
-    ends = edges if count is None else np.concatenate(([0], np.cumsum(count)))[edges].tolist()
+    ends = edges if count is None else np.concatenate(([0], np.cumsum(count, dtype=np.int64)))[edges].tolist()
     for i in range(len(edges) - 1):
         a, b = edges[i], edges[i + 1]
         counts = None if count is None else count[a:b]

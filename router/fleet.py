@@ -78,7 +78,6 @@ class Replica:
     rtt_s: float = 0.0
     step_s: float = 0.0  # smoothed time between frames while busy
     ttft_s: float = 0.0  # smoothed, per prompt-normalised; for outlier ejection
-    frames: int = 0
     load_totals: tuple[int, int, int] | None = None  # prompt, generated, busy_us of the last report
     prefixes: set[int] = field(default_factory=set)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from megatoken.frames import MalformedFrame, token_columns
+from megatoken.frames import U32, Column, MalformedFrame, token_columns
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import Frame
 from router import continuation
-from router.demux import Sorted, sort_frame
+from router.demux import Index, Sorted, sort_frame
 from router.ending import CANCELLED, ERROR, end, settle, uncharge
-from router.fleet import Replica
+from router.fleet import Pool, Replica
 from router.load import take_load
 from router.outbox import Part
 from router.placement import pump
@@ -22,46 +23,106 @@ from router.request import Request
 from router.state import RouterState
 
 _EACH, _COALESCE = 0, 1  # tokens.proto, Delivery
-_SAMPLE_EVERY = 16  # frames whose times between tokens are measured
+_SAMPLE_EVERY = 64  # frames; of one call in about so many the times between tokens are measured
 # What a worker says when it, and not the request, is at fault: gRPC UNKNOWN, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE.
 _FULL = 8
 _FAULTS = frozenset((2, 13, 14))
 
 
+@dataclass(slots=True)
+class _Arrived:
+    """A decoded frame and who sent it."""
+
+    replica: Replica
+    frame: Frame
+    stream: Column
+    count: Column | None
+    token: Column
+
+
 def on_frame(state: RouterState, replica: Replica, raw: bytes, now: float) -> None:
-    """Takes one encoded Frame in. Raises MalformedFrame when the worker's session must be given up."""
+    """Takes one encoded Frame in."""
+    on_frames(state, [(replica, raw)], now)
+
+
+def on_frames(state: RouterState, batch: list[tuple[Replica, bytes]], now: float) -> None:
+    """Takes encoded Frames in, oldest first. The session of a worker that sends a malformed one is cut.
+
+    Frames of different replicas are sorted together, since numpy's cost is per call; a second frame of the same
+    replica begins a new group, which keeps every stream's order.
+    """
+    group: list[_Arrived] = []
+    senders: set[int] = set()
+    for replica, raw in batch:
+        if not replica.connected:
+            continue  # its session was given up in this very batch
+        try:
+            arrived = _decode(state, replica, raw)
+        except MalformedFrame as error:
+            _take_group(state, group, now)
+            senders.clear()
+            _cut(replica, error)
+            continue
+        if replica.index in senders:
+            _take_group(state, group, now)
+            senders.clear()
+        senders.add(replica.index)
+        group.append(arrived)
+    _take_group(state, group, now)
+
+
+def _decode(state: RouterState, replica: Replica, raw: bytes) -> _Arrived:
     try:
         frame = Frame.FromString(raw)
     except DecodeError:
         raise MalformedFrame(f"{len(raw)} bytes that are not a Frame") from None
-    details = _details(state, replica, frame) if frame.detail else {}
-    if frame.token or frame.stream:
-        _take_tokens(state, replica, frame, details, now)
-    replica.last_frame_s = now
-    if frame.finish:
-        for finish in frame.finish:
-            _take_finish(state, replica, finish, now)
-        state.fleet.refresh(replica, now)
-        pump(state, replica.pool, now)
-    if frame.HasField("load"):
-        take_load(state, replica, frame.load, now)
-
-
-def _take_tokens(
-    state: RouterState, replica: Replica, frame: Frame, details: dict[int, list[bytes]], now: float
-) -> None:
     stream, count, token = token_columns(frame)
-    if not len(stream):
+    if len(stream) and int(stream.max()) >= state.slots.size:
+        raise MalformedFrame(f"stream {int(stream.max())}, but there are {state.slots.size}")
+    return _Arrived(replica, frame, stream, count, token)
+
+
+def _cut(replica: Replica, error: MalformedFrame) -> None:
+    if replica.link is not None:
+        replica.link.cut(f"replica {replica.name} sent a malformed frame: {error}")
+
+
+def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
+    """Frames of different replicas: tokens first, then what ended, then loads."""
+    if not group:
         return
-    replica.frames += 1
-    if replica.frames % _SAMPLE_EVERY == 0:
-        _sample_times(state, replica, stream, now)
-    found = sort_frame(state.slots, state.pages, replica.index, stream, count, token, now)
-    replica.generated_tokens += found.tokens
-    replica.decode_outstanding -= found.live
-    state.ledger.add("generated_tokens", found.tokens)
-    replica.pool.measures.generated_tokens += found.tokens
-    state.ledger.foreign_tokens += found.foreign
+    details: dict[int, list[bytes]] = {}
+    filled = []
+    for arrived in group:
+        if arrived.frame.detail:
+            details |= _details(state, arrived.replica, arrived.frame)
+        if len(arrived.stream):
+            filled.append(arrived)
+        arrived.replica.last_frame_s = now
+    if filled:
+        _take_tokens(state, filled, details, now)
+    pools: dict[int, Pool] = {}
+    for arrived in group:
+        replica, frame = arrived.replica, arrived.frame
+        if frame.finish:
+            for finish in frame.finish:
+                _take_finish(state, replica, finish, now)
+            pools[id(replica.pool)] = replica.pool
+        if frame.HasField("load"):
+            take_load(state, replica, frame.load, now)
+            pools[id(replica.pool)] = replica.pool
+    for pool in pools.values():
+        pump(state, pool, now)
+    group.clear()
+
+
+def _take_tokens(state: RouterState, frames: list[_Arrived], details: dict[int, list[bytes]], now: float) -> None:
+    stream, count, token, sender = _joined(frames)
+    state.frames += len(frames)
+    if state.frames % _SAMPLE_EVERY < len(frames):
+        _sample_times(state, stream, now)
+    found = sort_frame(state.slots, state.pages, sender, stream, count, token, now)
+    _credit(state, frames, found, len(stream))
     urgent = _first_tokens(state, found, now) if found.first else ()
     for index, streams, counts, tokens in found.parts:
         sink = state.sinks[index]
@@ -78,12 +139,42 @@ def _take_tokens(
             _take_direct(state, request, packed, details.pop(slot, []), now)
 
 
-def _sample_times(state: RouterState, replica: Replica, stream: np.ndarray, now: float) -> None:
-    inside = stream[stream < state.slots.size]
-    gaps = now - state.slots.last_s[inside[state.slots.generated[inside] > 0]]
+def _joined(frames: list[_Arrived]) -> tuple[Column, Column | None, Column, int | Index]:
+    """The columns of several frames as one, and who sent each entry."""
+    first = frames[0]
+    if len(frames) == 1:
+        return first.stream, first.count, first.token, first.replica.index
+    count: Column | None = None
+    if any(arrived.count is not None for arrived in frames):
+        ones = [np.ones(len(a.stream), U32) if a.count is None else a.count for a in frames]
+        count = np.concatenate(ones)
+    return (
+        np.concatenate([arrived.stream for arrived in frames]),
+        count,
+        np.concatenate([arrived.token for arrived in frames]),
+        np.repeat([arrived.replica.index for arrived in frames], [len(arrived.stream) for arrived in frames]),
+    )
+
+
+def _credit(state: RouterState, frames: list[_Arrived], found: Sorted, entries: int) -> None:
+    """Counts what came: for the ledger, and off each replica's outstanding tokens."""
+    state.ledger.add("generated_tokens", found.tokens)
+    state.ledger.foreign_tokens += found.foreign
+    if len(found.slots) == entries:  # no zombie, nothing foreign: each frame's own length is right
+        for arrived in frames:
+            arrived.replica.generated_tokens += len(arrived.token)
+            arrived.replica.decode_outstanding -= len(arrived.token)
+        return
+    made = np.bincount(state.slots.replica[found.slots], weights=found.counts, minlength=len(state.fleet.replicas))
+    for arrived in frames:
+        arrived.replica.generated_tokens += len(arrived.token)
+        arrived.replica.decode_outstanding -= float(made[arrived.replica.index])
+
+
+def _sample_times(state: RouterState, stream: Column, now: float) -> None:
+    gaps = now - state.slots.last_s[stream[state.slots.generated[stream] > 0]]
     if len(gaps):
         state.latencies.between_tokens.add_many(gaps, now)
-        replica.pool.measures.between_tokens_s.observe_many(gaps)
 
 
 def _first_tokens(state: RouterState, found: Sorted, now: float) -> set[int]:

@@ -15,11 +15,10 @@ from typing import Any, cast
 import grpc
 from grpc import aio
 
-from megatoken.frames import MalformedFrame
 from megatoken.v1 import tokens_pb2, worker_pb2
 from router import recovery, wire
 from router.fleet import Replica
-from router.intake import on_frame
+from router.inbox import Inbox
 from router.load import take_load
 from router.secure import EOF
 from router.state import RouterState
@@ -36,7 +35,10 @@ _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 class WorkerLink:
     """`run` until `close`. The core sees it through fleet.Link."""
 
-    def __init__(self, state: RouterState, replica: Replica, open_channel: Callable[[str], aio.Channel]) -> None:
+    def __init__(
+        self, state: RouterState, inbox: Inbox, replica: Replica, open_channel: Callable[[str], aio.Channel]
+    ) -> None:
+        self._inbox = inbox
         self._state = state
         self._replica = replica
         self._open_channel = open_channel
@@ -76,6 +78,7 @@ class WorkerLink:
                 await self._connect_and_serve()
             finally:
                 if self._replica.connected:
+                    self._inbox.drain()
                     why = self._why or f"lost the session to replica {self._replica.name}"
                     recovery.lose_replica(self._state, self._replica, why, time.monotonic())
                 self._call = None
@@ -101,9 +104,6 @@ class WorkerLink:
         except (aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
             if self._replica.connected:
                 log.warning("session to replica %s ended: %s", self._replica.name, _short(error))
-        except MalformedFrame as error:
-            self._why = f"replica {self._replica.name} sent a malformed frame: {error}"
-            log.error("%s", self._why)
         except asyncio.CancelledError:
             if asyncio.current_task() is self._task and self._task is not None and self._task.cancelling():
                 raise
@@ -114,13 +114,13 @@ class WorkerLink:
             await channel.close(None)
 
     async def _read(self, call: Any) -> None:
-        state, replica = self._state, self._replica
-        monotonic = time.monotonic
+        replica, inbox = self._replica, self._inbox
         while True:
             raw = await call.read()
             if raw is EOF:
+                inbox.drain()  # what came is taken in before the session counts as lost
                 return
-            on_frame(state, replica, raw, monotonic())
+            inbox.put(replica, raw)
 
     async def _write(self, call: Any) -> None:
         try:

@@ -38,6 +38,7 @@ class RouterState:
     latencies: Latencies = field(default_factory=Latencies)
     nowhere: Measures = field(default_factory=Measures)  # of requests for models that are not there
     retries: RetryBudget = field(init=False)
+    frames: int = 0  # taken in
     live: int = 0  # requests running, queued and resuming
     resuming: int = 0
     held: int = 0  # live requests with held delivery
