@@ -19,10 +19,10 @@ MAX_RETRY_S: Final = 30.0
 
 
 def expected_wait_s(pool: Pool) -> float:
-    """How long a request that is queued now waits: queued tokens over the model's measured rate."""
+    """How long a request that is queued now waits: queued tokens over the model's rate; 0 until that was measured."""
     if not pool.queue.length:
         return 0.0
-    rate = pool.tokens_per_s()
+    rate = pool.measured_tokens_per_s()
     return pool.queue.tokens / rate if rate > 0 else 0.0
 
 

@@ -37,7 +37,7 @@ class ResumeConfig(_Part):
     hang_s: float = Field(
         default=60.0, gt=0, description="a replica with requests and no frame for this long counts as lost"
     )
-    retry_budget_ratio: float = Field(default=0.2, ge=0, description="retries per request started, over the last 10 s")
+    retry_budget_ratio: float = Field(default=1.0, ge=0, description="moves per live or started request, in 10 s")
     retry_budget_floor: int = Field(default=256, ge=0, description="retries in 10 s that are always allowed")
     wait_s: float = Field(default=30.0, ge=0, description="longest wait of a lost request for another replica")
 

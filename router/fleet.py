@@ -144,9 +144,12 @@ class Pool:
         self.outputs_seen += 1
         self.mean_output += (tokens - self.mean_output) * max(1 / self.outputs_seen, 1 / 256)
 
-    def tokens_per_s(self) -> float:
-        """Measured decode capacity of what may serve."""
-        return sum(r.capacity.decode_tokens_per_s for r in self.replicas if r.connected and not r.draining)
+    def measured_tokens_per_s(self) -> float:
+        """Decode capacity of what may serve; 0 when none of it was measured yet."""
+        serving = [r.capacity for r in self.replicas if r.connected and not r.draining]
+        if not any(capacity.measured for capacity in serving):
+            return 0.0
+        return sum(capacity.decode_tokens_per_s for capacity in serving)
 
 
 class Fleet:

@@ -120,7 +120,7 @@ def _take_tokens(state: RouterState, frames: list[_Arrived], details: dict[int, 
     stream, count, token, sender = _joined(frames)
     state.frames += len(frames)
     if state.frames % _SAMPLE_EVERY < len(frames):
-        _sample_times(state, stream, now)
+        _sample_times(state, frames[0], now)
     found = sort_frame(state.slots, state.pages, sender, stream, count, token, now)
     _credit(state, frames, found, len(stream))
     urgent = _first_tokens(state, found, now) if found.first else ()
@@ -162,18 +162,27 @@ def _credit(state: RouterState, frames: list[_Arrived], found: Sorted, entries: 
     state.ledger.foreign_tokens += found.foreign
     if len(found.slots) == entries:  # no zombie, nothing foreign: each frame's own length is right
         for arrived in frames:
-            arrived.replica.generated_tokens += len(arrived.token)
-            arrived.replica.decode_outstanding -= len(arrived.token)
+            _count(arrived.replica, len(arrived.token), len(arrived.token))
         return
-    made = np.bincount(state.slots.replica[found.slots], weights=found.counts, minlength=len(state.fleet.replicas))
+    size = len(state.fleet.replicas)
+    live = np.bincount(state.slots.replica[found.slots], weights=found.counts, minlength=size)
     for arrived in frames:
-        arrived.replica.generated_tokens += len(arrived.token)
-        arrived.replica.decode_outstanding -= float(made[arrived.replica.index])
+        own = state.slots.replica[arrived.stream.astype(np.intp)] == arrived.replica.index
+        made = int(own.sum() if arrived.count is None else arrived.count[own].sum())
+        _count(arrived.replica, made, int(live[arrived.replica.index]))
 
 
-def _sample_times(state: RouterState, stream: Column, now: float) -> None:
+def _count(replica: Replica, made: int, live: int) -> None:
+    replica.generated_tokens += made
+    replica.pool.measures.generated_tokens += made
+    replica.decode_outstanding -= live
+
+
+def _sample_times(state: RouterState, arrived: _Arrived, now: float) -> None:
+    stream = arrived.stream
     gaps = now - state.slots.last_s[stream[state.slots.generated[stream] > 0]]
     if len(gaps):
+        arrived.replica.pool.measures.between_tokens_s.observe_many(gaps)
         state.latencies.between_tokens.add_many(gaps, now)
 
 

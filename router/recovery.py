@@ -66,7 +66,7 @@ def _refusal(state: RouterState, request: Request, reason: str, now: float) -> s
         return f"{reason}; resuming is off for this request"
     if request.attempts > resume.max_resumes:
         return f"{reason}; moved {request.attempts - 1} times already"
-    if not state.retries.take(now):
+    if not state.retries.take(state.live, now):
         return f"{reason}; too many requests move already (retry budget)"
     if request.carried and request.pool.replicas and request.replay is False:
         context = request.pool.max_model_len

@@ -8,7 +8,11 @@ WINDOW_S = 10.0
 
 
 class RetryBudget:
-    """ratio: retries per request started in the last 10 s; floor: retries in 10 s that are always allowed."""
+    """ratio: retries per request live now or started in the last 10 s; floor: retries in 10 s that are always allowed.
+
+    With ratio 1 every live request may move about once in 10 s: the loss of any part of the fleet is covered, a storm
+    of repeated moves is not.
+    """
 
     def __init__(self, ratio: float, floor: int) -> None:
         self._ratio = ratio
@@ -21,10 +25,10 @@ class RetryBudget:
         self._slice(now)[1] += 1
         self._started += 1
 
-    def take(self, now: float) -> bool:
-        """Whether one more retry is allowed; takes it if so."""
+    def take(self, live: int, now: float) -> bool:
+        """Whether one more retry is allowed; takes it if so. `live` is requests in the router."""
         current = self._slice(now)
-        if self._retried >= self._floor + self._ratio * self._started:
+        if self._retried >= self._floor + self._ratio * (self._started + live):
             return False
         current[2] += 1
         self._retried += 1

@@ -1,0 +1,242 @@
+"""A lost, hung or drained replica: its requests go on elsewhere, and the client sees one stream."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatoken.v1 import tokens_pb2
+from router.circuit import CircuitState
+from router.lifecycle import State
+from tests.router_core import ERROR, LENGTH, CoreFleet
+
+
+def test_a_lost_replica_s_requests_go_on_from_prompt_and_tokens_so_far() -> None:
+    fleet = CoreFleet()
+    request = fleet.submit(prompt=(1, 2), max_tokens=10, min_tokens=4)
+    fleet.tokens(request, 11, 12, 13)
+    lost = fleet.replica_of(request)
+    fleet.lose(lost)
+    assert fleet.replica_of(request) is not lost
+    again = fleet.started(request)
+    assert list(again.prompt) == [1, 2, 11, 12, 13]
+    assert (again.sampling.max_tokens, again.sampling.min_tokens, again.resumed_tokens) == (7, 1, 3)
+    fleet.tokens(request, 14)
+    fleet.tokens(request, 15)
+    fleet.finish(request, LENGTH, prompt_tokens=5, generated_tokens=2)
+    assert fleet.received(request) == [11, 12, 13, 14, 15]
+    end = fleet.end(request)
+    assert end is not None
+    assert (end.prompt_tokens, end.generated_tokens, end.resumes, end.resume_note) == (2, 5, 1, "")
+    fleet.check_idle()
+
+
+def test_a_request_lost_twice_keeps_everything() -> None:
+    fleet = CoreFleet(replicas=3)
+    request = fleet.submit(prompt=(1,), max_tokens=10)
+    expected = []
+    for turn in range(3):
+        fleet.tokens(request, 10 * turn, 10 * turn + 1)
+        expected += [10 * turn, 10 * turn + 1]
+        if turn < 2:
+            fleet.lose(fleet.replica_of(request))
+    assert list(fleet.started(request).prompt) == [1, *expected[:4]]
+    fleet.finish(request)
+    assert fleet.received(request) == expected
+    end = fleet.end(request)
+    assert end is not None
+    assert (end.resumes, end.generated_tokens) == (2, 6)
+
+
+def test_a_request_without_a_token_is_simply_sent_again() -> None:
+    fleet = CoreFleet()
+    request = fleet.submit(resume=tokens_pb2.RESUME_OFF)
+    fleet.lose(fleet.replica_of(request))
+    assert request.state is State.RUNNING
+    fleet.tokens(request, 5)
+    fleet.finish(request)
+    end = fleet.end(request)
+    assert end is not None
+    assert end.resumes == 0
+
+
+def test_with_resume_off_a_started_stream_ends_with_unavailable() -> None:
+    fleet = CoreFleet()
+    request = fleet.submit(resume=tokens_pb2.RESUME_OFF)
+    fleet.tokens(request, 5)
+    fleet.lose(fleet.replica_of(request))
+    end = fleet.end(request)
+    assert end is not None
+    assert (end.reason, end.code, end.generated_tokens) == (ERROR, 14, 1)
+    assert "resuming is off" in end.message
+    fleet.check_idle()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"seed": 5, "temperature": 1.0},
+        {"presence_penalty": 0.5},
+        {"structured_outputs": tokens_pb2.StructuredOutputs(json_object=True), "temperature": 1.0},
+        {"extra_json": '{"x": 1}'},
+    ],
+)
+def test_sampling_that_has_state_is_replayed_and_the_client_sees_nothing_twice(sampling: dict[str, object]) -> None:
+    fleet = CoreFleet()
+    request = fleet.submit(prompt=(1, 2), max_tokens=10, **sampling)
+    first = fleet.started(request)
+    fleet.tokens(request, 11, 12, 13)
+    fleet.lose(fleet.replica_of(request))
+    again = fleet.started(request)
+    assert again == first  # the same request, seed included
+    if sampling.get("temperature"):
+        assert again.sampling.HasField("seed")
+    fleet.tokens(request, 11)
+    fleet.tokens(request, 12)
+    assert fleet.received(request) == [11, 12, 13]
+    fleet.tokens(request, 13, 14)
+    fleet.tokens(request, 15)
+    fleet.finish(request)
+    assert fleet.received(request) == [11, 12, 13, 14, 15]
+    end = fleet.end(request)
+    assert end is not None
+    assert (end.generated_tokens, end.resumes) == (5, 1)
+    fleet.check_idle()
+
+
+def test_a_replay_that_differs_ends_with_an_error_and_never_a_wrong_token() -> None:
+    fleet = CoreFleet()
+    request = fleet.submit(seed=5, temperature=1.0)
+    fleet.tokens(request, 11, 12)
+    fleet.lose(fleet.replica_of(request))
+    fleet.tokens(request, 11)
+    fleet.tokens(request, 99)
+    end = fleet.end(request)
+    assert end is not None
+    assert (end.reason, end.code) == (ERROR, 14)
+    assert "differed" in end.resume_note
+    assert fleet.received(request) == [11, 12]
+
+
+def test_a_replica_lost_in_the_middle_of_a_replay_loses_nothing() -> None:
+    fleet = CoreFleet(replicas=3)
+    request = fleet.submit(seed=5, temperature=1.0)
+    fleet.tokens(request, 11, 12, 13)
+    fleet.lose(fleet.replica_of(request))
+    fleet.tokens(request, 11)
+    fleet.lose(fleet.replica_of(request))
+    fleet.tokens(request, 11, 12, 13, 14)
+    fleet.finish(request)
+    assert fleet.received(request) == [11, 12, 13, 14]
+
+
+def test_a_worker_s_own_fault_moves_the_request() -> None:
+    fleet = CoreFleet()
+    request = fleet.submit(max_tokens=9)
+    fleet.tokens(request, 1)
+    before = fleet.replica_of(request)
+    fleet.finish(request, ERROR, code=14, message="the engine is gone")
+    assert request.state is State.RUNNING
+    assert fleet.replica_of(request) is not before
+    assert before.circuit.failures == 1
+
+
+def test_with_no_other_replica_it_waits_and_then_says_so() -> None:
+    fleet = CoreFleet(replicas=1, resume={"wait_s": 10})
+    request = fleet.submit()
+    fleet.tokens(request, 1)
+    replica = fleet.replica_of(request)
+    fleet.lose(replica)
+    assert request.state is State.RESUMING
+    fleet.tick(5)
+    assert fleet.end(request) is None
+    fleet.connect(replica)
+    assert request.state is State.RUNNING
+    fleet.lose(replica)
+    fleet.tick(11)
+    end = fleet.end(request)
+    assert end is not None
+    assert (end.reason, end.code) == (ERROR, 14)
+    assert "waited" in end.message
+    fleet.check_idle()
+
+
+def test_a_hung_replica_is_cut_off() -> None:
+    fleet = CoreFleet(replicas=2, resume={"hang_s": 5})
+    request = fleet.submit()
+    replica = fleet.replica_of(request)
+    fleet.tick(4)
+    assert not fleet.link(replica).cuts
+    fleet.tick(2)
+    assert "no frame for" in fleet.link(replica).cuts[0]
+
+
+def test_an_idle_replica_is_never_called_hung() -> None:
+    fleet = CoreFleet(replicas=1, resume={"hang_s": 5})
+    fleet.tick(100)
+    fleet.submit()
+    fleet.tick(1)
+    assert not fleet.link(fleet.replicas[0]).cuts
+
+
+def test_a_drain_deadline_moves_what_is_left_and_late_tokens_are_dropped() -> None:
+    fleet = CoreFleet()
+    request = fleet.submit(prompt=(1,), max_tokens=9)
+    fleet.tokens(request, 4)
+    drained, slot = fleet.replica_of(request), request.slot
+    drained.draining = True
+    drained.member = replace(drained.member, draining=True, drain_deadline_unix_s=1e9 + fleet.now + 3)
+    fleet.tick(1)
+    assert fleet.replica_of(request) is drained
+    fleet.tick(3)
+    assert fleet.replica_of(request) is not drained
+    assert fleet.link(drained).cancelled == [slot]
+    fleet.frame(drained, stream=[slot], token=[99])
+    fleet.tokens(request, 5)
+    fleet.finish(request)
+    assert fleet.received(request) == [4, 5]
+    fleet.frame(drained, finish=[tokens_pb2.Finish(stream=slot, reason=3)])
+    assert fleet.state.slots.taken == 0
+
+
+def test_retries_are_bounded_by_the_budget() -> None:
+    fleet = CoreFleet(replicas=2, max_running=64, resume={"retry_budget_ratio": 0.0, "retry_budget_floor": 3})
+    requests = [fleet.submit() for _ in range(20)]
+    had = fleet.replicas[0].in_flight
+    fleet.lose(fleet.replicas[0])
+    ended = [r for r in requests if r.state is State.FINISHED]
+    assert had > 3
+    assert len(ended) == had - 3
+    assert "retry budget" in fleet.end(ended[0]).message  # type: ignore[union-attr]
+
+
+def test_a_request_that_kills_every_replica_moves_only_so_often() -> None:
+    fleet = CoreFleet(replicas=8, resume={"max_resumes": 2})
+    request = fleet.submit()
+    losses = 0
+    while request.state is State.RUNNING:
+        fleet.lose(fleet.replica_of(request))
+        losses += 1
+    assert losses == 3
+    assert request.state is State.FINISHED
+
+
+def test_failures_in_a_row_open_the_circuit_and_one_probe_closes_it() -> None:
+    fleet = CoreFleet(replicas=1, breaker={"failures": 2, "open_s": 1.0})
+    replica = fleet.replicas[0]
+    request = fleet.submit()
+    for _ in range(2):
+        fleet.finish(request, ERROR, code=13, message="boom")  # sent again, as it had no token
+    assert replica.circuit.state is CircuitState.OPEN
+    assert request.state is State.RESUMING
+    fleet.cancel(request)
+    fleet.tick(0.5)
+    waiting = [fleet.submit(), fleet.submit()]
+    assert {r.state for r in waiting} == {State.QUEUED}
+    fleet.tick(1)
+    assert [r.state for r in waiting] == [State.RUNNING, State.QUEUED]  # half-open: one probe
+    fleet.tokens(waiting[0], 1)
+    fleet.tick()
+    assert replica.circuit.state is CircuitState.CLOSED
+    assert waiting[1].state is State.RUNNING
