@@ -52,7 +52,7 @@ class ControllerActor:
 
     def _live(self, state_file: Path, runtime_root: Path, node_address: str, spec_json: str | None) -> None:
         try:
-            asyncio.run(self._serve(state_file, runtime_root, node_address, spec_json))
+            guest = asyncio.run(self._serve(state_file, runtime_root, node_address, spec_json))
         except BaseException as error:
             logger.exception("the controller failed")
             if self._ready.is_set():
@@ -61,8 +61,11 @@ class ControllerActor:
             self._ready.set()
             return
         self._closed.set()
+        if guest:
+            end_own_actor()
 
-    async def _serve(self, state_file: Path, runtime_root: Path, node_address: str, spec_json: str | None) -> None:
+    async def _serve(self, state_file: Path, runtime_root: Path, node_address: str, spec_json: str | None) -> bool:
+        """Serves until the cluster was taken down; says whether Ray is not ours and stays."""
         from cluster.ray_backend import RayBackend
 
         lines = collect_logs(runtime_root, state_file)
@@ -98,6 +101,14 @@ class ControllerActor:
             await attendance.stop()
             await server.stop()
             store.close()
+        return not local
+
+
+def end_own_actor() -> None:
+    """Ends this actor for good: in a Ray that stays, nobody else waits to do it."""
+    import ray
+
+    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
 async def start_server(server: ControlServer, host: str, port: int) -> int:
