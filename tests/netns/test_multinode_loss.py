@@ -1,0 +1,224 @@
+"""What a fleet on separate hosts does when a part is lost while clients stream: no request lost, nothing left.
+
+The engines are simulated: what is shown here is the control plane, the router, and Ray. Real engines die in
+test_multinode_engine.py and test_multinode_fleet.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.netns import hosts
+from deploy.netns.ray_nodes import RayNodes
+from megatoken.v1 import control_pb2
+from tests.netns.host_clusters import HostCluster, Report, Traffic, ask, running
+
+pytestmark = pytest.mark.timeout(400)
+
+TOKENS = 60
+PROMPTS = [[(11 * request + 5 * place) % 4000 + 10 for place in range(16)] for request in range(4)]
+SPEC = {
+    "models": [
+        {
+            "name": "sim",
+            "engine": "simulated",
+            "replicas": 3,
+            "simulated": {"step_s": 0.02},
+            "placement": {"separate": "node"},
+        }
+    ]
+}
+TOLD_S = 5.0  # from Ray's knowing to `status` saying it
+DETECTED_S = 12.0  # Ray's own health checks, at the settings of deploy/netns, with room for a busy machine
+REPLACED_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayNodes]:
+    if reason := hosts.missing_requirement():
+        pytest.skip(reason)
+    with hosts.Network.create(4) as network:
+        ray_nodes = RayNodes(network, 2)
+        ray_nodes.start_node(network.hosts[0], devices=0)  # the head serves no model, so losses never take the router
+        for host in network.hosts[1:]:
+            ray_nodes.start_node(host)
+        yield ray_nodes
+
+
+@pytest.fixture(scope="module")
+def cluster(nodes: RayNodes) -> Iterator[HostCluster]:
+    with running(nodes, SPEC) as started:
+        yield started
+
+
+@pytest.fixture
+def expected(cluster: HostCluster) -> dict[int, list[int]]:
+    """What each prompt is answered with when nothing is lost."""
+    cluster.wait_ready("sim", 3)
+    return {
+        prompt[0]: answer for prompt, answer in zip(PROMPTS, ask(cluster.router, "sim", PROMPTS, TOKENS), strict=True)
+    }
+
+
+def check(report: Report, expected: dict[int, list[int]]) -> None:
+    """Every answer is whole and exact; at least one request was on its way when the part was lost."""
+    assert not report.errors
+    known = list(expected.values())
+    wrong = [answer for answer in report.answers if answer not in known]
+    assert not wrong, f"{len(wrong)} of {len(report.answers)} answers differ, first: {wrong[0]}"
+    assert len(report.answers) >= len(PROMPTS)
+
+
+def ids(status: control_pb2.ClusterStatus, *states: str) -> set[str]:
+    return {row.replica for row in status.replicas if row.state in states}
+
+
+def node_state(status: control_pb2.ClusterStatus, address: str) -> str:
+    return next((row.state for row in reversed(status.nodes) if row.address == address), "")
+
+
+def open_ports(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("victim", ["worker process", "worker actor"])
+def test_a_killed_worker_is_replaced_under_a_new_id(
+    cluster: HostCluster, expected: dict[int, list[int]], victim: str
+) -> None:
+    lost = cluster.wait_ready("sim", 3)[0]
+    worker = cluster.worker_pid(lost)
+    parent = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+    with Traffic(cluster.router, "sim", PROMPTS, TOKENS, streams=6) as traffic:
+        os.kill(worker if victim == "worker process" else parent, signal.SIGKILL)
+        status = cluster.wait(lambda status: lost.replica in ids(status, "FAILED"), TOLD_S)
+        reason = next(row.reason for row in status.replicas if row.replica == lost.replica)
+        now = cluster.wait_ready("sim", 3, REPLACED_S)
+        report = traffic.stop()
+    assert reason
+    assert lost.replica not in {row.replica for row in now}
+    assert not Path(f"/proc/{worker}").exists()
+    check(report, expected)
+    assert report.resumes >= 1
+
+
+def test_a_crash_of_a_nodes_ray_moves_its_replica_and_the_node_is_used_again(
+    cluster: HostCluster, expected: dict[int, list[int]]
+) -> None:
+    lost = cluster.wait_ready("sim", 3)[0]
+    host = cluster.host_of(lost)
+    with Traffic(cluster.router, "sim", PROMPTS, TOKENS, streams=6) as traffic:
+        cluster.nodes.stop_node(host)
+        blocked = cluster.wait(lambda status: bool(status.models[0].blocked), DETECTED_S + TOLD_S)
+        report = traffic.stop()
+    check(report, expected)
+    assert "node" in blocked.models[0].blocked
+    assert node_state(blocked, host.address) == "dead"
+    assert not [command for command in host.processes().values() if "-m worker" in command]
+    cluster.nodes.start_node(host)
+    returned = cluster.wait_ready("sim", 3, REPLACED_S)
+    assert host.address in {row.address.rpartition(":")[0] for row in returned}
+    assert lost.replica not in {row.replica for row in returned}
+
+
+def test_a_power_cut_is_no_different(cluster: HostCluster, expected: dict[int, list[int]]) -> None:
+    lost = cluster.wait_ready("sim", 3)[-1]
+    host = cluster.host_of(lost)
+    with Traffic(cluster.router, "sim", PROMPTS, TOKENS, streams=6) as traffic:
+        host.power_off()
+        cluster.wait(lambda status: lost.replica in ids(status, "FAILED"), DETECTED_S + TOLD_S)
+        report = traffic.stop()
+    check(report, expected)
+    host.power_on(owned=True)
+    cluster.nodes.start_node(host)
+    cluster.wait_ready("sim", 3, REPLACED_S)
+
+
+def test_a_partitioned_node_is_fenced_and_its_replica_never_serves_under_its_old_id(
+    cluster: HostCluster, expected: dict[int, list[int]]
+) -> None:
+    lost = cluster.wait_ready("sim", 3)[1]
+    host = cluster.host_of(lost)
+    worker = cluster.worker_pid(lost)
+    with Traffic(cluster.router, "sim", PROMPTS, TOKENS, streams=6) as traffic:
+        host.link(up=False)
+        began = time.monotonic()
+        cluster.wait(lambda status: lost.replica in ids(status, "FAILED"), DETECTED_S + TOLD_S)
+        deadline = began + 40
+        while Path(f"/proc/{worker}").exists():
+            assert time.monotonic() < deadline, "the cut-off worker still runs"
+            time.sleep(0.1)
+        host.link(up=True)
+        report = traffic.stop()
+    check(report, expected)
+    assert not open_ports(lost.address)
+    cluster.nodes.stop_node(host)  # what Ray left of the node that it declared dead
+    cluster.nodes.start_node(host)
+    now = cluster.wait_ready("sim", 3, REPLACED_S)
+    assert lost.replica not in {row.replica for row in now}
+
+
+def test_a_short_cut_of_the_cable_loses_nothing(cluster: HostCluster, expected: dict[int, list[int]]) -> None:
+    """Half a second without a link is neither a dead node nor a dead replica."""
+    before = {row.replica for row in cluster.wait_ready("sim", 3)}
+    host = cluster.host_of(cluster.wait_ready("sim", 3)[0])
+    with Traffic(cluster.router, "sim", PROMPTS, TOKENS, streams=6) as traffic:
+        host.link(up=False)
+        time.sleep(0.5)
+        host.link(up=True)
+        time.sleep(2.0)
+        report = traffic.stop()
+    check(report, expected)
+    assert {row.replica for row in cluster.wait_ready("sim", 3)} == before
+
+
+def test_the_controllers_death_pauses_no_stream_and_everything_is_adopted(
+    cluster: HostCluster, expected: dict[int, list[int]]
+) -> None:
+    before = cluster.wait_ready("sim", 3)
+    (controller,) = cluster.nodes.ray_pids(cluster.nodes.head, "ray::ControllerActor")
+    with Traffic(cluster.router, "sim", PROMPTS, TOKENS, streams=6) as traffic:
+        traffic.report.longest_gap_s = 0.0
+        os.kill(controller, signal.SIGKILL)
+        time.sleep(1.0)
+        now = cluster.wait_ready("sim", 3, REPLACED_S)
+        report = traffic.stop()
+    check(report, expected)
+    assert report.resumes == 0
+    assert report.longest_gap_s < 1.0
+    assert {(row.replica, row.incarnation) for row in now} == {(row.replica, row.incarnation) for row in before}
+
+
+def test_a_rolling_update_surges_and_a_bad_one_rolls_back(cluster: HostCluster, expected: dict[int, list[int]]) -> None:
+    before = {row.replica for row in cluster.wait_ready("sim", 3)}
+    cluster.apply(lambda spec: spec["models"][0].update(placement={}))
+    with Traffic(cluster.router, "sim", PROMPTS, TOKENS, streams=6) as traffic:
+        cluster.wait(lambda status: not before & ids(status, "READY", "DRAINING", "STARTING"), REPLACED_S)
+        good = {row.replica for row in cluster.wait_ready("sim", 3, REPLACED_S)}
+        cluster.apply(lambda spec: spec["models"][0].update(env={"PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"}))
+        cluster.wait(lambda _: "rolled back" in cluster.events(), REPLACED_S)
+        report = traffic.stop()
+    check(report, expected)
+    assert good <= {row.replica for row in cluster.wait_ready("sim", 3, REPLACED_S)}
+
+
+def test_a_wrong_token_joins_nothing(nodes: RayNodes) -> None:
+    """A host with another token is told so, and is no node of the cluster."""
+    host = nodes.network.hosts[1]
+    environment = nodes.environment(host, RAY_AUTH_TOKEN="0" * 64)
+    del environment["RAY_AUTH_TOKEN_PATH"]
+    done = host.run([sys.executable, "-m", "cluster.cli", "up"], environment, timeout_s=200, check=False)
+    assert done.returncode != 0
+    assert "token" in (done.stdout + done.stderr).lower()
