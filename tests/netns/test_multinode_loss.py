@@ -59,7 +59,7 @@ def cluster(nodes: RayNodes) -> Iterator[HostCluster]:
         yield started
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(cluster: HostCluster) -> dict[int, list[int]]:
     """What each prompt is answered with when nothing is lost."""
     cluster.wait_ready("sim", 3)
