@@ -18,14 +18,17 @@ from megatoken.counters import CounterWriter
 from megatoken.tls import bind
 from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, tokens_pb2
 from router import recovery, upkeep
+from router.api_keys import KeyRing
 from router.config import RouterConfig
 from router.door import Door
 from router.fleet import Fleet, Replica
 from router.inbox import Inbox
+from router.leases import Leases
 from router.ledger import Ledger
 from router.link import WorkerLink
 from router.membership import apply_snapshot
 from router.metrics import serve_metrics
+from router.request_log import log_request
 from router.secure import channel_to
 from router.service import RouterService, tokens_handler
 from router.state import RouterState
@@ -52,7 +55,11 @@ class RouterApp:
         self.state = RouterState(
             config, Ledger(writer), random.Random(incarnation), Fleet(config.admission, config.breaker)
         )
-        self.door = Door()
+        self.keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
+        self.state.door = Door(self.keys)
+        self.leases = Leases(self.state)
+        if config.request_log:
+            self.state.on_finished = log_request
         self._inbox = Inbox(self.state)
         self.address = ""
         self.metrics_address = ""
@@ -67,8 +74,8 @@ class RouterApp:
         config = self.config
         options = server_options(config)
         server = aio.server(options=options, maximum_concurrent_rpcs=None)
-        server.add_generic_rpc_handlers((tokens_handler(self.state, config, self.door),))
-        router_pb2_grpc.add_RouterServicer_to_server(RouterService(self.state, config, self.door), server)
+        server.add_generic_rpc_handlers((tokens_handler(self.state, config),))
+        router_pb2_grpc.add_RouterServicer_to_server(RouterService(self.state, self.leases), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (
             tokens_pb2.DESCRIPTOR.services_by_name["Tokens"].full_name,
@@ -135,6 +142,9 @@ class RouterApp:
             turn += 1
             if turn % 10 == 0:
                 upkeep.slow_tick(self.state, now)
+                self.leases.expire(now)
+                if self.keys is not None:
+                    self.keys.refresh()
 
     async def _hold_tick(self) -> None:
         while True:
@@ -151,6 +161,9 @@ class RouterApp:
         """Takes no new calls, lets running requests end for drain_s, then ends the rest."""
         self.state.draining = True
         await self._set_serving(False)
+        for sink in self.state.sinks:
+            if sink is not None:
+                sink.wake()  # a session that is idle ends now, others when their requests have
         if self._server is not None:
             await self._server.stop(self.config.drain_s if self.state.live else 0.2)
         for task in self._tasks:

@@ -27,8 +27,10 @@ from megatoken.tls import ClientTls
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
 from router.columns import ColumnSession, error_of
 from router.secure import channel_to
+from router.wire import DRAINING
 
 Finish = tokens_pb2.Finish
+UNAVAILABLE = 14  # gRPC
 ATTEMPTS = 3  # of a request that has had no token, when its router goes away
 
 
@@ -125,7 +127,8 @@ class TokenClient:
         self._api_key = api_key
         self._tls = tls
         self._connect_timeout_s = connect_timeout_s
-        self._sessions: dict[str, ColumnSession] = {}
+        self._draining: set[ColumnSession] = set()  # their routers take no new requests
+        self._waiting: list[tuple[float, TokenStream]] = []  # until when, for a session
         self._streams: dict[ColumnSession, dict[int, tuple[TokenStream, int]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._connected = asyncio.Event()
@@ -197,10 +200,11 @@ class TokenClient:
         return (("authorization", f"Bearer {self._api_key}"),) if self._api_key else ()
 
     def _submit(self, stream: TokenStream) -> None:
-        if not self._streams:
-            stream.fail(UnavailableError(f"no router answers at {', '.join(self._routers)}"))
+        open_sessions = [session for session in self._streams if session not in self._draining]
+        if not open_sessions:
+            self._waiting.append((asyncio.get_running_loop().time() + self._connect_timeout_s, stream))
             return
-        session = min(self._streams, key=lambda session: len(self._streams[session]))
+        session = min(open_sessions, key=lambda session: len(self._streams[session]))
         stream.session = session
         stream.attempts += 1
         stream.stream = session.submit(stream.request, stream.choices)
@@ -216,6 +220,7 @@ class TokenClient:
                 await session.open(self._connect_timeout_s)
                 self._streams[session] = {}
                 self._connected.set()
+                self._submit_waiting()
                 pause_s = 0.05
                 async for frame in session.frames():
                     self._hand_out(session, frame)
@@ -224,17 +229,45 @@ class TokenClient:
                 lost = error
             finally:
                 live = self._streams.pop(session, {})
+                drained = session in self._draining
+                self._draining.discard(session)
                 await session.close()
             self._lost(live, lost)
+            if drained:
+                return  # another task keeps the session that replaced it
+            self._give_up_waiting()
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, 2.0)
 
     def _lost(self, live: dict[int, tuple[TokenStream, int]], error: MegatokenError) -> None:
         for stream in dict.fromkeys(stream for stream, _ in live.values()):
-            if not stream.moved and not stream.finishes and stream.attempts < ATTEMPTS and self._streams:
-                self._submit(stream)
-            else:
+            if not self._again(stream):
                 stream.fail(error)
+
+    def _again(self, stream: TokenStream) -> bool:
+        """Sends a request that has had nothing yet once more, to whichever router is there."""
+        if stream.moved or stream.finishes or stream.attempts >= ATTEMPTS:
+            return False
+        self._submit(stream)
+        return True
+
+    def _submit_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for _, stream in waiting:
+            self._submit(stream)
+
+    def _give_up_waiting(self) -> None:
+        now = asyncio.get_running_loop().time()
+        late = [stream for until, stream in self._waiting if until <= now]
+        self._waiting = [(until, stream) for until, stream in self._waiting if until > now]
+        for stream in late:
+            stream.fail(UnavailableError(f"no router answers at {', '.join(self._routers)}"))
+
+    def _drains(self, session: ColumnSession) -> None:
+        """Its router takes no new requests: open another session, to the router that took the port over."""
+        if session not in self._draining:
+            self._draining.add(session)
+            self._tasks.append(asyncio.create_task(self._keep(session.address)))
 
     def _hand_out(self, session: ColumnSession, frame: frame_columns_pb2.Frame) -> None:
         live = self._streams[session]
@@ -254,8 +287,13 @@ class TokenClient:
                     entry[0].push(_delta(values[first:last], entry[1], details.get(number)))
         for finish in frame.finish:
             entry = live.pop(finish.stream, None)
-            if entry is not None:
-                entry[0].end(entry[1], finish)
+            if entry is None:
+                continue
+            if finish.code == UNAVAILABLE and finish.message == DRAINING:
+                self._drains(session)
+                if entry[0].choices == 1 and self._again(entry[0]):
+                    continue
+            entry[0].end(entry[1], finish)
 
 
 def _delta(tokens: list[int], choice: int, details: list[tokens_pb2.Detail] | None) -> Delta:

@@ -17,7 +17,7 @@ from megatoken.errors import MegatokenError, RequestError
 from megatoken.frames import MalformedFrame, column
 from megatoken.v1.frame_columns_pb2 import ClientFrame, Start
 from router.config import RouterConfig
-from router.door import Caller, Door
+from router.door import Caller
 from router.ending import error_finish
 from router.request import Request
 from router.secure import EOF
@@ -31,11 +31,10 @@ _URGENT_S = 0.001  # least time between messages when one holds a first token or
 class ClientSession(SessionSink):
     """One Session call."""
 
-    def __init__(self, state: RouterState, config: RouterConfig, door: Door, caller: Caller) -> None:
+    def __init__(self, state: RouterState, config: RouterConfig, caller: Caller) -> None:
         super().__init__()
         self._state = state
         self._config = config
-        self._door = door
         self._caller = caller
         self._something = asyncio.Event()
         self._urgent = asyncio.Event()
@@ -106,9 +105,8 @@ class ClientSession(SessionSink):
                 raise RequestError("stream", start.stream, f"at most {bound} at once in a session")
             if any(stream in self.requests for stream in taken) or taken[-1] >= 1 << 32:
                 raise RequestError("stream", start.stream, "numbers that no running request has, below 2**32")
-            tenant = self._door.admit(self._caller, message, now)
             deadline_s = now + message.timeout_ms / 1000 if message.timeout_ms else float("inf")
-            submit(self._state, self, self.index, start.stream, message, tenant, deadline_s, now, self.own)
+            submit(self._state, self, self.index, start.stream, message, self._caller, deadline_s, now, self.own)
         except MegatokenError as error:
             self._state.count_refusal(message.model, error)
             self.refuse(start.stream, max(1, message.sampling.n), error)
@@ -130,7 +128,7 @@ class ClientSession(SessionSink):
         sent_at = 0.0
         while True:
             if not outbox:
-                if self._closing and not self.requests:
+                if (self._closing or self._state.draining) and not self.requests:
                     return
                 self._something.clear()
                 await self._something.wait()

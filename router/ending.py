@@ -33,7 +33,7 @@ def uncharge(state: RouterState, request: Request, now: float) -> Replica | None
     replica.prompt_outstanding -= request.charged_prompt
     replica.decode_outstanding -= request.charged_decode - made
     replica.in_flight -= 1
-    if replica.in_flight == 0:  # rounding and guesses end here
+    if replica.in_flight + replica.leased == 0:  # rounding and guesses end here
         replica.prompt_outstanding = replica.decode_outstanding = 0.0
     request.charged_prompt = request.charged_decode = 0
     request.replica = None
@@ -85,6 +85,7 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
         finish.resume_note = request.resume_note
     failed = finish.reason in (ERROR, CANCELLED)
     state.ledger.add("requests_failed" if failed else "requests_finished")
+    state.door.leave(request.caller, request.cost_tokens, request.prompt_tokens + finish.generated_tokens)
     if not failed:
         request.pool.saw_output(finish.generated_tokens)
     state.latencies.whole.add(now - request.arrived_s, now)

@@ -12,8 +12,6 @@ from google.protobuf.message import DecodeError
 from megatoken.errors import RETRY_AFTER_KEY, MegatokenError, OverloadError, RequestError, grpc_status
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest, GenerateResponse
-from router.config import RouterConfig
-from router.door import Door
 from router.ending import ERROR
 from router.request import Request
 from router.slots import DIRECT
@@ -78,7 +76,7 @@ class GenerateSink:
         self._ready.append(message.SerializeToString())
 
 
-async def serve_generate(state: RouterState, config: RouterConfig, door: Door, raw: bytes, context: Any) -> None:
+async def serve_generate(state: RouterState, raw: bytes, context: Any) -> None:
     """One call."""
     sink = GenerateSink()
     model = ""
@@ -90,9 +88,9 @@ async def serve_generate(state: RouterState, config: RouterConfig, door: Door, r
         model = message.model
         now = time.monotonic()
         left_s = context.time_remaining()
-        tenant = door.admit(door.identify(context.invocation_metadata()), message, now)
+        caller = state.door.identify(context.invocation_metadata())
         deadline_s = float("inf") if left_s is None else now + left_s
-        submit(state, sink, DIRECT, 0, message, tenant, deadline_s, now, sink.requests.extend)
+        submit(state, sink, DIRECT, 0, message, caller, deadline_s, now, sink.requests.extend)
     except MegatokenError as error:
         state.count_refusal(model, error)
         await refuse(context, error)

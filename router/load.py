@@ -12,7 +12,7 @@ _QUEUE_SHARE = 0.125  # of its batch: with more than this waiting in the engine,
 def take_load(state: RouterState, replica: Replica, load: tokens_pb2.Load, now: float) -> None:
     """Updates the replica from its report and measures its capacity from the difference to the last one."""
     has = load.running + load.waiting
-    replica.others = max(0, has - replica.in_flight)
+    replica.others = max(0, has - replica.in_flight - replica.leased)
     before, was_running = replica.load_totals, replica.running
     replica.running, replica.engine_waiting, replica.kv_usage = load.running, load.waiting, load.kv_usage
     if load.waiting > max(4, _QUEUE_SHARE * replica.capacity.batch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from router.door import Caller
 from router.lifecycle import Event, State, step
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Request:
     max_tokens: int  # at most this many more tokens
     expected_tokens: int  # of max_tokens, as far as one can tell
     priority: int
-    tenant: str
+    caller: Caller
     affinity: str
     lora: str
     site: str
@@ -69,6 +70,11 @@ class Request:
 
     def move(self, event: Event) -> None:
         self.state = step(self.state, event)
+
+    @property
+    def tenant(self) -> str:
+        """Whom it counts for: the unit of fairness."""
+        return self.caller.tenant
 
     @property
     def cost_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import grpc
@@ -10,25 +11,25 @@ from megatoken.errors import MegatokenError
 from megatoken.v1 import router_pb2, router_pb2_grpc
 from router.client_session import ClientSession
 from router.config import RouterConfig
-from router.door import Door
 from router.generate import refuse, serve_generate
+from router.leases import Leases
 from router.state import RouterState
 from router.status import models, router_status
 
 
-def tokens_handler(state: RouterState, config: RouterConfig, door: Door) -> Any:
+def tokens_handler(state: RouterState, config: RouterConfig) -> Any:
     """megatoken.v1.Tokens without serializers: messages arrive and leave as bytes."""
 
     async def session(_: object, context: Any) -> None:
         try:
-            caller = door.identify(context.invocation_metadata())
+            caller = state.door.identify(context.invocation_metadata())
         except MegatokenError as error:
             await refuse(context, error)
             return
-        await ClientSession(state, config, door, caller).serve(context)
+        await ClientSession(state, config, caller).serve(context)
 
     async def generate(raw: bytes, context: Any) -> None:
-        await serve_generate(state, config, door, raw, context)
+        await serve_generate(state, raw, context)
 
     return grpc.method_handlers_generic_handler(
         "megatoken.v1.Tokens",
@@ -42,16 +43,29 @@ def tokens_handler(state: RouterState, config: RouterConfig, door: Door) -> Any:
 class RouterService(router_pb2_grpc.RouterServicer):
     """Everything beside Tokens."""
 
-    def __init__(self, state: RouterState, config: RouterConfig, door: Door) -> None:
+    def __init__(self, state: RouterState, leases: Leases) -> None:
         self._state = state
-        self._config = config
-        self._door = door
+        self._leases = leases
 
     async def _identify(self, context: Any) -> None:
         try:
-            self._door.identify(context.invocation_metadata())
+            self._state.door.identify(context.invocation_metadata())
         except MegatokenError as error:
             await refuse(context, error)
+
+    async def Assign(self, request: router_pb2.AssignRequest, context: Any) -> router_pb2.AssignResponse:
+        try:
+            caller = self._state.door.identify(context.invocation_metadata())
+            return self._leases.assign(request, caller, time.monotonic())
+        except MegatokenError as error:
+            self._state.count_refusal(request.model, error)
+            await refuse(context, error)
+            raise
+
+    async def Release(self, request: router_pb2.ReleaseRequest, context: Any) -> router_pb2.ReleaseResponse:
+        await self._identify(context)
+        self._leases.release(request.lease, request.generated_tokens, request.failed, time.monotonic())
+        return router_pb2.ReleaseResponse()
 
     async def ListModels(self, request: router_pb2.ListModelsRequest, context: Any) -> router_pb2.ListModelsResponse:
         await self._identify(context)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from megatoken.errors import MegatokenError
 from megatoken.v1 import tokens_pb2
 from router.config import RouterConfig
+from router.door import Door
 from router.fleet import Fleet
 from router.history import TokenPages
 from router.latency import Latencies
@@ -32,6 +33,7 @@ class RouterState:
     ledger: Ledger
     rng: random.Random
     fleet: Fleet
+    door: Door = field(default_factory=Door)
     slots: SlotTable = field(default_factory=SlotTable)
     pages: TokenPages = field(init=False)
     sinks: list[SessionSink | None] = field(default_factory=list)

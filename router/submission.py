@@ -5,16 +5,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-from megatoken.errors import MegatokenError, RequestError
+from megatoken.errors import MegatokenError, RequestError, UnavailableError
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 from router import admission, continuation
+from router.door import Caller
 from router.ending import CANCELLED, end
 from router.lifecycle import State
 from router.placement import pump
 from router.request import Request, Sink
 from router.state import RouterState
 from router.validation import check_request, pool_of
+from router.wire import DRAINING
 
 _RESUME_OFF = 2  # tokens.proto, Resume
 
@@ -25,7 +27,7 @@ def submit(
     sink_index: int,
     stream: int,
     message: GenerateRequest,
-    tenant: str,
+    caller: Caller,
     deadline_s: float,
     now: float,
     own: Callable[[list[Request]], None] | None = None,
@@ -38,7 +40,7 @@ def submit(
     `sink`, possibly before this returns.
     """
     try:
-        requests = _admit(state, sink, sink_index, stream, message, tenant, deadline_s, now)
+        requests = _admit(state, sink, sink_index, stream, message, caller, deadline_s, now)
     except RequestError:
         raise
     except MegatokenError:
@@ -55,7 +57,7 @@ def submit(
         if deadline_s != float("inf"):
             state.ordinal += 1
             heapq.heappush(state.deadlines, (deadline_s, state.ordinal, request))
-        request.pool.queue.push(request)
+        request.pool.queue.push(request, 1.0 if caller.key is None else caller.key.weight)
     pump(state, requests[0].pool, now)
     return requests
 
@@ -66,10 +68,13 @@ def _admit(
     sink_index: int,
     stream: int,
     message: GenerateRequest,
-    tenant: str,
+    caller: Caller,
     deadline_s: float,
     now: float,
 ) -> list[Request]:
+    if state.draining:
+        raise UnavailableError(DRAINING)
+    caller = state.door.admit(caller, message.model)
     pool = pool_of(state.fleet, message.model)
     prompt_tokens, max_tokens = check_request(message, pool, state.config.limits)
     choices = max(1, message.sampling.n)
@@ -80,6 +85,7 @@ def _admit(
     )
     if refused is not None:
         raise refused
+    state.door.enter(caller, choices, cost, now)
     if not message.request_id:
         state.ordinal += 1
         message.request_id = f"{state.config.router}-{state.ordinal:x}"
@@ -103,7 +109,7 @@ def _admit(
             max_tokens=max_tokens,
             expected_tokens=expected,
             priority=message.priority,
-            tenant=tenant,
+            caller=caller,
             affinity=message.affinity,
             lora=message.lora,
             site=message.site,

@@ -12,6 +12,9 @@ from typing import Final
 
 _U32: Final = struct.Struct("<I")
 
+# The message of an UNAVAILABLE that means: this router takes nothing new, another may. Clients open a new session.
+DRAINING: Final = "the router is draining; open a new session"
+
 TAG_CLIENT_START: Final = b"\x0a"  # ClientFrame.start = 1, length-delimited
 TAG_CLIENT_CANCEL: Final = b"\x12"  # ClientFrame.cancel = 2, packed
 TAG_FRAME_STREAM: Final = b"\x0a"  # Frame.stream = 1, packed

@@ -16,6 +16,7 @@ from megatoken.frames import U32, pack
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from router import recovery, upkeep
 from router.config import RouterConfig
+from router.door import Caller
 from router.fleet import Fleet, Member, Replica
 from router.intake import on_frame
 from router.ledger import Ledger
@@ -100,7 +101,7 @@ class CoreFleet:
         sink, number = self.sink, self._next
         own = sink.requests
         requests = submit(
-            self.state, sink, sink.index, number, message, tenant, self.now + timeout_s, self.now,
+            self.state, sink, sink.index, number, message, Caller(tenant), self.now + timeout_s, self.now,
             lambda made: own.update({request.stream: request for request in made}),
         )  # fmt: skip
         return requests[0]

@@ -1,0 +1,134 @@
+"""Keys, limits of a tenant, leases."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatoken.errors import AuthError, OverloadError, RequestError, UnavailableError
+from megatoken.v1 import router_pb2
+from router.api_keys import ApiKey, KeyRing
+from router.door import Caller, Door
+from router.key_limits import Usage
+from router.leases import Leases
+from tests.router_core import CoreFleet
+
+HASH = hashlib.sha256(b"secret-1").hexdigest()
+
+
+def write_keys(path: Path, *keys: dict[str, object]) -> Path:
+    path.write_text(json.dumps({"keys": keys}))
+    os.utime(path, ns=(len(keys), hash(str(keys)) % 10**9))
+    return path
+
+
+def bearer(secret: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {secret}"),)
+
+
+def test_a_key_is_known_by_its_hash_and_a_withdrawn_one_stops_at_once(tmp_path: Path) -> None:
+    path = write_keys(tmp_path / "keys", {"name": "a", "sha256": HASH, "models": ["m"]})
+    ring = KeyRing(path)
+    door = Door(ring)
+    caller = door.identify(bearer("secret-1"))
+    assert caller.tenant == "a"
+    assert door.identify((("x-api-key", "secret-1"),)).tenant == "a"
+    for metadata in (None, (), bearer("secret-2"), bearer("")):
+        with pytest.raises(AuthError) as caught:
+            door.identify(metadata)
+        assert "secret" not in str(caught.value)
+    door.admit(caller, "m")
+    with pytest.raises(AuthError, match="not allowed 'other'"):
+        door.admit(caller, "other")
+    write_keys(path, {"name": "b", "sha256": HASH}, {"name": "c", "sha256": "0" * 64})
+    ring.refresh()
+    with pytest.raises(AuthError, match="not known any more"):
+        door.admit(caller, "m")
+    assert door.identify(bearer("secret-1")).tenant == "b"
+
+
+def test_a_key_file_that_does_not_read_leaves_the_last_keys_in_force(tmp_path: Path) -> None:
+    path = write_keys(tmp_path / "keys", {"name": "a", "sha256": HASH})
+    ring = KeyRing(path)
+    path.write_text("{")
+    ring.refresh()
+    assert ring.find("secret-1") is not None
+    with pytest.raises(ValueError, match=r"keys\.0\.sha256"):
+        KeyRing(write_keys(tmp_path / "other", {"name": "a", "sha256": "secret-1"}))
+
+
+def key(**limits: float) -> ApiKey:
+    return ApiKey.model_validate({"name": "a", "sha256": HASH, **limits})
+
+
+def test_requests_a_minute_refill_evenly() -> None:
+    usage = Usage()
+    limited = key(requests_per_minute=2)
+    usage.enter(limited, 1, 10, 0.0)
+    usage.enter(limited, 1, 10, 0.0)
+    with pytest.raises(OverloadError) as caught:
+        usage.enter(limited, 1, 10, 0.0)
+    assert caught.value.retry_after_s == pytest.approx(30.0)
+    usage.enter(limited, 1, 10, 30.0)
+
+
+def test_tokens_a_minute_are_put_right_at_the_end() -> None:
+    usage = Usage()
+    limited = key(tokens_per_minute=1000)
+    usage.enter(limited, 1, 900, 0.0)
+    with pytest.raises(OverloadError, match="1000 tokens a minute"):
+        usage.enter(limited, 1, 200, 0.0)
+    usage.leave(900, 100)
+    usage.enter(limited, 1, 200, 0.0)
+
+
+def test_concurrency_counts_choices_and_ends() -> None:
+    usage = Usage()
+    limited = key(concurrency=2)
+    with pytest.raises(OverloadError, match="at once"):
+        usage.enter(limited, 3, 1, 0.0)
+    usage.enter(limited, 2, 1, 0.0)
+    usage.leave(1, 1)
+    usage.enter(limited, 1, 1, 0.0)
+
+
+def test_a_lease_keeps_its_place_until_it_is_released_or_over() -> None:
+    fleet = CoreFleet(replicas=1, max_running=1, admission={"replica_slack": 1.0}, leases={"ttl_s": 10})
+    leases = Leases(fleet.state)
+    ask = router_pb2.AssignRequest(model="m", prompt_tokens=5, max_tokens=10)
+    lease = leases.assign(ask, Caller(), 100.0)
+    assert (lease.replica, lease.ttl_ms, len(leases)) == ("m-0", 10_000, 1)
+    assert fleet.replicas[0].outstanding_tokens == 15
+    with pytest.raises(OverloadError, match="no replica of 'm' has room"):
+        leases.assign(ask, Caller(), 101.0)
+    leases.release(lease.lease, 7, False, 102.0)
+    leases.release(lease.lease, 7, False, 102.0)
+    assert (fleet.replicas[0].outstanding_tokens, leases.ended["released"]) == (0, 1)
+    leases.assign(ask, Caller(), 103.0)
+    leases.expire(112.0)
+    assert len(leases) == 1
+    leases.expire(113.1)
+    assert (len(leases), leases.ended["expired"]) == (0, 1)
+    fleet.check_idle()
+
+
+def test_leases_follow_drain_and_loss() -> None:
+    fleet = CoreFleet(replicas=1)
+    leases = Leases(fleet.state)
+    ask = router_pb2.AssignRequest(model="m", prompt_tokens=5, max_tokens=10)
+    leases.assign(ask, Caller(), 100.0)
+    fleet.replicas[0].draining = True
+    fleet.tick()
+    with pytest.raises(OverloadError):
+        leases.assign(ask, Caller(), 100.0)
+    fleet.state.fleet.remove(fleet.replicas[0])
+    leases.expire(101.0)
+    assert len(leases) == 0
+    with pytest.raises(UnavailableError):
+        leases.assign(ask, Caller(), 100.0)
+    with pytest.raises(RequestError, match="model: 'x'"):
+        leases.assign(router_pb2.AssignRequest(model="x"), Caller(), 100.0)
