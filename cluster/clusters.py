@@ -1,4 +1,4 @@
-"""The user's running clusters: one file each, mode 600, that says how to reach it. `up` writes it, `down` removes it."""
+"""The user's running clusters: a file each, mode 600, on how to reach it. `up` writes it, `down` removes it."""
 
 from __future__ import annotations
 

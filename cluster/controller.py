@@ -120,7 +120,8 @@ class Controller:
         try:
             while not await self._turn(backend):
                 pass
-            await self._in_thread(backend.clean)
+            if not self.settings.local:  # a local cluster's guard does it, and sooner
+                await self._in_thread(backend.clean)
         finally:
             poll.cancel()
             await asyncio.gather(poll, *self._drains.values(), return_exceptions=True)

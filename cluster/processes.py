@@ -108,7 +108,7 @@ def supervise(
             stop.append((name, 0.0))
         elif seen.phase is Phase.NONE and now >= record.not_before_s:
             start.append(entry.launch)
-            record = replace(record, state="STARTING", since_s=now)
+            record = replace(record, state="STARTING", reason="", since_s=now)
         following[name] = record
     serving_slots = {entry.slot for name, entry in by_name.items() if following[name].state == "READY"}
     wanted_slots = {entry.slot for entry in by_name.values()}
