@@ -29,7 +29,7 @@ def compose_artefacts(spec: ClusterSpec, launch: LaunchSpec) -> list[Artefact]:
         "# Written by `megatoken render compose`; render again instead of editing.\n"
         f"#   (umask 077; openssl rand -hex 32 >{TOKEN_FILE}) && docker compose up\n"
     )
-    text = header + yaml.safe_dump(compose_document(spec, launch, compose), sort_keys=False, width=1000)
+    text = header + yaml.safe_dump(_escaped(compose_document(spec, launch, compose)), sort_keys=False, width=1000)
     return [Artefact("compose.yaml", text), Artefact("spec.yaml", dump_spec(spec_on(spec, "auto")))]
 
 
@@ -101,3 +101,12 @@ def _gpus(compose: ComposeLaunch) -> dict[str, Any]:
         }
     devices = [{"driver": "nvidia", "count": compose.gpus, "capabilities": ["gpu"]}]
     return {"deploy": {"resources": {"reservations": {"devices": devices}}}}
+
+
+def _escaped(value: Any) -> Any:
+    """Compose expands $NAME in every text; a double dollar stands for one."""
+    if isinstance(value, dict):
+        return {name: _escaped(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_escaped(part) for part in value]
+    return value.replace("$", "$$") if isinstance(value, str) else value

@@ -17,6 +17,7 @@ from cluster.spec_load import dump_spec
 JOB = """\
 #!/usr/bin/env bash
 {directives}
+# shellcheck disable=SC2016 # what stands in single quotes is expanded elsewhere, or not at all
 # Brings the cluster {cluster} up on {nodes} nodes, and keeps it up until the job ends: sbatch megatoken.sbatch
 # Written by `megatoken render slurm`; render again instead of editing.
 set -euo pipefail
@@ -41,7 +42,6 @@ fi
 export RAY_ADDRESS="$head:{port}"
 
 # What the head runs once all nodes have joined: the controller, until the job ends or someone takes the cluster down.
-# shellcheck disable=SC2016 # expanded where it runs
 serve='
 trap "megatoken down --drain 30; exit 0" TERM INT
 megatoken up -f "$1" || exit 1
