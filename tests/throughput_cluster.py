@@ -19,7 +19,7 @@ import grpc
 
 from megatoken.counters import INDEX, CounterWriter
 from megatoken.v1 import membership_pb2, membership_pb2_grpc, throughput_pb2, throughput_pb2_grpc
-from tests.processes import Processes, Started
+from tests.processes import LeftBehind, Processes, Started
 from worker.collective.attendance import AttendanceServicer
 from worker.collective.group import GroupPolicy
 
@@ -82,8 +82,9 @@ class FakeController(membership_pb2_grpc.MembershipServicer):
 class Agents:
     """Real agent processes, each with counters of its own."""
 
-    def __init__(self, processes: Processes, controller: FakeController, directory: Path, **config: Any) -> None:
-        self._processes, self._controller, self._directory, self._config = processes, controller, directory, config
+    def __init__(self, controller: FakeController, directory: Path, **config: Any) -> None:
+        self.controller, self._directory, self._config = controller, directory, config
+        self._processes: list[Processes] = []  # one a start: they may run side by side
         self.running: dict[str, Started] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
 
@@ -98,16 +99,17 @@ class Agents:
 
     async def start(self, node: str, **config: Any) -> Started:
         """Starts the node's agent; its ready line may take an import of torch."""
-        facts = {"node": node, "controllers": [self._controller.address], "counters_dir": str(self.counters_dir(node))}
+        facts = {"node": node, "controllers": [self.controller.address], "counters_dir": str(self.counters_dir(node))}
         facts = {**facts, **self._config, **config}
-        started = await asyncio.to_thread(self._processes.start, "worker.collective", facts)
+        processes = Processes(self._directory / f"processes-{len(self._processes)}")
+        self._processes.append(processes)
+        started = await asyncio.to_thread(processes.start, "worker.collective", facts)
         self.running[node] = started
         self._channels[node] = grpc.aio.insecure_channel(started.address)
         return started
 
     async def start_all(self, nodes: Sequence[str], **config: Any) -> None:
-        for node in nodes:
-            await self.start(node, **config)
+        await asyncio.gather(*(self.start(node, **config) for node in nodes))
 
     async def sample(self, node: str, timeout_s: float = 5.0) -> throughput_pb2.ThroughputSample:
         stub = throughput_pb2_grpc.ThroughputStub(self._channels[node])
@@ -146,8 +148,17 @@ class Agents:
         self.running.pop(node).kill()
 
     async def close(self) -> None:
+        """Stops all. Raises LeftBehind when an agent left a process of its own."""
         for channel in self._channels.values():
             await channel.close()
+        problems = []
+        for processes in self._processes:
+            try:
+                await asyncio.to_thread(processes.stop)
+            except LeftBehind as problem:
+                problems.append(problem)
+        if problems:
+            raise problems[0]
 
 
 def row(sample: throughput_pb2.ThroughputSample, kind: str, name: str) -> throughput_pb2.ThroughputRow:
@@ -163,14 +174,14 @@ def count(writer: CounterWriter, **more: int) -> None:
 
 @contextlib.asynccontextmanager
 async def running(directory: Path, policy: GroupPolicy | None = None, **config: Any) -> AsyncIterator[Agents]:
-    """A controller and no agents yet; stops all at the end. `agents.controller` is the controller."""
+    """A controller and no agents yet; stops all at the end."""
     controller = FakeController(policy)
     await controller.start()
-    with Processes(directory / "processes") as processes:
-        agents = Agents(processes, controller, directory, **config)
-        agents.controller = controller  # type: ignore[attr-defined]
+    agents = Agents(controller, directory, **config)
+    try:
+        yield agents
+    finally:
         try:
-            yield agents
-        finally:
             await agents.close()
+        finally:
             await controller.stop()

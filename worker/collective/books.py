@@ -26,6 +26,7 @@ WINDOWS_S: Final = (1, 10, 60, 300)
 FINE_S: Final = 12.0  # history at every tick
 COARSE_STEP_S: Final = 5.0  # and one point in this many seconds for the long windows
 MAX_FINE: Final = 1024
+MIN_SPAN_S: Final = 0.01  # of a row in its first tick, which has counted nothing yet
 TOKENS: Final = [INDEX["generated_tokens"], INDEX["prompt_tokens"], INDEX["cached_tokens"]]
 EFFICIENCY_WINDOW_S: Final = 10
 Key = tuple[str, str, str]  # ledger, kind, name
@@ -76,6 +77,7 @@ class Books:
         self._totals = np.zeros((0, WIDTH), np.int64)
         self._first = np.zeros((0, len(TOKENS)), np.int64)
         self._seen = np.zeros(0, np.float64)  # when each cell was last reduced
+        self._born = np.zeros(0, np.float64)  # and first
         self._fine: deque[tuple[float, Totals]] = deque(maxlen=MAX_FINE)
         self._coarse: deque[tuple[float, Totals]] = deque(maxlen=int(WINDOWS_S[-1] / COARSE_STEP_S) + 2)
         self._places: Indices = np.zeros(0, np.intp)
@@ -90,7 +92,7 @@ class Books:
             self._totals[place] = np.maximum(self._totals[place], totals)
             if self._first[place, 0] < 0:
                 self._first[place] = self._totals[place, TOKENS]
-                self._seen[place] = now
+                self._seen[place] = self._born[place] = now
 
     def arrange(self, layout: Layout) -> None:
         """Takes a new layout: its cells, and its replicas' facts."""
@@ -104,7 +106,7 @@ class Books:
         before = self._totals[:, TOKENS]
         np.maximum.at(self._totals, self._places, cells)
         fresh = self._places[self._first[self._places, 0] < 0]
-        self._first[fresh] = self._totals[fresh][:, TOKENS]
+        self._first[fresh], self._born[fresh] = self._totals[fresh][:, TOKENS], now
         if self._fine:
             returned = self._places[self._seen[self._places] < self._fine[-1][0]]
             self._fill_gap(np.setdiff1d(returned, fresh), before, now)
@@ -157,6 +159,7 @@ class Books:
         self._totals = np.vstack([self._totals, np.zeros((new, WIDTH), np.int64)])
         self._first = np.vstack([self._first, np.full((new, len(TOKENS)), -1, np.int64)])
         self._seen = np.append(self._seen, np.full(new, -np.inf))
+        self._born = np.append(self._born, np.full(new, np.inf))
         return np.array(places, np.intp)
 
     def _group(self) -> None:
@@ -215,7 +218,9 @@ class Books:
             else:
                 seconds, tokens = span
                 inside = [place for place in group.workers if place < len(tokens)]
-                generated, prompt, cached = (tokens[inside].sum(axis=0) / seconds).tolist()
+                if inside:  # what is younger than the window is measured over its own life
+                    seconds = min(seconds, self._fine[-1][0] - float(self._born[inside].min()))
+                generated, prompt, cached = (tokens[inside].sum(axis=0) / max(seconds, MIN_SPAN_S)).tolist()
                 rates.append(Rate(window, generated, prompt, cached))
         efficiency = 0.0
         if group.standalone and not group.unknown:

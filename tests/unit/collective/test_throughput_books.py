@@ -111,6 +111,19 @@ def test_a_node_that_joins_with_old_totals_makes_no_spike() -> None:
     assert cluster.rate() == pytest.approx(150)
 
 
+def test_a_replica_younger_than_the_window_is_measured_over_its_own_life() -> None:
+    cluster = Cluster()
+    cluster.arrange(greeting(0))
+    for step in range(30):
+        cluster.tick(1.0, 100 * step)
+    cluster.arrange(greeting(0), greeting(1))
+    for step in range(30, 35):
+        cluster.tick(1.0, 100 * step, 50 * (step - 30))
+    assert cluster.rate("replica", "r1", 2) == pytest.approx(50)
+    assert cluster.rate("replica", "r0", 2) == pytest.approx(100)
+    assert cluster.rate(window=2) == pytest.approx((34 * 100 + 200) / 34)
+
+
 def test_a_node_that_left_still_counts_and_its_return_is_no_spike() -> None:
     cluster = Cluster()
     cluster.arrange(greeting(0), greeting(1))
