@@ -27,7 +27,7 @@ def compose_artefacts(spec: ClusterSpec, launch: LaunchSpec) -> list[Artefact]:
         raise ValueError("launch.compose is missing: it says how many containers and of which image")
     header = (
         "# Written by `megatoken render compose`; render again instead of editing.\n"
-        f"#   (umask 077; openssl rand -hex 32 >{TOKEN_FILE}) && docker compose up\n"
+        f"#   (umask 077; openssl rand -hex 32 >{TOKEN_FILE}) && docker compose -p megatoken-{spec.cluster} up\n"
     )
     text = header + yaml.safe_dump(_escaped(compose_document(spec, launch, compose)), sort_keys=False, width=1000)
     return [Artefact("compose.yaml", text), Artefact("spec.yaml", dump_spec(spec_on(spec, "auto")))]
@@ -44,7 +44,6 @@ def compose_document(spec: ClusterSpec, launch: LaunchSpec, compose: ComposeLaun
         for number in range(compose.nodes)
     }
     return {
-        "name": f"megatoken-{spec.cluster}",
         "services": {HEAD: head, **workers},
         "secrets": {TOKEN_FILE: {"file": f"./{TOKEN_FILE}"}},
     }
