@@ -40,6 +40,7 @@ class FakeRouter:
         self.cancelled: list[int] = []
         self.running = 0
         self.sessions: list[Any] = []
+        self.keys: list[str | None] = []  # what each session showed as its key
         self.address = ""
         self._server: grpc.aio.Server | None = None
 
@@ -66,7 +67,8 @@ class FakeRouter:
             session.cancel()
         self.sessions.clear()
 
-    async def _session(self, frames: AsyncIterator[columns.ClientFrame], _context: Any) -> AsyncIterator[columns.Frame]:
+    async def _session(self, frames: AsyncIterator[columns.ClientFrame], context: Any) -> AsyncIterator[columns.Frame]:
+        self.keys.append(dict(context.invocation_metadata()).get("authorization"))
         out: asyncio.Queue[columns.Frame] = asyncio.Queue()
         running: dict[int, asyncio.Task[None]] = {}
         reader = asyncio.create_task(self._read(frames, out, running))

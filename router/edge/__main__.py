@@ -113,7 +113,7 @@ def main() -> int:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve(config, listener, ready_fd))
-        except MegatokenError as error:
+        except (MegatokenError, OSError, ValueError) as error:  # a model, or the keys file
             print(f"python -m router.edge: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

@@ -1,17 +1,16 @@
-"""Puts an edge together: link, session, one vLLM app per model, dispatch. Called by __main__, in the serving loop."""
+"""Puts an edge together: sessions, one vLLM app per model, dispatch. Called by __main__, in the serving loop."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from router.api_keys import KeyRing
+from router.door import Door
 from router.edge.config import EdgeConfig
 from router.edge.dispatch import Dispatch
-from router.edge.link import RouterLink
 from router.edge.metrics import EdgeMetrics
-from router.edge.session import Session
+from router.edge.sessions import Sessions
 from router.edge.vllm_layer import ModelApp, build_model_app
 
 
@@ -20,35 +19,31 @@ class Edge:
     """A whole edge: the ASGI app, and what must be closed after it."""
 
     app: Any
-    link: RouterLink
+    sessions: Sessions
     models: tuple[ModelApp, ...]
 
     async def close(self) -> None:
-        """Closes the session with the router and ends vLLM's threads."""
-        await self.link.close()
+        """Closes the sessions with the router and ends vLLM's threads."""
+        await self.sessions.close()
         for model in self.models:
             model.shutdown()
 
 
-async def assemble(config: EdgeConfig, allowed: Callable[[str | None], bool] | None = None) -> Edge:
-    """Builds an edge and begins to connect it to its router. Raises RequestError for a model that cannot be served."""
+async def assemble(config: EdgeConfig) -> Edge:
+    """Builds an edge and begins to connect it to its router.
+
+    Raises RequestError for a model that cannot be served, OSError or ValueError for a keys file that does not read.
+    """
     metrics = EdgeMetrics()
-    session = Session(config.limits.max_requests, config.limits.connect_timeout_s, metrics, time.monotonic)
-    link = RouterLink(
-        config.router,
-        session.on_frame,
-        session.on_lost,
-        config.router_tls,
-        config.router_key,
-    )
-    session.attach(link)
-    link.start()
-    models = tuple([await build_model_app(model, config, session) for model in config.models])
+    keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
+    sessions = Sessions(config, metrics, keys)
+    sessions.start()
+    models = tuple([await build_model_app(model, config, sessions) for model in config.models])
     dispatch = Dispatch(
         apps={name: model for model in models for name in model.model.names},
-        is_healthy=lambda: link.connected,
-        exposition=lambda: metrics.exposition(link.connected),
-        allowed=allowed,
+        is_healthy=lambda: sessions.connected,
+        exposition=lambda: metrics.exposition(sessions.connected),
+        door=Door(keys),
         max_body_bytes=config.limits.max_body_bytes,
     )
-    return Edge(dispatch, link, models)
+    return Edge(dispatch, sessions, models)

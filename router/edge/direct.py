@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring  # type: ignore[attr-defined]  # C, and what pydantic's JSON writes
 from typing import Any, Final
 
-from router.edge.refusals import GuardedSend
-
 BEGIN: Final = 'data: {"id":'
 # What stands right before the text, and everything behind it, in a chunk that is neither first nor last.
 SHAPES: Final = (
@@ -85,20 +83,3 @@ class DirectWriter:
             return
         step.close()
         raise RuntimeError("the HTTP server suspended a write that it had room for")
-
-
-class Exchange:
-    """One HTTP exchange as the parts of the edge see it: its guarded send, and the generations it started."""
-
-    __slots__ = ("generations", "guard")
-
-    def __init__(self, guard: GuardedSend) -> None:
-        self.guard = guard
-        self.generations: list[Any] = []
-
-    def writer(self, template: Template) -> DirectWriter | None:
-        """A writer for this exchange; None when its server does not tell whether a client keeps up."""
-        flow = getattr(getattr(self.guard.raw, "__self__", None), "flow", None)
-        if flow is None or not hasattr(flow, "write_paused"):
-            return None
-        return DirectWriter(template, self.guard.raw, flow)

@@ -7,13 +7,14 @@ vLLM's and could be any. Built in __main__.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final, Protocol
 
 import msgspec
 
-from router.edge.direct import Exchange
+from megatoken.errors import AuthError
+from router.door import Caller, Door
+from router.edge.exchange import EXCHANGE, Exchange
 from router.edge.refusals import GuardedSend
 
 Scope = MutableMapping[str, Any]
@@ -23,8 +24,8 @@ Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS: Final = frozenset({"/health", "/ping", "/version", "/metrics"})  # need no key, as with vLLM
+KEY_HEADERS: Final = (b"authorization", b"x-api-key")
 MODELS_PATH: Final = "/v1/models"
-EXCHANGE: ContextVar[Exchange | None] = ContextVar("exchange", default=None)  # read where vLLM starts a generation
 
 
 class NamesModel(msgspec.Struct):
@@ -34,9 +35,12 @@ class NamesModel(msgspec.Struct):
 
 
 class Served(Protocol):
-    """One model's app; vllm_layer.ModelApp is one."""
+    """One model's app; vllm_layer.ModelApp is one. `name` is the router's name for the model."""
 
     app: Any
+
+    @property
+    def name(self) -> str: ...
 
     async def list_models(self) -> list[dict[str, Any]]: ...
 
@@ -46,10 +50,10 @@ class Dispatch:
 
     def __init__(
         self,
-        apps: dict[str, Served],
+        apps: Mapping[str, Served],
         is_healthy: Callable[[], bool],
         exposition: Callable[[], bytes],
-        allowed: Callable[[str | None], bool] | None,
+        door: Door,
         max_body_bytes: int,
     ) -> None:
         self._apps = apps
@@ -57,7 +61,7 @@ class Dispatch:
         self._single = len({id(app) for app in apps.values()}) == 1
         self._is_healthy = is_healthy
         self._exposition = exposition
-        self._allowed = allowed
+        self._door = door
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,20 +69,30 @@ class Dispatch:
             await self._default.app(scope, receive, send)
             return
         path = scope["path"]
-        if self._allowed is not None and path not in OPEN_PATHS and not self._allowed(bearer(scope)):
-            await answer(send, 401, error_body(401, "AuthenticationError", "no API key, or one that is not valid here"))
-        elif path == "/health":
+        if path == "/health":
             await answer(send, 200 if self._is_healthy() else 503, b"")
         elif path == "/metrics":
             await answer(send, 200, self._exposition(), b"text/plain; version=0.0.4; charset=utf-8")
-        elif path == MODELS_PATH or path.startswith(MODELS_PATH + "/"):
-            await self._models(path.removeprefix(MODELS_PATH).strip("/"), send)
-        elif scope["method"] == "POST":
-            await self._post(scope, receive, GuardedSend(send))
+        elif path in OPEN_PATHS:
+            await self._default.app(scope, receive, send)
         else:
-            await self._default.app(scope, receive, GuardedSend(send))
+            await self._guarded(scope, receive, send)
 
-    async def _post(self, scope: Scope, receive: Receive, send: GuardedSend) -> None:
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        shown = credentials(scope)
+        try:
+            caller = self._door.identify(shown)
+            path = scope["path"]
+            if path == MODELS_PATH or path.startswith(MODELS_PATH + "/"):
+                await self._models(path.removeprefix(MODELS_PATH).strip("/"), caller, send)
+            elif scope["method"] == "POST":
+                await self._post(scope, receive, GuardedSend(send), caller, secret_of(shown))
+            else:
+                await self._default.app(scope, receive, GuardedSend(send))
+        except AuthError as error:
+            await answer(send, 401, error_body(401, "AuthenticationError", str(error)))
+
+    async def _post(self, scope: Scope, receive: Receive, send: GuardedSend, caller: Caller, secret: str) -> None:
         body = await read_body(receive, self._max_body_bytes)
         if body is None:
             message = f"body: more than {self._max_body_bytes} bytes is not allowed"
@@ -93,13 +107,15 @@ class Dispatch:
                 await answer(send, 404, error_body(404, "NotFoundError", message, "model"))
                 return
             served = self._default
-        EXCHANGE.set(Exchange(send))
+        self._door.admit(caller, served.name)
+        EXCHANGE.set(Exchange(send, secret))
         await served.app(scope, replay(body, receive), send)
 
-    async def _models(self, name: str, send: Send) -> None:
+    async def _models(self, name: str, caller: Caller, send: Send) -> None:
         listed: dict[str, dict[str, Any]] = {}
         for served in {id(app): app for app in self._apps.values()}.values():
-            listed.update((card["id"], card) for card in await served.list_models())
+            if caller.key is None or caller.key.models is None or served.name in caller.key.models:
+                listed.update((card["id"], card) for card in await served.list_models())
         if not name:
             await answer(send, 200, encode({"object": "list", "data": list(listed.values())}))
         elif name in listed:
@@ -117,13 +133,19 @@ def model_of(body: bytes) -> str | None:
         return None
 
 
-def bearer(scope: Scope) -> str | None:
-    """The bearer token of a request."""
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            kind, _, token = value.decode("latin-1").partition(" ")
-            return token.strip() if kind.lower() == "bearer" else None
-    return None
+def credentials(scope: Scope) -> list[tuple[str, str]]:
+    """The headers that may carry a key, as the door reads gRPC metadata."""
+    return [(name.decode(), value.decode("latin-1")) for name, value in scope["headers"] if name in KEY_HEADERS]
+
+
+def secret_of(shown: list[tuple[str, str]]) -> str:
+    """The key that was shown; empty without one."""
+    for name, value in shown:
+        if name == "x-api-key":
+            return value
+        if value[:7].lower() == "bearer ":
+            return value[7:].strip()
+    return ""
 
 
 async def read_body(receive: Receive, limit: int) -> bytes | None:

@@ -29,9 +29,11 @@ from megatoken.v1.frame_columns_pb2 import GenerateRequest
 from megatoken.v1.tokens_pb2 import Detail, Finish, Logprobs
 from router.edge.config import EdgeConfig
 from router.edge.direct import DirectWriter
+from router.edge.exchange import EXCHANGE
 from router.edge.outcomes import VLLM_REASON, Refusal, refusal, stop_reason
 from router.edge.sampling import to_contract
 from router.edge.session import Session
+from router.edge.sessions import Sessions
 
 TASKS = ("generate",)
 logger = logging.getLogger(__name__)
@@ -86,6 +88,7 @@ class CoreReceiver:
             output.new_logprobs = logprobs_lists([detail.logprobs for detail in details])
             output.new_prompt_logprobs_tensors = logprobs_tensors([detail.prompt_logprobs for detail in details])
         if finish is not None:
+            self.core.forget(self.request_id)
             refused = refusal(finish)
             if refused is not None:
                 self.core.fail(self.request_id, as_vllm_error(refused))
@@ -126,18 +129,19 @@ class CoreReceiver:
 class RouterEngineCore(EngineCoreClient):
     """Stands where AsyncLLM has its engine core, and is a client of the router instead."""
 
-    def __init__(self, session: Session, model: str, config: EdgeConfig) -> None:
+    def __init__(self, sessions: Sessions, model: str, config: EdgeConfig) -> None:
         self.engine_ranks_managed = [0]
         self.resources = SimpleNamespace(engine_dead=False)
         self.pending: list[EngineCoreOutput] = []
         self._batches: deque[EngineCoreOutputs] = deque()
         self._wake = asyncio.Event()
-        self._session = session
+        self._sessions = sessions
+        self._session_of: dict[str, Session] = {}  # by running request
         self._model = model
         self._site = config.site
         self._timeout_ms = round(config.limits.request_timeout_s * 1000)
         self._processor: Any = None
-        session.after_frame.append(self.flush)
+        sessions.after_frame.append(self.flush)
 
     def attach(self, llm: AsyncLLM) -> None:
         """Gives the core the front-end it serves; after AsyncLLM's constructor."""
@@ -159,9 +163,12 @@ class RouterEngineCore(EngineCoreClient):
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         try:
             message = self._to_contract(request)
-            await self._session.wait_connected()
+            exchange = EXCHANGE.get()
+            session = self._sessions.of(exchange.secret if exchange is not None else "")
+            await session.wait_connected()
             receiver = CoreReceiver(self, request.request_id, len(request.prompt_token_ids or ()))
-            self._session.open(receiver, message)
+            session.open(receiver, message)
+            self._session_of[request.request_id] = session
             generation = GENERATION.get()
             if generation is not None:
                 generation.receivers.append(receiver)
@@ -170,12 +177,18 @@ class RouterEngineCore(EngineCoreClient):
             raise_as_vllm_error(error)
 
     def cancel(self, request_id: str) -> None:
-        """Tells the router that a request is no longer wanted."""
-        self._session.cancel(request_id)
+        """Tells the router that a request is no longer wanted. One that ended already is ignored."""
+        session = self._session_of.pop(request_id, None)
+        if session is not None:
+            session.cancel(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """The router ended a request."""
+        self._session_of.pop(request_id, None)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            self._session.cancel(request_id)
+            self.cancel(request_id)
 
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
         return TASKS
@@ -205,7 +218,7 @@ class RouterEngineCore(EngineCoreClient):
             return
         whole = state.parent_req.request_id if state.parent_req is not None else request_id
         for aborted in self._processor.abort_requests([whole], internal=True):
-            self._session.cancel(aborted)
+            self.cancel(aborted)
         state.queue.put(error)
 
     def note_cached(self, request_id: str, prompt_tokens: int, cached: int, output: EngineCoreOutput) -> None:

@@ -1,6 +1,6 @@
 """Hands the frames of the router to the requests they are for, once per frame.
 
-Every model of an edge shares one session. A receiver is one request: vLLM's layer has one kind (vllm_layer), the plain
+All models of an edge share its sessions. A receiver is one request: vLLM's layer has one kind (vllm_layer), the plain
 streaming path another (fast_stream). After each frame the `after_frame` hooks run, so that a model's engine core gives
 vLLM one batch of outputs per frame.
 """
@@ -53,10 +53,14 @@ class Session:
     """Opens and cancels requests, and feeds their receivers. `clock` counts monotonic seconds."""
 
     def __init__(
-        self, max_requests: int, connect_timeout_s: float, observer: Observer, clock: Callable[[], float]
+        self,
+        connect_timeout_s: float,
+        observer: Observer,
+        clock: Callable[[], float],
+        after_frame: list[Callable[[], None]],
     ) -> None:
-        self.streams: Streams[Receiver] = Streams(max_requests)
-        self.after_frame: list[Callable[[], None]] = []
+        self.streams: Streams[Receiver] = Streams()
+        self._after_frame = after_frame
         self._connect_timeout_s = connect_timeout_s
         self._observer = observer
         self._clock = clock
@@ -74,7 +78,8 @@ class Session:
 
     @property
     def running(self) -> int:
-        return len(self.streams.by_stream)
+        """Requests at the router, cancelled ones whose Finish has not come included."""
+        return len(self.streams)
 
     async def wait_connected(self) -> None:
         """Waits for the router. Raises UnavailableError when it does not answer in time."""
@@ -82,10 +87,9 @@ class Session:
             raise UnavailableError(self._link.problem if self._link else "the edge is not connected to a router")
 
     def open(self, receiver: Receiver, request: GenerateRequest) -> None:
-        """Sends a request. Raises OverloadError at the bound, UnavailableError without a router."""
+        """Sends a request. Raises UnavailableError without a router."""
         if self._link is None:
             raise UnavailableError("the edge is not connected to a router")
-        self.streams.check_room()
         number = self._link.submit(request.SerializeToString())
         self.streams.add(number, receiver.request_id, receiver)
         self._opened[number] = (request.model, self._clock())
@@ -112,7 +116,7 @@ class Session:
                     receiver.feed([value], None, None)
         else:
             self._feed_mixed(frame, numbers, None if count is None else count.tolist(), token.tolist())
-        for hook in self.after_frame:
+        for hook in self._after_frame:
             hook()
 
     def _feed_mixed(self, frame: Frame, stream: list[int], count: list[int] | None, token: list[int]) -> None:
@@ -145,7 +149,7 @@ class Session:
             self._note_end(number, finish)
         for receiver in self.streams.lose_all():
             receiver.feed([], None, finish)
-        for hook in self.after_frame:
+        for hook in self._after_frame:
             hook()
 
     def _note_first_tokens(self, numbers: list[int]) -> None:

@@ -1,7 +1,7 @@
 """Which stream number of the edge's session carries which request.
 
-A cancelled request is forgotten at once, but counts against the bound until its Finish arrives: until then the fleet
-still works on it. Pure state; owned by session.
+A cancelled request is forgotten at once, but counts as running until its Finish arrives: until then the fleet still
+works on it. Pure state; owned by session.
 """
 
 from __future__ import annotations
@@ -9,24 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from megatoken.errors import OverloadError
-
 Request = TypeVar("Request")
 
 
 @dataclass(slots=True)
 class Streams(Generic[Request]):
-    """Two-way table of stream numbers and requests, with a bound."""
+    """Two-way table of stream numbers and requests."""
 
-    limit: int
     by_stream: dict[int, Request] = field(default_factory=dict)
     by_request: dict[str, int] = field(default_factory=dict)
     closing: set[int] = field(default_factory=set)  # cancelled, Finish still to come
 
-    def check_room(self) -> None:
-        """Raises OverloadError at the bound."""
-        if len(self.by_stream) + len(self.closing) >= self.limit:
-            raise OverloadError(f"this edge has {self.limit} requests running; retry after 1 s", retry_after_s=1.0)
+    def __len__(self) -> int:
+        return len(self.by_stream) + len(self.closing)
 
     def add(self, number: int, request_id: str, request: Request) -> None:
         """A request was sent under a number that no other of this session has had."""

@@ -24,7 +24,7 @@ from megatoken.errors import RequestError
 from router.edge.config import EdgeConfig, EdgeModel
 from router.edge.engine_core import TASKS, RouterEngineCore
 from router.edge.serve_args import serve_arguments
-from router.edge.session import Session
+from router.edge.sessions import Sessions
 from router.edge.weave import EdgeLLM, weave_app
 
 
@@ -71,6 +71,11 @@ class ModelApp:
         self.llm = llm
         self.model = model
 
+    @property
+    def name(self) -> str:
+        """The router's name for the model."""
+        return self.model.name
+
     async def list_models(self) -> list[dict[str, Any]]:
         """The entries that this model adds to /v1/models."""
         listed = await self.app.state.openai_serving_models.show_available_models()
@@ -81,11 +86,11 @@ class ModelApp:
         self.llm.shutdown()
 
 
-async def build_model_app(model: EdgeModel, config: EdgeConfig, session: Session) -> ModelApp:
+async def build_model_app(model: EdgeModel, config: EdgeConfig, sessions: Sessions) -> ModelApp:
     """Builds vLLM's app for a model. Call in the event loop that serves."""
     args = parse(model)
     vllm_config = make_vllm_config(args)
-    core = RouterEngineCore(session, model.name, config)
+    core = RouterEngineCore(sessions, model.name, config)
     with engine_core(core):
         llm = EdgeLLM(vllm_config=vllm_config, executor_class=None, log_stats=False, log_requests=False)
     core.attach(llm)

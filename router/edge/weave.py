@@ -14,9 +14,9 @@ from typing import Any
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from router.edge.direct import DirectWriter, Exchange, learn
-from router.edge.dispatch import EXCHANGE
+from router.edge.direct import DirectWriter, learn
 from router.edge.engine_core import GENERATION, CoreReceiver
+from router.edge.exchange import EXCHANGE, Exchange
 
 Chunks = AsyncIterator[str]
 

@@ -68,7 +68,7 @@ async def stage() -> AsyncIterator[Stage]:
 async def stream(stage: Stage, path: str, model: str, **body: Any) -> bytes:
     """The body of a stream whose router sends its next step when the client has the chunk of the last one."""
     stage.router.permits = asyncio.Semaphore(1)
-    received = b""
+    received, released = b"", 0
     headers = {"x-request-id": "same"}
     async with (
         httpx.AsyncClient(timeout=30) as client,
@@ -82,8 +82,11 @@ async def stream(stage: Stage, path: str, model: str, **body: Any) -> bytes:
         assert response.status_code == 200, await response.aread()
         async for part in response.aiter_raw():
             received += part
-            if b'"role":' not in part:  # the role's chunk and the first text come of one step
+            # The role's chunk and the first text come of one step.
+            texts = received.count(b"data: ") - received.count(b'"role":')
+            for _ in range(texts - released):
                 stage.router.permits.release()
+            released = texts
     return received
 
 

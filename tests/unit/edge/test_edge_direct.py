@@ -8,7 +8,8 @@ from typing import Any
 import pydantic_core
 import pytest
 
-from router.edge.direct import DirectWriter, Exchange, Template, learn
+from router.edge.direct import DirectWriter, Template, learn
+from router.edge.exchange import Exchange
 from router.edge.refusals import GuardedSend
 
 CHAT = (

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from router.api_keys import KeyRing
+from router.door import Door
 from router.edge.dispatch import Dispatch, model_of
 from router.edge.refusals import GuardedSend
 
@@ -65,14 +69,14 @@ class Exchange:
 
 
 def dispatch(
-    *names: str, key: str | None = None, healthy: bool = True, limit: int = 1000
+    *names: str, keys: KeyRing | None = None, healthy: bool = True, limit: int = 1000
 ) -> tuple[Dispatch, list[Echo]]:
     apps = [Echo(name) for name in names]
     made = Dispatch(
         apps={app.name: app for app in apps},
         is_healthy=lambda: healthy,
         exposition=lambda: b"metrics",
-        allowed=None if key is None else lambda given: given == key,
+        door=Door(keys),
         max_body_bytes=limit,
     )
     return made, apps
@@ -128,13 +132,38 @@ async def test_a_body_over_the_limit_is_413() -> None:
     assert one.bodies == []
 
 
-async def test_keys() -> None:
-    app, _ = dispatch("one", key="secret")
-    assert (await call(app, "GET", "/v1/models")).status == 401
-    assert (await call(app, "GET", "/v1/models", key="wrong")).status == 401
-    assert (await call(app, "POST", "/tokenize", b"{}", key="wrong")).status == 401
-    assert (await call(app, "GET", "/v1/models", key="secret")).status == 200
+def key_ring(path: Path, **allowed: list[str] | None) -> KeyRing:
+    """A ring whose keys are their owners' names."""
+    keys = [
+        {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), "models": models}
+        for name, models in allowed.items()
+    ]
+    path.write_text(json.dumps({"keys": keys}))
+    return KeyRing(path)
+
+
+async def test_keys(tmp_path: Path) -> None:
+    app, (one, _) = dispatch("one", "two", keys=key_ring(tmp_path / "keys.json", every=None, some=["two"]))
+    for wrong in (None, "wrong"):
+        exchange = await call(app, "GET", "/v1/models", key=wrong)
+        assert exchange.status == 401
+        assert exchange.headers[b"www-authenticate"] == b"Bearer"
+        assert (await call(app, "POST", "/tokenize", b"{}", key=wrong)).status == 401
+    assert one.bodies == []
+    assert (await call(app, "POST", "/v1/completions", b'{"model":"one"}', key="every")).body == b"one"
     assert (await call(app, "GET", "/health")).status == 200
+    assert (await call(app, "GET", "/metrics")).status == 200
+
+
+async def test_a_key_may_be_for_some_models_only(tmp_path: Path) -> None:
+    app, (one, _) = dispatch("one", "two", keys=key_ring(tmp_path / "keys.json", some=["two"]))
+    refused = await call(app, "POST", "/v1/completions", b'{"model":"one"}', key="some")
+    assert refused.status == 401
+    assert "not allowed 'one'; one of: two" in json.loads(refused.body)["error"]["message"]
+    assert one.bodies == []
+    assert (await call(app, "POST", "/v1/completions", b'{"model":"two"}', key="some")).body == b"two"
+    listed = json.loads((await call(app, "GET", "/v1/models", key="some")).body)
+    assert [card["id"] for card in listed["data"]] == ["two"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,133 @@
+"""The edge's sessions with a router: one for all, or one a key. Without vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatoken.errors import OverloadError, UnavailableError
+from megatoken.frames import pack
+from megatoken.v1.frame_columns_pb2 import GenerateRequest
+from megatoken.v1.tokens_pb2 import Detail, Finish
+from router.api_keys import KeyRing
+from router.edge import sessions as module
+from router.edge.config import EdgeConfig
+from router.edge.metrics import EdgeMetrics
+from router.edge.session import Session
+from router.edge.sessions import Sessions
+from tests.fake_router import END, FakeRouter
+
+
+class Collected:
+    """A receiver that can be waited for."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.tokens: list[int] = []
+        self.ended: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
+
+    def feed(self, tokens: list[int], details: list[Detail] | None, finish: Finish | None) -> None:
+        self.tokens += tokens
+        if finish is not None:
+            self.ended.set_result(finish)
+
+
+async def ask(session: Session, request_id: str) -> list[int]:
+    await session.wait_connected()
+    receiver = Collected(request_id)
+    session.open(receiver, GenerateRequest(model="m", prompt=pack([1])))
+    await asyncio.wait_for(receiver.ended, 10)
+    return receiver.tokens
+
+
+def config(router: str, **changed: Any) -> EdgeConfig:
+    models = [{"name": "m", "source": "/m"}]
+    limits = {"connect_timeout_s": 5.0, "max_requests": 2}
+    return EdgeConfig.model_validate({"edge": "e", "router": router, "models": models, "limits": limits, **changed})
+
+
+def ring(path: Path) -> KeyRing:
+    keys = [{"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest()} for name in ("one", "two")]
+    path.write_text(json.dumps({"keys": keys}))
+    return KeyRing(path)
+
+
+async def test_without_keys_there_is_one_session() -> None:
+    async with FakeRouter(lambda _: [7, END]) as router:
+        sessions = Sessions(config(router.address), EdgeMetrics(), None)
+        sessions.start()
+        try:
+            assert await ask(sessions.of("anything"), "a") == [7]
+            assert await ask(sessions.of(""), "b") == [7]
+            assert sessions.connected
+            assert router.keys == [None]
+        finally:
+            await sessions.close()
+
+
+async def test_each_key_goes_on_to_the_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "UPKEEP_S", 0.02)
+    monkeypatch.setattr(module, "IDLE_S", 0.0)
+    async with FakeRouter(lambda _: [7, END]) as router:
+        sessions = Sessions(config(router.address), EdgeMetrics(), ring(tmp_path / "keys.json"))
+        sessions.start()
+        try:
+            assert await ask(sessions.of("one"), "a") == [7]
+            assert await ask(sessions.of("two"), "b") == [7]
+            assert sorted(str(key) for key in router.keys) == ["Bearer one", "Bearer two"]
+            await asyncio.sleep(0.2)  # idle for longer than they are kept
+            assert await ask(sessions.of("one"), "c") == [7]
+            assert router.keys[2:] == ["Bearer one"]
+            assert sessions.connected
+        finally:
+            await sessions.close()
+
+
+async def test_an_edge_with_its_own_key_has_one_session(tmp_path: Path) -> None:
+    async with FakeRouter(lambda _: [7, END]) as router:
+        made = config(router.address, router_key="edge-key")
+        sessions = Sessions(made, EdgeMetrics(), ring(tmp_path / "keys.json"))
+        sessions.start()
+        try:
+            await ask(sessions.of("one"), "a")
+            await ask(sessions.of("two"), "b")
+            assert router.keys == ["Bearer edge-key"]
+        finally:
+            await sessions.close()
+
+
+async def test_the_bound_on_running_requests() -> None:
+    async with FakeRouter(lambda _: [7, END]) as router:
+        router.gate.clear()
+        sessions = Sessions(config(router.address), EdgeMetrics(), None)
+        sessions.start()
+        try:
+            running = [asyncio.create_task(ask(sessions.of(""), name)) for name in ("a", "b")]
+            async with asyncio.timeout(10):
+                while len(router.requests) < 2:  # noqa: ASYNC110 (the router is another party)
+                    await asyncio.sleep(0.01)
+            with pytest.raises(OverloadError, match="2 requests running"):
+                sessions.of("")
+            router.gate.set()
+            await asyncio.gather(*running)
+            assert sessions.running == 0
+            sessions.of("")
+        finally:
+            await sessions.close()
+
+
+async def test_no_router_is_said_in_time() -> None:
+    limits = {"connect_timeout_s": 0.2}
+    sessions = Sessions(config("127.0.0.1:9", limits=limits), EdgeMetrics(), None)
+    sessions.start()
+    try:
+        with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9"):
+            await sessions.of("").wait_connected()
+        assert not sessions.connected
+    finally:
+        await sessions.close()
