@@ -8,6 +8,7 @@ import signal
 import subprocess
 
 from cluster.cli_common import add_cluster_arguments, chosen
+from cluster.cli_up_ssh import down_over_ssh, kept_spec
 from cluster.clusters import ClusterRecord, alive, record_path
 from cluster.control_client import ControlClient, Unreachable
 from cluster.progress import Progress, wait_until_down
@@ -23,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     record = chosen(arguments)
+    launched = kept_spec(record.cluster)
+    if launched is not None:
+        down_over_ssh(launched)
+        return 0
     progress = Progress()
     with ControlClient(record.control, record.tls) as client:
         take_down(client, record, progress, drain_s=arguments.drain)

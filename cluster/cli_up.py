@@ -11,6 +11,7 @@ import subprocess
 from cluster.bring_up import Up, bring_up
 from cluster.cli_common import read_text
 from cluster.cli_down import take_down
+from cluster.cli_up_ssh import up_over_ssh, wants_ssh
 from cluster.control_client import CommandError, ControlClient
 from cluster.progress import Progress, wait_until_settled
 from cluster.spec import ClusterSpec, default_spec
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     spec = asked_spec(arguments.file)
     check(spec)
+    if wants_ssh(spec):
+        return up_over_ssh(spec, wait=not arguments.no_wait, timeout_s=arguments.timeout)
     progress = Progress()
     prepare_models(spec, progress)
     local = spec.ray.address == "local"
@@ -71,7 +74,7 @@ def asked_spec(path: str | None) -> ClusterSpec:
 def check(spec: ClusterSpec) -> None:
     """Raises SpecError for what this machine shows to be wrong, before anything is started."""
     problems = model_problems(spec) + device_problems(spec)
-    if spec.ray.address == "local":
+    if spec.ray.address == "local" and not wants_ssh(spec):
         problems += port_problems(spec)
     if problems:
         raise SpecError(problems)

@@ -182,7 +182,7 @@ def throughput_lines(
     if cluster is not None:
         rate = rates_of(sample, WINDOW_S).get(("cluster", cluster.name), 0.0)
         lines.append(
-            f"the agents' {sample.backend} collective counts {cluster.workers.generated_tokens:,} tokens since the start,"
+            f"the agents' {sample.backend} collective counts {cluster.workers.generated_tokens:,} tokens in all,"
             f" {number(rate)}/s over the last {WINDOW_S} s; the routers delivered {cluster.routers.generated_tokens:,}"
         )
     return lines
