@@ -32,7 +32,7 @@ class SimulatedEngine:
         self._batch = SimulatedBatch(config, config.vocab_size)
         self._faults: list[FaultConfig] = list(config.faults)
         self._slowness = 1.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
         self._fault_timers: list[asyncio.TimerHandle] = []
         self._schedule_s = 0.0
         self._generated = 0
@@ -72,7 +72,7 @@ class SimulatedEngine:
         self._state_load()
         if self._timer is None and not self._halted:
             self._schedule_s = self._loop.time()
-            self._begin_step()
+            self._timer = self._loop.call_soon(self._begin_step)  # with all that came in the same message
 
     def abort(self, slots: Sequence[int]) -> None:
         """Forgets these slots."""
@@ -84,7 +84,7 @@ class SimulatedEngine:
         self._halt()
 
     def _begin_step(self) -> None:
-        prefill = self._batch.admit()
+        prefill = self._batch.admit(self._loop.time())
         self._state_load()
         if not self._batch.running:
             self._timer = None

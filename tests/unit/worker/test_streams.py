@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatoken.frames import U32, token_columns
@@ -32,6 +32,7 @@ def received(outlet: Outlet) -> dict[int, list[int]]:
     return tokens
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 @given(data=st.data(), callers=st.integers(1, 4), streams=st.integers(1, 30))
 def test_every_token_reaches_its_own_stream_once_and_in_order(data: st.DataObject, callers: int, streams: int) -> None:
     table = StreamTable()
