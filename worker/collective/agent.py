@@ -40,6 +40,7 @@ from worker.collective.epochs import (
     TickDue,
     WakeIn,
 )
+from worker.collective.hierarchy import reduction_groups
 from worker.collective.layout import (
     WIRE_VERSION,
     Greeting,
@@ -243,8 +244,7 @@ class Agent:
             facts = {
                 "epoch": order.epoch,
                 "rank": order.rank,
-                "sites": [member.site for member in group.members],
-                "hierarchical": group.hierarchical,
+                "groups": reduction_groups([member.site for member in group.members], group.hierarchical),
                 "backend": group.backend or "gloo",
                 "device": config.device,
                 "store": (host.strip("[]"), int(port)),

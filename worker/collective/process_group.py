@@ -3,8 +3,8 @@
 A group uses one backend object directly and never the default group, so it shares no state with a model's own groups
 and needs no environment variables. Every call has a deadline and raises CollectiveError.
 
-With more than one site and `hierarchical`, an all-reduce is three: within the site, across the sites' first ranks, and
-a broadcast back into the site, so that a round trip between sites is paid per site and not per rank.
+With more than one group label an all-reduce is three steps: within the group, across the groups' first ranks, and a
+broadcast back into the group. Where groups are sites, a round trip between sites is paid per site and not per rank.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def usable_backends() -> list[str]:
 
 
 class ProcessGroup:
-    """One epoch's ranks, connected. `facts`: epoch, rank, sites (of each rank), hierarchical, backend, device, store
-    (host, port), host or interface to bind, timeout_s."""
+    """One epoch's ranks, connected. `facts`: epoch, rank, groups (hierarchy.reduction_groups: one label a rank),
+    backend, device, store (host, port), host or interface to bind, timeout_s."""
 
     def __init__(self, facts: dict[str, Any], store_listener: int) -> None:
-        self._epoch, self._rank, self._sites = facts["epoch"], facts["rank"], facts["sites"]
-        self._size = len(self._sites)
+        self._epoch, self._rank, self._labels = facts["epoch"], facts["rank"], facts["groups"]
+        self._size = len(self._labels)
         self._facts = facts
         self._timeout_s: float = facts["timeout_s"]
         self._device = "cpu"
@@ -112,15 +112,14 @@ class ProcessGroup:
         return dist.TCPStore(host, port, None, False, timeout, wait_for_workers=False)
 
     def _connect(self) -> None:
-        members = list(range(self._size))
-        self._hierarchical = bool(self._facts["hierarchical"]) and len(set(self._sites)) > 1
+        own = self._labels[self._rank]
+        members = [rank for rank, label in enumerate(self._labels) if label == own]
+        leaders = sorted(self._labels.index(label) for label in set(self._labels))
+        self._hierarchical = len(leaders) > 1
         self._outer = None
-        if self._hierarchical:
-            members = [rank for rank in members if self._sites[rank] == self._sites[self._rank]]
-            leaders = sorted(self._sites.index(site) for site in set(self._sites))
-            if self._rank in leaders:
-                self._outer = self._group("sites", leaders)
-        self._inner = self._group(f"site/{members[0]}", members)
+        if self._hierarchical and self._rank in leaders:
+            self._outer = self._group("leaders", leaders)
+        self._inner = self._group(f"group/{members[0]}", members)
 
     def _group(self, name: str, members: list[int]) -> Any:
         store = dist.PrefixStore(f"{self._epoch}/{name}", self._store)
