@@ -1,8 +1,7 @@
-"""vLLM's Ray executor (V2) on CPU nodes. On nodes with accelerators vLLM's own runs, untouched.
+"""The Ray executor on CPU nodes.
 
-Two things differ: a CPU slot has no device number for Ray to report, and a rank needs a few environment variables
-before it imports vLLM (the platform is chosen, and threads are counted, at import). Handed to vLLM as a class by
-ray_placement.py, because its check for pipeline parallelism accepts no path.
+Two things differ there: a CPU slot has no device number for Ray to report, and a rank needs a few environment variables
+before it imports vLLM (the platform is chosen, and threads are counted, at import). Chosen by ray_placement.py.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 from vllm.v1.executor import ray_executor_v2
-from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
+from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 
 from worker.engines.cpu_platform_plugin import DEVICE_VARIABLE
+from worker.engines.ray_executor import MortalRayExecutor
 
 # Copied from the engine core to its ranks, before they import anything.
 EARLY_VARIABLES = (
@@ -49,7 +49,7 @@ class CpuRank(RayWorkerProc):  # type: ignore[misc]
         super().initialize_worker(*arguments, **options)
 
 
-class CpuRayExecutor(RayExecutorV2):  # type: ignore[misc]
+class CpuRayExecutor(MortalRayExecutor):
     """Runs one rank per CPU slot of the replica's placement group."""
 
     def _init_executor(self) -> None:

@@ -42,9 +42,9 @@ def executor_class(config: WorkerConfig) -> type | None:
         from worker.engines.cpu_executor import CpuRayExecutor
 
         return CpuRayExecutor
-    from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
+    from worker.engines.ray_executor import MortalRayExecutor
 
-    return RayExecutorV2
+    return MortalRayExecutor
 
 
 def use_placement_group(config: WorkerConfig, vllm_config: Any) -> None:
