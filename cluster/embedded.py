@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.launches import LOOPBACK
 from cluster.spec import ClusterSpec
 from megatoken.process import PR_SET_PDEATHSIG, read_arguments, report_ready
 
@@ -106,6 +107,7 @@ def start_local_ray(config: BringUp) -> None:
     ray.init(
         address="local",
         include_dashboard=False,
+        _node_ip_address=LOOPBACK,  # else Ray listens on the address of the machine's default route
         num_cpus=0,
         num_gpus=spec.ray.gpus,
         resources={"cpu_device": slots} if slots else {},

@@ -52,6 +52,11 @@ class Replica:
     drain_cause: str = ""
 
     @property
+    def serial(self) -> int:
+        """The number in its id; later replicas have higher ones."""
+        return int(self.id.rpartition("-")[2])
+
+    @property
     def live(self) -> bool:
         return self.state in LIVE
 
@@ -105,6 +110,8 @@ class Desired:
     drained_nodes: frozenset[str] = frozenset()
     drain_requests: Mapping[str, float] = field(default_factory=dict)
     """Replica ids that an operator takes out of service, with the seconds their requests get."""
+    device_needs: Mapping[str, int] = field(default_factory=dict)
+    """By model: bytes that the fullest rank needs on its device, where that could be estimated."""
     stopping: bool = False
     """The cluster goes down: everything drains and nothing starts."""
 

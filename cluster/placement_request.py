@@ -8,8 +8,8 @@ from cluster.spec_model import ModelSpec
 GIB = 1 << 30
 
 
-def request_for(model: ModelSpec, replica: str) -> ReplicaRequest:
-    """What one replica of `model` asks of placement."""
+def request_for(model: ModelSpec, replica: str, need_bytes: int = 0) -> ReplicaRequest:
+    """What one replica of `model` asks of placement; `need_bytes` of device memory where the spec says none."""
     where = model.placement
     return ReplicaRequest(
         replica=replica,
@@ -17,7 +17,7 @@ def request_for(model: ModelSpec, replica: str) -> ReplicaRequest:
         tensor=model.parallel.tensor,
         pipeline=model.parallel.pipeline,
         data=model.parallel.data,
-        device_memory_bytes=int(model.device_memory_gib * GIB),
+        device_memory_bytes=int(model.device_memory_gib * GIB) or need_bytes,
         constraints=Constraints(
             device_kinds=where.device_kinds,
             sites=where.sites,

@@ -87,7 +87,10 @@ def reconcile(desired: Desired, fleet: Fleet, observation: Observation, limits: 
     _advance(tick)
     _honour_drains(tick)
     steps = _decide(tick)
-    _create(tick, steps)
+    if observation.complete:  # else who holds which device is not known
+        _create(tick, steps)
+    else:
+        tick.blocked |= {name: text for name, text in fleet.blocked.items() if name in models}
     _list_actions(tick)
     _tell_blocked(tick, fleet)
     kept = _without_old_endings(tick)
@@ -183,7 +186,8 @@ def _create(tick: _Tick, steps: Mapping[str, Step]) -> None:
     for name, step in steps.items():
         for _ in range(step.create):
             serial = tick.serial + len(requests) + 1
-            requests.append(request_for(tick.models[name], f"{name.translate(SLUG).lower()}-{serial}"))
+            need = tick.desired.device_needs.get(name, 0)
+            requests.append(request_for(tick.models[name], f"{name.translate(SLUG).lower()}-{serial}", need))
     if not requests:
         return
     existing = _held(tick)
@@ -200,7 +204,7 @@ def _add(tick: _Tick, placement: Placement) -> None:
         placement.replica, model.name, model.revision, tick.desired.generation, placement, tick.now, since_s=tick.now
     )
     tick.replicas[replica.id] = replica
-    tick.serial = max(tick.serial, int(replica.id.rpartition("-")[2]))
+    tick.serial = max(tick.serial, replica.serial)
     nodes = (tick.observation.inventory.node(node_id) for node_id in placement.nodes)
     where = ", ".join(node.title for node in nodes if node is not None)
     fields = {"model": model.name, "nodes": where}
@@ -213,12 +217,18 @@ def _block(
     """Says why; and where an update lacks room for one more, lets an old replica go first if that makes the room."""
     tick.blocked[outcome.model] = f"{outcome.reason} {outcome.unblock}".strip()
     old = tick.replicas.get(step.yield_one)
-    if old is None or not old.active:
+    if old is None or not old.active or _is_freeing(tick):
         return
     request = next(request for request in requests if request.replica == outcome.replica)
     without = [placement for placement in existing if placement.replica != old.id]
     if isinstance(place([request], tick.observation.inventory, without)[0], Placement):
         _take_away(tick, old, "an update needs its devices")
+
+
+def _is_freeing(tick: _Tick) -> bool:
+    """Whether devices are about to come free, so that room may yet appear without taking anything away."""
+    held = {placement.replica for placement in _held(tick)}
+    return any(replica.id in held and not replica.active for replica in tick.replicas.values())
 
 
 def _held(tick: _Tick) -> list[Placement]:

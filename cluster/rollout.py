@@ -78,6 +78,6 @@ def _exchange(
     return Step(create=create, remove=remove, progress=progress, yield_one=first_out[0].id if first_out else "")
 
 
-def _worth(replica: Replica) -> tuple[bool, float]:
+def _worth(replica: Replica) -> tuple[bool, float, int]:
     """Least worth first: not serving, then youngest."""
-    return (replica.state is ReplicaState.READY, -replica.created_s)
+    return (replica.state is ReplicaState.READY, -replica.created_s, -replica.serial)

@@ -1,0 +1,334 @@
+"""The reconciler as a function: situations in, plans out."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cluster.fleet import (
+    Desired,
+    Fleet,
+    Limits,
+    ModelHealth,
+    Observation,
+    Phase,
+    Plan,
+    Release,
+    ReplicaObservation,
+    Reservation,
+    Reserve,
+    RollBack,
+    Start,
+    TellDrain,
+    WorkerFacts,
+)
+from cluster.reconciler import reconcile
+from cluster.replica import ReplicaState
+from cluster.spec_model import ModelSpec
+from cluster.topology import Device, Inventory, Node
+
+FACTS = WorkerFacts("127.0.0.1:1", 1, "simulated")
+LIMITS = Limits(backoff_s=1.0, backoff_max_s=8.0)
+SERVING = ReplicaObservation(Reservation.GRANTED, Phase.SERVING, FACTS)
+STARTING = ReplicaObservation(Reservation.GRANTED, Phase.STARTING)
+
+
+def model(replicas: int = 1, **changes: Any) -> ModelSpec:
+    return ModelSpec(name="m", engine="simulated", replicas=replicas, **changes)
+
+
+def nodes(*slots: int) -> Inventory:
+    return Inventory(
+        tuple(
+            Node(f"n{number}", f"10.0.0.{number}", tuple(Device("cpu", index) for index in range(count)))
+            for number, count in enumerate(slots)
+        )
+    )
+
+
+class World:
+    """Drives the reconciler by hand: what is seen of each replica is set by the test."""
+
+    def __init__(self, wanted: ModelSpec, inventory: Inventory) -> None:
+        self.desired = Desired(1, (wanted,))
+        self.inventory = inventory
+        self.fleet = Fleet()
+        self.seen: dict[str, ReplicaObservation] = {}
+        self.now = 100.0
+        self.plan = Plan(Fleet())
+
+    def tick(self, seconds: float = 1.0, *, complete: bool = True) -> Plan:
+        self.now += seconds
+        observation = Observation(self.inventory, dict(self.seen), complete)
+        self.plan = reconcile(self.desired, self.fleet, observation, LIMITS, self.now)
+        self.fleet = self.plan.fleet
+        return self.plan
+
+    def until_ready(self) -> None:
+        """Grants and serves whatever is asked for until nothing is on its way."""
+        for _ in range(10):
+            self.tick()
+            for action in self.plan.actions:
+                if isinstance(action, Reserve):
+                    self.seen[action.replica.id] = ReplicaObservation(Reservation.GRANTED)
+                elif isinstance(action, Start):
+                    self.seen[action.replica.id] = SERVING
+                elif isinstance(action, Release):
+                    self.seen.pop(action.replica_id, None)
+            if not self.plan.actions:
+                return
+
+    def states(self) -> dict[str, str]:
+        return {replica.id: replica.state.value for replica in self.fleet.replicas}
+
+    def want(self, wanted: ModelSpec, **changes: Any) -> None:
+        self.desired = replace(self.desired, models=(wanted,), generation=self.desired.generation + 1, **changes)
+
+    def actions(self, kind: type) -> list[Any]:
+        return [action for action in self.plan.actions if isinstance(action, kind)]
+
+
+def test_the_way_from_nothing_to_ready_is_a_step_a_tick() -> None:
+    world = World(model(), nodes(1))
+    world.tick()
+    assert world.states() == {"m-1": "RESERVING"}
+    assert [action.replica.id for action in world.actions(Reserve)] == ["m-1"]
+    world.seen["m-1"] = ReplicaObservation(Reservation.PENDING)
+    assert world.tick().actions == ()
+    world.seen["m-1"] = ReplicaObservation(Reservation.GRANTED)
+    world.tick()
+    assert world.states() == {"m-1": "STARTING"}
+    assert [action.replica.id for action in world.actions(Start)] == ["m-1"]
+    world.seen["m-1"] = STARTING
+    assert world.tick().actions == ()
+    world.seen["m-1"] = SERVING
+    world.tick()
+    assert world.states() == {"m-1": "READY"}
+    assert world.fleet.replicas[0].facts == FACTS
+    assert world.tick().actions == ()
+
+
+def test_a_failed_replica_is_replaced_under_a_new_id_and_gives_its_devices_back_first() -> None:
+    world = World(model(), nodes(1))
+    world.until_ready()
+    world.tick(60)
+    world.seen["m-1"] = ReplicaObservation(Reservation.GRANTED, Phase.EXITED, FACTS, "killed by SIGKILL")
+    world.tick()
+    assert world.states() == {"m-1": "FAILED"}
+    assert world.fleet.replicas[0].reason == "killed by SIGKILL"
+    assert world.actions(Release) == [Release("m-1")]
+    assert "m" in world.fleet.blocked  # its device is not free yet
+    del world.seen["m-1"]
+    world.tick()
+    assert world.states() == {"m-1": "FAILED", "m-2": "RESERVING"}
+    assert not world.fleet.blocked
+
+
+def test_failed_starts_back_off_and_the_pause_doubles_up_to_its_bound() -> None:
+    world = World(model(), nodes(1))
+    pauses = []
+    for _ in range(6):
+        while not world.actions(Start):
+            world.tick(0.25)
+            for action in world.actions(Reserve):
+                world.seen[action.replica.id] = ReplicaObservation(Reservation.GRANTED)
+        replica = world.actions(Start)[0].replica.id
+        world.seen[replica] = ReplicaObservation(Reservation.GRANTED, Phase.EXITED, None, "exit status 1")
+        world.tick(0.25)
+        assert "start" in world.fleet.blocked["m"]
+        pauses.append(world.fleet.health["m"].not_before_s - world.now)
+        world.seen.clear()
+        world.plan = Plan(world.fleet)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+
+
+def test_a_lost_node_costs_no_backoff_and_names_itself() -> None:
+    world = World(model(), nodes(1, 1))
+    world.until_ready()
+    lost = world.fleet.replicas[0].placement.driver_node
+    world.inventory = Inventory(tuple(replace(n, alive=n.id != lost) for n in world.inventory.nodes))
+    world.tick()
+    assert world.fleet.replica("m-1").reason == f"node lost: {lost}"  # type: ignore[union-attr]
+    assert "m" not in world.fleet.health
+    assert world.states()["m-2"] == "RESERVING"
+
+
+def test_nothing_is_concluded_from_a_look_that_failed() -> None:
+    world = World(model(2), nodes(2))
+    world.until_ready()
+    before = world.states()
+    world.seen.clear()
+    world.inventory = Inventory()
+    world.tick(complete=False)
+    assert world.states() == before
+
+
+def test_shrinking_drains_a_ready_replica_and_stops_one_that_never_served() -> None:
+    world = World(model(3), nodes(3))
+    world.until_ready()
+    world.want(model(4))
+    world.inventory = nodes(4)
+    world.tick()
+    assert world.states()["m-4"] == "RESERVING"
+    world.want(model(2))
+    world.tick()
+    assert world.states() == {"m-1": "READY", "m-2": "READY", "m-3": "DRAINING", "m-4": "STOPPED"}
+
+
+def test_a_drain_tells_the_worker_after_the_grace_and_ends_when_nothing_is_left() -> None:
+    world = World(model(2), nodes(2))
+    world.until_ready()
+    world.want(model(1))
+    world.tick()
+    assert world.states()["m-2"] == "DRAINING"
+    assert not world.actions(TellDrain)  # routers hear of it first
+    world.tick(0.6)
+    assert [action.replica.id for action in world.actions(TellDrain)] == ["m-2"]
+    world.seen["m-2"] = replace(SERVING, unfinished=3)
+    world.tick()
+    assert world.states()["m-2"] == "DRAINING"
+    world.seen["m-2"] = replace(SERVING, unfinished=0)
+    world.tick()
+    assert world.states()["m-2"] == "STOPPED"
+    assert world.actions(Release) == [Release("m-2")]
+
+
+def test_a_drain_ends_at_its_deadline_and_says_what_was_left() -> None:
+    world = World(model(2, drain_timeout_s=10), nodes(2))
+    world.until_ready()
+    world.want(model(1, drain_timeout_s=10))
+    world.tick()
+    world.seen["m-2"] = replace(SERVING, unfinished=3)
+    world.tick(11)
+    assert world.states()["m-2"] == "DRAINING"  # routers move what is left now
+    world.tick(2)
+    assert world.states()["m-2"] == "STOPPED"
+    assert "3 requests left" in world.fleet.replica("m-2").reason  # type: ignore[union-attr]
+
+
+def test_what_has_no_room_is_blocked_and_starts_when_capacity_appears() -> None:
+    world = World(model(2), nodes(1))
+    world.until_ready()
+    assert world.states() == {"m-1": "READY"}
+    assert "device" in world.fleet.blocked["m"]
+    serial = world.fleet.serial
+    world.tick()
+    assert world.fleet.serial == serial  # waiting uses no ids up
+    world.inventory = nodes(1, 1)
+    world.until_ready()
+    assert world.states() == {"m-1": "READY", "m-2": "READY"}
+    assert not world.fleet.blocked
+
+
+def test_an_update_surges_by_one_and_never_serves_with_fewer() -> None:
+    old, new = model(2), model(2, dtype="float32")
+    world = World(old, nodes(3))
+    world.until_ready()
+    world.want(new, previous={"m": old})
+    for _ in range(40):
+        world.tick()
+        for action in world.plan.actions:
+            if isinstance(action, Reserve):
+                world.seen[action.replica.id] = ReplicaObservation(Reservation.GRANTED)
+            elif isinstance(action, Start):
+                world.seen[action.replica.id] = SERVING
+            elif isinstance(action, TellDrain):
+                world.seen[action.replica.id] = replace(SERVING, unfinished=0)
+            elif isinstance(action, Release):
+                world.seen.pop(action.replica_id, None)
+        states = list(world.states().values())
+        assert states.count("READY") >= 2
+        assert sum(state in ("RESERVING", "STARTING", "READY") for state in states) <= 3
+    live = [replica for replica in world.fleet.replicas if replica.live]
+    assert [replica.revision for replica in live] == [new.revision] * 2
+    assert not world.fleet.rollouts
+
+
+def test_an_update_without_room_lets_one_old_replica_go_first() -> None:
+    old, new = model(2), model(2, dtype="float32")
+    world = World(old, nodes(2))
+    world.until_ready()
+    world.want(new, previous={"m": old})
+    world.tick()
+    assert sorted(world.states().values()) == ["DRAINING", "READY"]
+    world.tick()
+    assert sorted(world.states().values()) == ["DRAINING", "READY"]  # one at a time
+
+
+def test_an_update_that_can_never_fit_takes_nothing_away() -> None:
+    old, new = model(2), model(2, parallel={"tensor": 4})
+    world = World(old, nodes(2))
+    world.until_ready()
+    world.want(new, previous={"m": old})
+    for _ in range(5):
+        world.tick()
+    assert world.states() == {"m-1": "READY", "m-2": "READY"}
+    assert "4 devices" in world.fleet.blocked["m"]
+
+
+def test_an_update_whose_starts_fail_is_rolled_back() -> None:
+    old, new = model(1), model(1, dtype="float32")
+    world = World(old, nodes(2))
+    world.until_ready()
+    world.want(new, previous={"m": old})
+    world.fleet = replace(world.fleet, health={"m": ModelHealth(2, 0.0, new.revision, "exit status 1")})
+    world.tick()
+    assert world.actions(RollBack) == [RollBack("m", "2 starts failed in a row: exit status 1")]
+    assert world.states() == {"m-1": "READY"}
+
+
+def test_drain_requests_and_drained_nodes_take_replicas_away() -> None:
+    world = World(model(2), nodes(1, 1, 1))
+    world.until_ready()
+    world.desired = replace(world.desired, drain_requests={"m-1": 5.0})
+    world.tick()
+    assert world.states() == {"m-1": "DRAINING", "m-2": "READY", "m-3": "RESERVING"}
+    assert world.fleet.replica("m-1").drain_deadline_s == world.now + 5.0  # type: ignore[union-attr]
+    node = world.fleet.replica("m-2").placement.driver_node  # type: ignore[union-attr]
+    world.desired = replace(world.desired, drained_nodes=frozenset({node}))
+    world.tick()
+    assert world.states()["m-2"] == "DRAINING"
+
+
+def test_a_removed_model_drains_and_a_stopping_cluster_starts_nothing() -> None:
+    world = World(model(1), nodes(2))
+    world.until_ready()
+    world.desired = replace(world.desired, models=())
+    world.tick()
+    assert world.states() == {"m-1": "DRAINING"}
+    world.desired = Desired(2, (model(2),), stopping=True)
+    world.tick()
+    assert world.states() == {"m-1": "DRAINING"}
+
+
+def test_what_nobody_knows_is_released() -> None:
+    world = World(model(0), nodes(1))
+    world.seen["stranger-7"] = SERVING
+    world.tick()
+    assert world.actions(Release) == [Release("stranger-7")]
+
+
+def test_ended_replicas_are_forgotten_beyond_a_bound() -> None:
+    world = World(model(0), nodes(1))
+    world.desired = Desired(1, (model(1),))
+    for _ in range(60):
+        world.desired = Desired(1, (model(1),))
+        world.tick()
+        world.desired = Desired(1, (model(0),))
+        world.tick()
+    assert sum(replica.state is ReplicaState.STOPPED for replica in world.fleet.replicas) <= LIMITS.ended_kept + 1
+    assert world.fleet.serial == 60
+
+
+@pytest.mark.parametrize("missing", ["process", "reservation"])
+def test_a_ready_replica_that_is_gone_from_sight_has_failed(missing: str) -> None:
+    world = World(model(1), nodes(1))
+    world.until_ready()
+    gone = (
+        ReplicaObservation(Reservation.GRANTED)
+        if missing == "process"
+        else replace(SERVING, reservation=Reservation.NONE)
+    )
+    world.seen["m-1"] = gone
+    world.tick()
+    assert world.states()["m-1"] == "FAILED"
