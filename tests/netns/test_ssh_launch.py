@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.cli import main
 from cluster.launchers.launch_load import launch_of
 from cluster.launchers.ssh_run import LaunchError, SshCluster
 from cluster.launchers.ssh_script import ssh_artefacts
 from cluster.spec import ClusterSpec
-from cluster.spec_load import parse_spec
+from cluster.spec_load import dump_spec, parse_spec
 from deploy.netns.hosts import Host, Network
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -57,7 +58,7 @@ class SshHosts:
             "prefix": str(PREFIX),
             "directory": "/tmp/mt",
         }
-        services = {"routers": {"count": 0}, "edge": {"count": 0}, "agents": {"enabled": False}}
+        services = {"routers": {"count": 1}, "edge": {"count": 0}, "agents": {"enabled": False}}
         model = {"name": "m", "engine": "simulated", "replicas": 2, "placement": {"separate": "node"}}
         return parse_spec({"cluster": "sshtest", "launch": {"ssh": ssh}, "models": [model], **services})
 
@@ -175,6 +176,23 @@ def test_a_host_that_cannot_start_takes_down_what_started(ssh_hosts: SshHosts) -
     assert f"host {second.address}: could not start Ray" in str(caught.value)
     assert "address: '203.0.113.9' is not allowed; this machine has: eth0" in str(caught.value)
     assert ssh_hosts.left() == [], "the head was started and must be gone"
+
+
+def test_up_and_down_bring_a_whole_cluster_over_ssh(
+    ssh_hosts: SshHosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGATOKEN_STATE_DIR", str(tmp_path / "state"))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(dump_spec(ssh_hosts.spec()))
+    try:
+        assert main(["up", "-f", str(spec), "--timeout", "120"]) == 0, capsys.readouterr().err
+        assert capsys.readouterr().out.count("READY") >= 2
+        assert main(["up", "-f", str(spec)]) == 2
+        assert "it is up already" in capsys.readouterr().err
+    finally:
+        assert main(["down"]) == 0, capsys.readouterr().err
+    assert ssh_hosts.left() == []
+    assert list((tmp_path / "state").iterdir()) == []
 
 
 def test_the_rendered_scripts_bring_a_whole_cluster_up_and_down(ssh_hosts: SshHosts, tmp_path: Path) -> None:
