@@ -16,6 +16,7 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
 from textual.coordinate import Coordinate
+from textual.events import Key
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Static
 
@@ -25,6 +26,7 @@ from megatoken.v1.control_pb2 import Event
 
 REDRAW_S: Final = 1.0
 EVENT_LINES: Final = 4
+MAX_FILTER: Final = 60
 STATE_STYLES: Final = {"READY": "green", "DRAINING": "yellow", "FAILED": "bold red", "STOPPED": "dim"}
 STARTING_STYLE: Final = "cyan"
 
@@ -72,6 +74,36 @@ class AskNumber(ModalScreen[int | None]):
         self.dismiss(number)
 
 
+class Find(ModalScreen[None]):
+    """Takes the filter, key by key; `changed` hears of each. A screen of its own, so that no letter is a command."""
+
+    def __init__(self, text: str, changed: Callable[[str], None]) -> None:
+        super().__init__()
+        self._text, self._changed = text, changed
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="find", markup=False)
+
+    def on_mount(self) -> None:
+        self._take(self._text)
+
+    def on_key(self, event: Key) -> None:
+        event.stop()
+        if event.key in ("enter", "escape"):
+            if event.key == "escape":
+                self._take("")
+            self.dismiss(None)
+        elif event.key == "backspace":
+            self._take(self._text[:-1])
+        elif event.is_printable and event.character is not None and len(self._text) < MAX_FILTER:
+            self._take(self._text + event.character)
+
+    def _take(self, text: str) -> None:
+        self._text = text
+        self.query_one("#find", Static).update(f"filter: {text}▏   Enter keeps it, Esc clears it")
+        self._changed(text)
+
+
 class Top(App[None]):
     """The live view."""
 
@@ -80,7 +112,7 @@ class Top(App[None]):
     BINDINGS: ClassVar[list[Any]] = [
         Binding("s", "sort", "sort"),
         Binding("r", "reverse", "reverse"),
-        Binding("slash", "find", "filter", key_display="/"),
+        Binding("slash", "find", "filter", key_display="/", priority=True),
         Binding("d", "drain", "drain"),
         Binding("plus,equals_sign", "scale_by(1)", "more", key_display="+"),
         Binding("minus", "scale_by(-1)", "fewer", key_display="-"),
@@ -107,12 +139,10 @@ class Top(App[None]):
         yield Static(id="warning", markup=False)
         yield DataTable(id="models", cursor_type="row", zebra_stripes=False)
         yield DataTable(id="replicas", cursor_type="row", zebra_stripes=False)
-        yield Input(placeholder="filter replicas; Enter keeps it, Esc clears it", id="find")
         yield Static(id="events", markup=False)
         yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        self.query_one("#find", Input).display = False
         self.query_one("#replicas", DataTable).focus()
         self.set_interval(REDRAW_S, self.redraw)
         self.redraw()
@@ -201,6 +231,12 @@ class Top(App[None]):
         return self._chosen("models")
 
     # -- keys --
+    # "/" has priority: it takes effect before the next key is looked at, so that "/code" in one piece types "code" into
+    # the filter. The others wait behind the table's own keys, so that "down, d" drains the next one.
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """While a dialog is open, keys are the dialog's."""
+        return not isinstance(self.screen, ModalScreen)
 
     def action_sort(self) -> None:
         orders = top_view.REPLICA_SORTS
@@ -224,28 +260,15 @@ class Top(App[None]):
         self.call_after_refresh(self.redraw)
 
     def action_find(self) -> None:
-        box = self.query_one("#find", Input)
-        box.display = True
-        box.focus()
-
-    def on_input_changed(self, event: Input.Changed) -> None:
-        if event.input.id == "find":
-            self._find = event.value
+        def changed(text: str) -> None:
+            self._find = text
             self.redraw()
 
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        if event.input.id == "find":
-            self._leave_find()
+        self.push_screen(Find(self._find, changed))
 
     def key_escape(self) -> None:
-        box = self.query_one("#find", Input)
-        box.value = ""
+        """Esc shows every replica again."""
         self._find = ""
-        self._leave_find()
-
-    def _leave_find(self) -> None:
-        self.query_one("#find", Input).display = False
-        self.query_one("#replicas", DataTable).focus()
         self.redraw()
 
     def action_drain(self) -> None:

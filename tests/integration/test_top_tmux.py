@@ -5,57 +5,21 @@ Against a fake controller, so that what the screen must say is known; test_monit
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.terminal import Terminal
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 40.0
 
 pytestmark = pytest.mark.skipif(
     shutil.which("tmux") is None, reason="tmux is not installed (Debian: apt-get install tmux)"
 )
-
-
-class Terminal:
-    """A tmux server of our own with one window; its screen as text."""
-
-    def __init__(self, command: str, width: int = 80, height: int = 24) -> None:
-        self._socket = f"megatoken-test-{uuid.uuid4().hex[:8]}"
-        self._size = ("-x", str(width), "-y", str(height))
-        self.tmux("-f", "/dev/null", "new-session", "-d", *self._size, command)
-
-    def tmux(self, *arguments: str) -> str:
-        command = ["tmux", "-L", self._socket, *arguments]
-        env = {**os.environ, "LC_ALL": "C.UTF-8", "TERM": "xterm-256color"}
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=env).stdout
-
-    def screen(self) -> str:
-        return self.tmux("capture-pane", "-p")
-
-    def press(self, *keys: str) -> None:
-        self.tmux("send-keys", *keys)
-
-    def wait_for(self, *texts: str, gone: str | None = None) -> str:
-        """The screen once it shows all of `texts` and not `gone`."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while True:
-            screen = self.screen()
-            if all(text in screen for text in texts) and (gone is None or gone not in screen):
-                return screen
-            if time.monotonic() > deadline:
-                raise AssertionError(f"never showed {texts} without {gone!r}:\n{screen}")
-            time.sleep(0.1)
-
-    def close(self) -> None:
-        subprocess.run(["tmux", "-L", self._socket, "kill-server"], capture_output=True, timeout=20, check=False)
 
 
 @pytest.fixture
@@ -72,11 +36,9 @@ def control() -> Iterator[subprocess.Popen[str]]:
 def terminal(control: subprocess.Popen[str]) -> Iterator[Terminal]:
     assert control.stdout is not None
     address = control.stdout.readline().strip()
-    started = Terminal(
-        f"cd {REPOSITORY} && {sys.executable} -m cluster.cli top --control {address}; echo left: $?; cat"
-    )
-    yield started
-    started.close()
+    command = f"cd {REPOSITORY} && {sys.executable} -m cluster.cli top --control {address}; echo left: $?; cat"
+    with Terminal(command) as started:
+        yield started
 
 
 def test_top_in_80_columns(terminal: Terminal, control: subprocess.Popen[str]) -> None:
@@ -98,8 +60,7 @@ def test_top_in_80_columns(terminal: Terminal, control: subprocess.Popen[str]) -
     rows = [line.split()[0] for line in screen.splitlines() if (line.split()[:1] and "-0" in line) or "-1 " in line]
     assert rows[0] == "chat-1"
 
-    terminal.press("/")
-    terminal.press("-l", "code")
+    terminal.press("-l", "/code")  # in one piece
     terminal.wait_for("code-0", "filter 'code'", gone="chat-0")
     terminal.press("Escape")
     terminal.wait_for("chat-0")

@@ -99,10 +99,10 @@ class SimulatedBatch:
             self._waiting.pop(slot, None)  # its queue entry is skipped when it comes up
         self._keep(~np.isin(self._slot[: self.running], slots))
 
-    def admit(self) -> int:
+    def admit(self, now_s: float | None = None) -> int:
         """Moves waiting requests into the batch while places, KV cache and the prefill chunk last.
 
-        Returns how many prompt tokens this step prefills.
+        Returns how many prompt tokens this step prefills. `now_s` is told on as when they joined the batch.
         """
         prefill = 0
         held = int(self._length[: self.running].sum())
@@ -117,12 +117,12 @@ class SimulatedBatch:
                 break
             heapq.heappop(self._queue)
             del self._waiting[entry.slot]
-            self._place(entry)
+            self._place(entry, now_s)
             prefill += size
             held += size
         return prefill
 
-    def _place(self, entry: Waiting) -> None:
+    def _place(self, entry: Waiting, now_s: float | None) -> None:
         row, request, sampling = self.running, entry.request, entry.request.sampling
         self.running += 1
         salt = self._config.seed
@@ -138,7 +138,7 @@ class SimulatedBatch:
             self._stops[entry.slot] = frozenset(sampling.stop_token_ids)
         if sampling.HasField("logprobs"):
             self._logprobs[entry.slot] = min(max(sampling.logprobs, 0), LONGEST_LOGPROBS)
-        self._fresh.append(Prefilled(entry.slot, len(request.prompt), 0))
+        self._fresh.append(Prefilled(entry.slot, len(request.prompt), 0, now_s))
 
     def step(self) -> Step:
         """One token for every row; rows that end leave the batch."""

@@ -1,0 +1,55 @@
+"""A real terminal for tests: tmux with one window, keys sent, the screen read back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+TIMEOUT_S = 40.0
+
+
+class Terminal:
+    """A tmux server of its own. Leaving the block ends it and what runs in it."""
+
+    def __init__(self, command: str, width: int = 80, height: int = 24, env: Mapping[str, str] | None = None) -> None:
+        self._socket = f"megatoken-test-{uuid.uuid4().hex[:8]}"
+        self._env = {**(env or os.environ), "LC_ALL": "C.UTF-8", "TERM": "xterm-256color"}
+        size = ("-x", str(width), "-y", str(height))
+        self.tmux("-f", "/dev/null", "new-session", "-d", *size, command)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        subprocess.run(["tmux", "-L", self._socket, "kill-server"], capture_output=True, timeout=20, check=False)
+
+    def tmux(self, *arguments: str) -> str:
+        """One tmux command; returns what it prints."""
+        command = ["tmux", "-L", self._socket, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=self._env).stdout
+
+    def screen(self) -> str:
+        """What is to be seen now."""
+        return self.tmux("capture-pane", "-p")
+
+    def press(self, *keys: str) -> None:
+        """Sends keys, by tmux's names."""
+        self.tmux("send-keys", *keys)
+
+    def wait_for(self, *texts: str, gone: str | None = None, timeout_s: float = TIMEOUT_S) -> str:
+        """The screen once it shows all of `texts` and not `gone`. Raises AssertionError with the last screen."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            screen = self.screen()
+            if all(text in screen for text in texts) and (gone is None or gone not in screen):
+                return screen
+            if time.monotonic() > deadline:
+                raise AssertionError(f"never showed {texts} without {gone!r}:\n{screen}")
+            time.sleep(0.1)
