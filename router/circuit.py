@@ -53,6 +53,11 @@ class Circuit:
         """The probing request ended without a verdict (cancelled, or the caller's error): probe again."""
         self.probing = False
 
+    def trip(self, now: float) -> None:
+        """The replica hangs: open at once, whatever came before."""
+        self.failures = max(self.failures, self.failures_to_open - 1)
+        self.failed(now)
+
     def failed(self, now: float) -> None:
         """The replica failed a request, or its session."""
         self.failures += 1

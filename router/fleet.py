@@ -14,9 +14,10 @@ from router.circuit import Circuit
 from router.config import AdmissionConfig, BreakerConfig
 from router.fair_queue import FairQueue
 from router.measures import Measures
+from router.prefix_book import PrefixBook
 
 if TYPE_CHECKING:
-    from router.policies import Policy, Question
+    from router.policies import Policy
 
 
 class Link(Protocol):
@@ -79,7 +80,7 @@ class Replica:
     step_s: float = 0.0  # smoothed time between frames while busy
     ttft_s: float = 0.0  # smoothed, per prompt-normalised; for outlier ejection
     load_totals: tuple[int, int, int] | None = None  # prompt, generated, busy_us of the last report
-    prefixes: set[int] = field(default_factory=set)
+    prefixes: dict[int, None] = field(default_factory=dict)  # see prefix_book
 
     @property
     def name(self) -> str:
@@ -115,7 +116,8 @@ class Pool:
     queue: FairQueue = field(default_factory=FairQueue)
     mean_output: float = 0.0  # tokens a request generates, smoothed; 0: unknown
     outputs_seen: int = 0
-    prefix_holders: dict[int, list[Replica]] = field(default_factory=dict)
+    prefixes: PrefixBook = field(default_factory=PrefixBook)
+    adapters: dict[str, list[Replica]] = field(default_factory=dict)  # replicas by adapter that they state
     rates_by_kind: dict[str, Rates] = field(default_factory=dict)
     measures: Measures = field(default_factory=Measures)
 
@@ -131,14 +133,6 @@ class Pool:
         if self.outputs_seen < 8:
             return max_tokens
         return max(1, min(max_tokens, round(self.mean_output)))
-
-    def holders(self, question: Question, most: int) -> list[Replica]:
-        """Open replicas that hold the longest known prefix of the prompt, at most `most`."""
-        for block in reversed(question.prefix_hashes):
-            holding = [replica for replica in self.prefix_holders.get(block, ()) if replica.open_at >= 0]
-            if holding:
-                return holding[:most]
-        return []
 
     def saw_output(self, tokens: int) -> None:
         self.outputs_seen += 1
@@ -189,6 +183,7 @@ class Fleet:
             self.replicas[index] = replica
         self.by_name[member.replica, member.incarnation] = replica
         pool.replicas.append(replica)
+        index_adapters(pool)
         return replica
 
     def remove(self, replica: Replica) -> None:
@@ -198,6 +193,7 @@ class Fleet:
         self.by_name.pop((replica.name, replica.member.incarnation), None)
         if replica in replica.pool.replicas:
             replica.pool.replicas.remove(replica)
+            index_adapters(replica.pool)
 
     def release(self, replica: Replica) -> None:
         self.replicas[replica.index] = None
@@ -227,3 +223,11 @@ class Fleet:
             places[replica.open_at] = last
             last.open_at = replica.open_at
         replica.open_at = -1
+
+
+def index_adapters(pool: Pool) -> None:
+    """Called when the members of a pool, or what they state, change."""
+    pool.adapters.clear()
+    for replica in pool.replicas:
+        for name in replica.member.loras:
+            pool.adapters.setdefault(name, []).append(replica)

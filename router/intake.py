@@ -98,7 +98,8 @@ def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
             details |= _details(state, arrived.replica, arrived.frame)
         if len(arrived.stream):
             filled.append(arrived)
-        arrived.replica.last_frame_s = now
+        if len(arrived.stream) or arrived.frame.finish:  # a load alone may come from a worker whose engine hangs
+            arrived.replica.last_frame_s = now
     if filled:
         _take_tokens(state, filled, details, now)
     pools: dict[int, Pool] = {}
@@ -204,8 +205,8 @@ def first_token(state: RouterState, request: Request, now: float) -> None:
     request.first_on_replica = True
     replica = request.replica
     replica.prompt_outstanding -= request.charged_prompt
-    state.ledger.add("prompt_tokens", request.charged_prompt)
-    request.pool.measures.prompt_tokens += request.charged_prompt
+    state.ledger.add("prompt_tokens", request.prompt_tokens + request.base_tokens)
+    request.pool.measures.prompt_tokens += request.prompt_tokens + request.base_tokens
     request.charged_prompt = 0
     was_closed = replica.circuit.failures == 0
     replica.circuit.succeeded()

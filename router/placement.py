@@ -11,6 +11,7 @@ from router.ending import LENGTH, end
 from router.fleet import Pool, Replica
 from router.lifecycle import Event
 from router.policies import Question
+from router.prefix_book import cached_tokens
 from router.request import Request
 from router.slots import DIRECT
 from router.state import RouterState
@@ -66,6 +67,8 @@ def place(state: RouterState, request: Request, replica: Replica, now: float) ->
     request.placed_s = now
     request.first_on_replica = False
     request.charged_prompt = request.prompt_tokens + base
+    if request.prefix_hashes:
+        request.charged_prompt -= min(cached_tokens(replica, request.prefix_hashes), request.prompt_tokens - 1)
     request.charged_decode = max(1, request.expected_tokens - base)
     replica.prompt_outstanding += request.charged_prompt
     replica.decode_outstanding += request.charged_decode
@@ -73,6 +76,8 @@ def place(state: RouterState, request: Request, replica: Replica, now: float) ->
         replica.last_frame_s = now
     replica.in_flight += 1
     replica.circuit.sent()
+    if request.prefix_hashes:
+        request.pool.prefixes.record(replica, request.prefix_hashes)
     state.latencies.queue.add(now - request.arrived_s, now)
     request.pool.measures.queue_s.observe(now - request.arrived_s)
     replica.link.send_start(slot, raw)

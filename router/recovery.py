@@ -81,6 +81,7 @@ def lose_replica(state: RouterState, replica: Replica, reason: str, now: float) 
     replica.link = None
     replica.load_totals = None
     replica.others = 0
+    replica.pool.prefixes.forget(replica)
     state.fleet.refresh(replica, now)
     had = [(slot, state.slots.owner[slot]) for slot in state.slots.of_replica(replica.index)]
     if any(owner is not None for _, owner in had):

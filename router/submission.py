@@ -13,6 +13,7 @@ from router.door import Caller
 from router.ending import CANCELLED, end
 from router.lifecycle import State
 from router.placement import pump
+from router.prefix_book import block_hashes
 from router.request import Request, Sink
 from router.state import RouterState
 from router.validation import check_request, pool_of
@@ -89,6 +90,7 @@ def _admit(
     if not message.request_id:
         state.ordinal += 1
         message.request_id = f"{state.config.router}-{state.ordinal:x}"
+    hashes = block_hashes(message.prompt, message.cache_salt + message.lora) if pool.policy.wants_prefix else ()
     replay = continuation.has_state(message.sampling)
     if replay:
         continuation.give_seed(message.sampling, state.rng)
@@ -119,6 +121,7 @@ def _admit(
             max_delay_s=delay_s,
             deadline_s=deadline_s,
             arrived_s=now,
+            prefix_hashes=hashes,
         )
         for choice in range(choices)
     ]

@@ -32,7 +32,7 @@ def tick(state: RouterState, now: float, unix_s: float) -> None:
         silent_s = now - replica.last_frame_s
         if replica.connected and replica.in_flight and silent_s > state.config.resume.hang_s:
             if replica.link is not None:
-                replica.circuit.failed(now)
+                replica.circuit.trip(now)
                 replica.link.cut(f"no frame for {silent_s:.1f} s")
             continue
         state.fleet.refresh(replica, now)

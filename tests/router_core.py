@@ -75,6 +75,9 @@ class CoreFleet:
         self.connect(replica)
         return replica
 
+    def replicas_now(self) -> list[Replica]:
+        return self.state.fleet.live()
+
     def connect(self, replica: Replica) -> None:
         replica.link = ScriptedLink()
         recovery.connect(self.state, replica, self.now)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from router.fleet import Pool, Replica
     from router.policies import Question
 
-_DRAWS: Final = 16
+_DRAWS: Final = 4
 SPILL_S: Final = 2.0  # loading an adapter elsewhere is worth it past this much more waiting
 
 
@@ -24,9 +24,9 @@ class Lora:
         other = two_choices(places, question, rng)
         if not question.lora or other is None:
             return other
-        drawn = places if len(places) <= _DRAWS else rng.sample(places, _DRAWS)
-        having = [replica for replica in drawn if question.lora in replica.member.loras]
-        best = two_choices(having, question, rng)
+        having = pool.adapters.get(question.lora, ())
+        drawn = having if len(having) <= _DRAWS else rng.choices(having, k=_DRAWS)
+        best = two_choices([replica for replica in drawn if replica.open_at >= 0], question, rng)
         if best is None:
             return other
         return best if score(best, question) <= score(other, question) + SPILL_S else other

@@ -11,6 +11,7 @@ import random
 from typing import TYPE_CHECKING, Final
 
 from router.policies.least_tokens import score
+from router.prefix_book import cached_tokens
 
 if TYPE_CHECKING:
     from router.fleet import Pool, Replica
@@ -19,22 +20,8 @@ if TYPE_CHECKING:
 _HOLDERS: Final = 8  # replicas looked at that hold the prefix
 
 
-def cached_blocks(replica: Replica, hashes: tuple[int, ...]) -> int:
-    """How many leading blocks it holds. Chained hashes: holding block i means holding all before it; bisect."""
-    low, high = 0, len(hashes)
-    held = replica.prefixes
-    while low < high:
-        middle = (low + high) // 2
-        if hashes[middle] in held:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
 def prefix_score(replica: Replica, question: Question) -> float:
-    blocks = cached_blocks(replica, question.prefix_hashes)
-    saved = min(blocks * max(replica.member.block_size, 1), question.prompt_tokens - 1)
+    saved = min(cached_tokens(replica, question.prefix_hashes), question.prompt_tokens - 1)
     return score(replica, question) - saved / replica.capacity.prefill_tokens_per_s
 
 
@@ -46,6 +33,8 @@ class Prefix:
         places = pool.open
         if not places:
             return None
-        drawn = places if len(places) <= _HOLDERS else rng.sample(places, 2) + pool.holders(question, _HOLDERS)
+        drawn = places
+        if len(places) > _HOLDERS:
+            drawn = rng.choices(places, k=2) + pool.prefixes.holders(question.prefix_hashes, _HOLDERS)
         fresh = [replica for replica in drawn if replica.index not in question.avoid] or drawn
         return min(fresh, key=lambda replica: prefix_score(replica, question))

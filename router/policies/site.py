@@ -32,6 +32,6 @@ class Site:
         places = pool.open
         if not places:
             return None
-        drawn = places if len(places) <= _DRAWS else rng.sample(places, _DRAWS)
+        drawn = places if len(places) <= _DRAWS else rng.choices(places, k=_DRAWS)
         fresh = [replica for replica in drawn if replica.index not in question.avoid] or drawn
         return min(fresh, key=lambda replica: site_score(replica, question))

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
-from megatoken.errors import MegatokenError, RequestError
+from megatoken.counters import NAMES, read_counters
+from megatoken.errors import MegatokenError, OverloadError, RequestError
+from megatoken.v1 import router_pb2, router_pb2_grpc, tokens_pb2, tokens_pb2_grpc
 from router.client import TokenClient
 from tests.processes import Processes, Started
 
@@ -145,3 +148,134 @@ async def test_cancelling_a_stream_frees_it_everywhere(processes: Processes) -> 
         assert len(await other.tokens()) == 3
         with pytest.raises(MegatokenError):
             await client.generate("nobody", PROMPT).tokens()
+
+
+async def test_n_choices_stream_side_by_side(processes: Processes) -> None:
+    worker = start_worker(processes, "w0")
+    router = start_router(processes, worker)
+    async with TokenClient([router.address]) as client:
+        await ready(client, 1)
+        stream = client.generate(MODEL, PROMPT, max_tokens=9, n=4, temperature=1.0, seed=3)
+        found: dict[int, int] = {}
+        async for delta in stream:
+            found[delta.choice] = found.get(delta.choice, 0) + len(delta.tokens)
+        assert found == {0: 9, 1: 9, 2: 9, 3: 9}
+        assert sorted(stream.finishes) == [0, 1, 2, 3]
+
+
+async def test_generate_streams_and_refuses_by_status(processes: Processes) -> None:
+    worker = start_worker(processes, "w0")
+    router = start_router(processes, worker)
+    async with TokenClient([router.address]) as client:
+        await ready(client, 1)
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        stub = tokens_pb2_grpc.TokensStub(channel)
+        request = tokens_pb2.GenerateRequest(model=MODEL, prompt=PROMPT)
+        request.sampling.max_tokens = 12
+        messages = [message async for message in stub.Generate(request, timeout=20)]
+        assert sum(len(message.tokens) for message in messages) == 12
+        assert messages[-1].finish.reason == tokens_pb2.FINISH_REASON_LENGTH
+        assert not any(message.HasField("finish") for message in messages[:-1])
+        request.model = "nobody"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            _ = [message async for message in stub.Generate(request, timeout=20)]
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_hung_worker_s_streams_go_on_elsewhere(processes: Processes) -> None:
+    hanging = start_worker(processes, "w0", decode_tokens_per_s=6400, faults=[{"kind": "hang", "after_tokens": 900}])
+    healthy = start_worker(processes, "w1", decode_tokens_per_s=6400)
+    router = start_router(processes, hanging, healthy, resume={"hang_s": 1.0})
+    async with TokenClient([router.address]) as client:
+        await ready(client, 2)
+        streams = [client.generate(MODEL, [*PROMPT, i], max_tokens=100, temperature=0.0) for i in range(32)]
+        answers = await asyncio.gather(*(stream.tokens() for stream in streams))
+        again = [client.generate(MODEL, [*PROMPT, i], max_tokens=100, temperature=0.0) for i in range(32)]
+        assert await asyncio.gather(*(stream.tokens() for stream in again)) == answers
+        assert sum(stream.finish.resumes for stream in streams if stream.finish) > 0
+
+
+async def test_a_client_that_reads_nothing_delays_nobody(processes: Processes) -> None:
+    worker = start_worker(processes, "w0", decode_tokens_per_s=50_000, max_running=256)
+    router = start_router(processes, worker)
+    async with TokenClient([router.address]) as client:
+        await ready(client, 1)
+        async with grpc.aio.insecure_channel(router.address) as channel:
+            lazy = tokens_pb2_grpc.TokensStub(channel).Session()
+            starts = [
+                tokens_pb2.Start(
+                    stream=i + 1,
+                    request=tokens_pb2.GenerateRequest(
+                        model=MODEL, prompt=PROMPT, sampling=tokens_pb2.SamplingParams(max_tokens=4000)
+                    ),
+                )
+                for i in range(100)
+            ]
+            await lazy.write(tokens_pb2.ClientFrame(start=starts))
+            began = asyncio.get_running_loop().time()
+            for _ in range(10):
+                assert len(await client.generate(MODEL, PROMPT, max_tokens=20, temperature=0.0).tokens()) == 20
+            assert asyncio.get_running_loop().time() - began < 20
+            lazy.cancel()
+        async with asyncio.timeout(20):
+            while (await status(router)).running:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+
+async def test_overload_is_refused_with_retry_after_and_what_runs_is_unharmed(processes: Processes) -> None:
+    worker = start_worker(processes, "w0", decode_tokens_per_s=2000, max_running=8)
+    router = start_router(processes, worker, admission={"max_queued_requests": 8})
+    async with TokenClient([router.address]) as client:
+        await ready(client, 1)
+        streams = [client.generate(MODEL, PROMPT, max_tokens=50, temperature=0.0) for _ in range(60)]
+        answers = await asyncio.gather(*(stream.tokens() for stream in streams), return_exceptions=True)
+        refused = [answer for answer in answers if isinstance(answer, OverloadError)]
+        served = [answer for answer in answers if isinstance(answer, list)]
+        assert len(refused) + len(served) == 60
+        assert len(served) >= 16
+        assert {len(answer) for answer in served} == {50}
+        assert refused
+        assert all(error.retry_after_s > 0 for error in refused)
+
+
+async def test_a_new_router_takes_the_port_over_while_the_old_one_drains(processes: Processes) -> None:
+    worker = start_worker(processes, "w0", decode_tokens_per_s=800, max_running=32)
+    old = start_router(processes, worker, reuse_port=True)
+    port = int(old.address.rpartition(":")[2])
+    async with TokenClient([old.address]) as client:
+        await ready(client, 1)
+        long = client.generate(MODEL, PROMPT, max_tokens=100, temperature=0.0)
+        first = await anext(aiter(long))
+        new = start_router(processes, worker, reuse_port=True, port=port)
+        old.process.terminate()
+        async with asyncio.timeout(20):
+            while old.process.poll() is None and not (await status(old)).draining:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        answers = await asyncio.gather(
+            *(client.generate(MODEL, PROMPT, max_tokens=5, temperature=0.0).tokens() for _ in range(20))
+        )
+        assert {len(answer) for answer in answers} == {5}
+        del first
+    assert await asyncio.to_thread(old.process.wait, 60) == 0
+    assert new.process.poll() is None
+
+
+async def test_counters_agree_with_what_the_worker_made(processes: Processes) -> None:
+    worker = start_worker(processes, "w0")
+    router = start_router(processes, worker)
+    async with TokenClient([router.address]) as client:
+        await ready(client, 1)
+        streams = [client.generate(MODEL, PROMPT, max_tokens=30, temperature=0.0) for _ in range(20)]
+        await asyncio.gather(*(stream.tokens() for stream in streams))
+    files = {read_counters(path)[0]["kind"]: path for path in (processes.directory / "counters").iterdir()}
+    made, given = (dict(zip(NAMES, read_counters(files[kind])[1], strict=True)) for kind in ("worker", "router"))
+    assert given["generated_tokens"] == made["generated_tokens"] == 600
+    assert given["prompt_tokens"] == made["prompt_tokens"]
+    assert (await status(router)).generated_tokens == 600
+
+
+async def status(router: Started) -> router_pb2.RouterStatus:
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        stub = router_pb2_grpc.RouterStub(channel)
+        answer: router_pb2.RouterStatus = await stub.GetRouterStatus(router_pb2.GetRouterStatusRequest(), timeout=10)
+        return answer

@@ -1,0 +1,198 @@
+"""Each policy by table: who is open, what is asked, who gets it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from megatoken.frames import pack
+from router.capacity import Rates
+from router.policies import NAMES, Question, make_policy
+from router.prefix_book import MOST, block_hashes
+from tests.router_core import CoreFleet
+
+
+def fleet_of(**columns: list[Any]) -> CoreFleet:
+    """Replicas with given outstanding tokens, speeds, sites, adapters."""
+    size = len(next(iter(columns.values())))
+    fleet = CoreFleet(replicas=0, max_running=100)
+    for i in range(size):
+        fields = {}
+        if "site" in columns:
+            fields["site"] = columns["site"][i]
+        if "loras" in columns:
+            fields["loras"] = columns["loras"][i]
+        replica = fleet.add_replica(f"m-{i}", **fields)
+        replica.decode_outstanding = float(columns.get("outstanding", [0] * size)[i])
+        replica.rtt_s = columns.get("rtt_s", [0.0] * size)[i]
+        fleet.pool.prefixes.record(replica, columns.get("prefixes", [()] * size)[i])
+        speed = columns.get("speed", [1.0] * size)[i]
+        replica.capacity.rates = Rates()
+        replica.capacity.decode_tokens_per_s = 1000.0 * speed
+        replica.capacity.prefill_tokens_per_s = 10_000.0 * speed
+    return fleet
+
+
+def chosen(fleet: CoreFleet, policy: str, times: int = 400, **question: Any) -> Counter[str]:
+    rng = random.Random(3)
+    made = make_policy(policy)
+    asked = Question(**{"prompt_tokens": 100, "expected_tokens": 100, **question})
+    found = Counter()
+    for _ in range(times):
+        replica = made.choose(fleet.pool, asked, rng)
+        found[replica.name if replica else "nobody"] += 1
+    return found
+
+
+@pytest.mark.parametrize("policy", NAMES)
+def test_nobody_open_is_nobody_chosen(policy: str) -> None:
+    assert chosen(CoreFleet(replicas=0), policy, 3) == {"nobody": 3}
+
+
+@pytest.mark.parametrize("policy", NAMES)
+def test_one_that_lost_the_request_is_avoided_while_there_is_another(policy: str) -> None:
+    fleet = fleet_of(outstanding=[0, 5000, 5000])
+    assert "m-0" not in chosen(fleet, policy, 100, avoid=frozenset({0}))
+    alone = fleet_of(outstanding=[0])
+    assert chosen(alone, policy, 3, avoid=frozenset({0})) == {"m-0": 3}
+
+
+def test_round_robin_takes_turns_whatever_the_load() -> None:
+    assert set(chosen(fleet_of(outstanding=[0, 99_999, 5]), "round_robin", 300).values()) == {100}
+
+
+@pytest.mark.parametrize(
+    ("columns", "best"),
+    [
+        ({"outstanding": [100, 900]}, "m-0"),
+        ({"outstanding": [900, 100]}, "m-1"),
+        ({"outstanding": [300, 600], "speed": [1.0, 3.0]}, "m-1"),  # twice the work at three times the speed
+    ],
+)
+def test_least_tokens_takes_the_one_that_is_done_sooner(columns: dict[str, list[Any]], best: str) -> None:
+    assert chosen(fleet_of(**columns), "least_tokens", 50) == {best: 50}
+
+
+def test_least_tokens_never_sends_to_the_worst_of_many() -> None:
+    assert "m-4" not in chosen(fleet_of(outstanding=[1, 2, 3, 4, 50_000]), "least_tokens")
+
+
+def test_affinity_keeps_a_key_until_its_replica_is_far_behind() -> None:
+    fleet = fleet_of(outstanding=[0] * 8)
+    home = chosen(fleet, "affinity", 50, affinity="chat-7")
+    assert len(home) == 1
+    (name,) = home
+    replica = next(r for r in fleet.replicas_now() if r.name == name)
+    replica.decode_outstanding = 1500.0  # 1.5 s more: still worth it
+    assert chosen(fleet, "affinity", 50, affinity="chat-7") == {name: 50}
+    replica.decode_outstanding = 50_000.0
+    assert name not in chosen(fleet, "affinity", 50, affinity="chat-7")
+    assert len(chosen(fleet, "affinity", 200)) == 7  # no key: spread, but for the one that is far behind
+
+
+def test_an_affinity_key_whose_home_is_down_goes_to_one_other_and_not_back_to_the_dead() -> None:
+    fleet = fleet_of(outstanding=[0] * 8)
+    (name,) = chosen(fleet, "affinity", 5, affinity="k")
+    dead = next(r for r in fleet.replicas_now() if r.name == name)
+    fleet.lose(dead)
+    moved = chosen(fleet, "affinity", 50, affinity="k")
+    assert len(moved) == 1
+    assert name not in moved
+
+
+def test_lora_goes_where_the_adapter_is() -> None:
+    fleet = fleet_of(loras=[(), ("a",), (), ("a", "b")], outstanding=[0, 100, 0, 100])
+    assert set(chosen(fleet, "lora", lora="a")) == {"m-1", "m-3"}
+    assert chosen(fleet, "lora", 50, lora="b") == {"m-3": 50}
+    assert len(chosen(fleet, "lora", lora="c")) > 1
+
+
+def test_site_prefers_near_until_near_is_busy() -> None:
+    near = fleet_of(site=["a", "b"], rtt_s=[0.01, 0.12], outstanding=[0, 0])
+    assert chosen(near, "site", 50) == {"m-0": 50}
+    busy = fleet_of(site=["a", "b"], rtt_s=[0.01, 0.12], outstanding=[500, 0])
+    assert chosen(busy, "site", 50) == {"m-1": 50}
+    at_b = fleet_of(site=["a", "b"], rtt_s=[0.01, 0.015], outstanding=[0, 0])
+    assert chosen(at_b, "site", 50, site="b") == {"m-1": 50}
+
+
+def test_prefix_goes_to_the_longest_cached_prefix_while_it_is_worth_it() -> None:
+    hashes = tuple(range(1, 9))  # 8 blocks of 128 tokens: 0.1 s of prefill
+    fleet = fleet_of(prefixes=[(), hashes[:2], hashes[:7]], outstanding=[0, 0, 0])
+    asked = {"prompt_tokens": 1024, "prefix_hashes": hashes}
+    assert chosen(fleet, "prefix", 50, **asked) == {"m-2": 50}
+    fleet.replicas_now()[2].decode_outstanding = 500.0  # half a second behind: more than the cache saves
+    assert "m-2" not in chosen(fleet, "prefix", 50, **asked)
+
+
+def test_a_single_popular_prompt_does_not_melt_one_replica() -> None:
+    hashes = tuple(range(1, 9))
+    fleet = fleet_of(prefixes=[hashes, (), (), ()], outstanding=[0] * 4)
+    made, rng = make_policy("prefix"), random.Random(5)
+    asked = Question(1024, 200, prefix_hashes=hashes)
+    for _ in range(200):
+        replica = made.choose(fleet.pool, asked, rng)
+        assert replica is not None
+        replica.decode_outstanding += 200
+        fleet.pool.prefixes.record(replica, hashes)
+    work = [replica.decode_outstanding for replica in fleet.replicas_now()]
+    assert max(work) < 1.2 * sum(work) / len(work)
+
+
+def test_an_unknown_policy_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match="policy: 'best' is not allowed; one of least_tokens, round_robin"):
+        make_policy("best")
+
+
+@pytest.mark.parametrize("policy", NAMES)
+def test_a_choice_costs_the_same_with_a_thousand_replicas_as_with_ten(policy: str) -> None:
+    def cost_s(size: int) -> float:
+        fleet = fleet_of(outstanding=[i % 7 * 100 for i in range(size)])
+        made, rng = make_policy(policy), random.Random(1)
+        asked = Question(100, 100, affinity="k", lora="a", prefix_hashes=(1, 2, 3))
+        best = float("inf")
+        for _ in range(5):
+            began = time.perf_counter()
+            for _ in range(100):
+                made.choose(fleet.pool, asked, rng)
+            best = min(best, (time.perf_counter() - began) / 100)
+        return best
+
+    small, large = cost_s(10), cost_s(1000)
+    assert large < 20e-6 or large < 4 * small
+
+
+def test_block_hashes_are_chained_and_kept_apart_by_salt() -> None:
+    one, other = pack(range(300)), pack([9, *range(1, 300)])
+    assert len(block_hashes(one)) == 2
+    assert block_hashes(pack([*range(256), 7]))[:2] == block_hashes(one)
+    assert not set(block_hashes(one)) & set(block_hashes(other))
+    assert not set(block_hashes(one)) & set(block_hashes(one, "tenant"))
+
+
+def test_the_prefix_book_is_bounded_and_forgets_the_lost() -> None:
+    fleet = CoreFleet(replicas=2, policy="prefix")
+    first, second = fleet.replicas
+    book = fleet.pool.prefixes
+    for start in range(0, 3 * MOST, 4):
+        book.record(first, tuple(range(start, start + 4)))
+    book.record(second, (3 * MOST - 1,))
+    assert (len(first.prefixes), len(book)) == (MOST, MOST)
+    assert book.holders((3 * MOST - 1,), 4) == [first, second]
+    fleet.lose(first)
+    assert (len(first.prefixes), len(book)) == (0, 1)
+
+
+def test_requests_with_one_prefix_follow_each_other() -> None:
+    fleet = CoreFleet(replicas=16, policy="prefix", max_running=64)
+    prompt = tuple(range(1, 1000))
+    first = fleet.submit(prompt=prompt, max_tokens=1)
+    fleet.tokens(first, 1)
+    names = {fleet.replica_of(fleet.submit(prompt=prompt, max_tokens=1)).name for _ in range(5)}
+    assert names == {fleet.replica_of(first).name}
+    others = {fleet.replica_of(fleet.submit(prompt=(i, *prompt), max_tokens=1)).name for i in range(30)}
+    assert len(others) > 5
