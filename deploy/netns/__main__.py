@@ -18,9 +18,8 @@ def up(arguments: argparse.Namespace) -> int:
     network = hosts.Network.create(arguments.nodes, name=arguments.name, owned=False)
     try:
         nodes = RayNodes(network, arguments.devices)
-        for host in network.hosts:
-            print(f"{host.name}: starting Ray at {host.address}", flush=True)
-            nodes.start_node(host)
+        print(f"starting Ray at {', '.join(f'{host.address} ({host.name})' for host in network.hosts)}", flush=True)
+        nodes.start()
     except BaseException:
         network.destroy()
         raise

@@ -1,8 +1,8 @@
 """A Ray cluster over the hosts of a network: one Ray node each, with token authentication and CPU device slots.
 
 It starts what people start by hand (`ray start --head`, `ray start --address`), with small object stores and fast
-failure detection, and hands out the environment that a driver or a `megatoken` command needs. Who calls it: the command line
-(`python -m deploy.netns`) and tests.
+failure detection, and hands out the environment that a driver or a `megatoken` command needs. Called by the command
+line (`python -m deploy.netns`) and by tests.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deploy.netns.hosts import Host, Network, NetworkError
 
 GCS_PORT = 6379
 START_TIMEOUT_S = 90.0
+PARALLEL_STARTS = 8
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's floor is 75 MiB; tokens do not travel through it
 REPOSITORY = Path(__file__).parents[2]
 # The head decides that a silent node is dead after about initial delay, then threshold x (period + timeout): 4-5 s.
@@ -81,10 +83,17 @@ class RayNodes:
             **self.detection,
         }
 
-    def start(self, labels: Mapping[str, Mapping[str, str]] | None = None) -> None:
-        """Starts Ray on every host. `labels` maps a host's name to its node labels."""
-        for host in self.network.hosts:
-            self.start_node(host, (labels or {}).get(host.name, {}))
+    def start(
+        self, labels: Mapping[str, Mapping[str, str]] | None = None, devices: Mapping[str, int] | None = None
+    ) -> None:
+        """Starts Ray on every host: on the head, then on the others at once. Both maps go by the host's name."""
+
+        def start_one(host: Host) -> None:
+            self.start_node(host, (labels or {}).get(host.name), (devices or {}).get(host.name))
+
+        start_one(self.head)
+        with ThreadPoolExecutor(PARALLEL_STARTS) as pool:
+            list(pool.map(start_one, self.network.hosts[1:]))
 
     def start_node(self, host: Host, labels: Mapping[str, str] | None = None, devices: int | None = None) -> None:
         """Starts Ray on one host: as the head on the first, joined to it on any other."""

@@ -47,9 +47,7 @@ def nodes() -> Iterator[RayNodes]:
         pytest.skip(reason)
     with hosts.Network.create(4) as network:
         ray_nodes = RayNodes(network, 2)
-        ray_nodes.start_node(network.hosts[0], devices=0)  # the head serves no model, so losses never take the router
-        for host in network.hosts[1:]:
-            ray_nodes.start_node(host)
+        ray_nodes.start(devices={"node0": 0})  # the head serves no model, so losses never take the router
         yield ray_nodes
 
 
