@@ -27,8 +27,8 @@ from worker.collective.group import GroupPolicy
 class FakeController(membership_pb2_grpc.MembershipServicer):
     """Membership and attendance on one port."""
 
-    def __init__(self, policy: GroupPolicy | None = None) -> None:
-        self._policy = policy
+    def __init__(self, policy: GroupPolicy | None = None, decide: bool = True) -> None:
+        self._policy, self._decide = policy, decide
         self._server: grpc.aio.Server | None = None
         self._changed = asyncio.Condition()
         self.snapshot = membership_pb2.Snapshot(epoch=1, version=1)
@@ -42,7 +42,8 @@ class FakeController(membership_pb2_grpc.MembershipServicer):
 
     async def start(self, host: str = "127.0.0.1") -> None:
         self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-        self.attendance = AttendanceServicer(self.publish, self._policy)
+        decided = self.publish if self._decide else lambda group, why: None  # a test publishes by itself
+        self.attendance = AttendanceServicer(decided, self._policy)
         self.attendance.attach(self._server)
         membership_pb2_grpc.add_MembershipServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"{host}:{self.port}")
@@ -173,9 +174,11 @@ def count(writer: CounterWriter, **more: int) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(directory: Path, policy: GroupPolicy | None = None, **config: Any) -> AsyncIterator[Agents]:
+async def running(
+    directory: Path, policy: GroupPolicy | None = None, decide: bool = True, **config: Any
+) -> AsyncIterator[Agents]:
     """A controller and no agents yet; stops all at the end."""
-    controller = FakeController(policy)
+    controller = FakeController(policy, decide)
     await controller.start()
     agents = Agents(controller, directory, **config)
     try:
