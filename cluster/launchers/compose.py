@@ -57,7 +57,7 @@ def _service(
     spec: ClusterSpec, launch: LaunchSpec, compose: ComposeLaunch, group: DeviceGroup, *, head: bool
 ) -> dict[str, Any]:
     command = node_command(spec, launch.ports, group, ray="ray", head_address=HEAD, head=head, token_path=SECRET)
-    node = ["python", "-m", "cluster.launchers.node", "run", "--directory", DIRECTORY]
+    node = ["python3", "-m", "cluster.launchers.node", "run", "--directory", DIRECTORY]
     node += [] if head else ["--head", f"{HEAD}:{launch.ports.head}"]
     interface = group.interface or spec.network.interface
     node += ["--interface", interface] if interface else []

@@ -205,7 +205,7 @@ def _command(spec: ClusterSpec, group: PodGroup, *, head: bool) -> str:
     interface = group.interface or spec.network.interface
     options = f' --interface "{interface}"' if interface else ""
     then = f" --then 'megatoken up --detach --no-wait -f {SPEC_DIRECTORY}/{SPEC_FILE}'" if head else ""
-    node = f'exec python -m cluster.launchers.node run --directory {DIRECTORY} --address "$MEGATOKEN_POD_IP"'
+    node = f'exec python3 -m cluster.launchers.node run --directory {DIRECTORY} --address "$MEGATOKEN_POD_IP"'
     labels = ",".join(f"{name}={value}" for name, value in sorted(group.node_labels.items()))
     ray = f"$KUBERAY_GEN_RAY_START_CMD --labels={labels}" if labels else "$KUBERAY_GEN_RAY_START_CMD"
     return f'ulimit -n 65536; {node}{options}{then} -- bash -c "{ray}"'

@@ -140,6 +140,15 @@ class SlurmLaunch(DeviceGroup):
     prefix: str = Field(DEFAULT_PREFIX, pattern=PATH_PATTERN, description="virtual environment on a shared file system")
     wait_s: int = Field(300, ge=30, le=3600, description="limit on all nodes joining")
 
+    @field_validator("time", mode="before")
+    @classmethod
+    def _as_slurm_writes_it(cls, time: Any) -> Any:
+        """YAML reads an unquoted 12:00:00 as a number of seconds."""
+        if isinstance(time, int) and not isinstance(time, bool):
+            minutes, seconds = divmod(time, 60)
+            return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
+        return time
+
 
 class PodGroup(DeviceGroup):
     """Equal worker pods."""
