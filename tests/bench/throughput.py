@@ -4,8 +4,8 @@
 
 Parts: recovery (kill -9 of agents), leaks (epoch changes), counts (three counts after chaos), overhead (serving with
 and without sampling), scale (real gloo ranks, and a model of them). Prints a table and writes
-bench-results/throughput.json. All is on one machine with real processes; where it has few cores, ranks share them, so CPU time a tick is the figure
-that travels and wall time is an upper bound.
+bench-results/throughput.json. All is on one machine with real processes; where it has few cores, ranks share them, so
+CPU time a tick is the figure that travels and wall time is an upper bound.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def show(found: dict[str, Any]) -> None:
     for line in found.get("ranks", []):
         print(
             f"  {line['ranks']:4} ranks, {line['levels']:9} {line['bytes']:6} B"
-            f"  CPU a rank and tick {line['cpu_us']:7.0f} us  wall {line['wall_ms_p50']:7.1f} ms  forming {line['form_s']:.2f} s"
+            f"  CPU a rank and tick {line['cpu_us']:7.0f} us"
+            f"  wall {line['wall_ms_p50']:7.1f} ms  forming {line['form_s']:.2f} s"
         )
     if "model" in found:
         print(f"  model: {found['model']['text']}")

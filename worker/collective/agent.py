@@ -57,7 +57,7 @@ from worker.collective.reducer_client import NoAnswer, Nursery, ReduceFailure, R
 
 SLACK_S: Final = 0.25  # the reducer's own deadline comes first: it knows more about what went wrong
 CLOCK_JUMP_S: Final = 0.5
-NURSERY_CHECK_S: Final = 0.2
+NURSERY_CHECK_S: Final = 0.5
 LINKS_CHECK_S: Final = 1.0
 STANCES: Final = {
     State.OUTSIDE: throughput_pb2.ATTENDANCE_STATE_OUTSIDE,
