@@ -58,7 +58,7 @@ def node_environment(launch: dict[str, Any]) -> dict[str, str]:
         interface = interface_of(address)
         if interface:
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
-                env.setdefault(name, interface)
+                env.setdefault(name, os.environ.get(name) or interface)  # what `ray start` was given there stands
     return env
 
 

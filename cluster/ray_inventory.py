@@ -1,7 +1,7 @@
 """Ray's list of nodes as an Inventory. Pure; ray_backend.py calls it with what `ray.nodes()` returned.
 
 Devices of a node: its GPUs, of the kind that Ray names (`accelerator_type:KIND`), or else its `cpu_device` slots. Node
-labels `site`, `rack` and `link_domains` (sizes in device order, "4,4") say what Ray does not know.
+labels `site`, `rack` and `link_domains` (sizes in device order, "4-4") say what Ray does not know.
 """
 
 from __future__ import annotations
@@ -78,9 +78,12 @@ def _gpu_kind(resources: Mapping[str, float], labels: Mapping[str, str]) -> str:
 
 
 def _link_domains(sizes: str, count: int) -> list[str]:
-    """ "4,4" puts devices 0-3 in one domain and 4-7 in the next; anything else is one domain."""
+    """ "4-4" puts devices 0-3 in one domain and 4-7 in the next; anything else is one domain.
+
+    A comma works in an inventory that is not Ray's: Ray refuses it in a label's value.
+    """
     domains: list[str] = []
-    for number, size in enumerate(part for part in sizes.split(",") if part.strip().isdigit()):
+    for number, size in enumerate(part for part in sizes.replace("-", ",").split(",") if part.strip().isdigit()):
         domains += [str(number)] * min(int(size), MAX_DEVICES)
     return domains if len(domains) == count else [""] * count
 
