@@ -53,8 +53,11 @@ class Backend(Protocol):
     ray_address: str
     head_node: str
 
-    def look(self, wait_s: float) -> Look:
-        """What there is; returns early when something changes, at the latest after about `wait_s`."""
+    def wait_change(self, wait_s: float) -> bool:
+        """Waits until a process reports a change, at most about `wait_s`; says whether one did."""
+
+    def look(self) -> Look:
+        """What there is now. Waits for nothing but Ray's own answer."""
 
     def reserve(self, replica: Replica) -> None:
         """Asks for the replica's devices, each bundle pinned to its node."""

@@ -109,7 +109,7 @@ class _NamedErrors:
         if not isinstance(error, grpc.RpcError):
             return
         code, details = error.code(), error.details()
-        if code is grpc.StatusCode.UNAVAILABLE:
+        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):  # cancelled: it stopped meanwhile
             raise Unreachable(f"the controller at {self._address} cannot be reached: {details}") from None
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             raise Unreachable(f"the controller at {self._address} did not answer in {CALL_TIMEOUT_S:.0f} s") from None

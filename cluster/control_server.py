@@ -55,7 +55,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
     async def Apply(self, request: control_pb2.ApplyRequest, context: Context) -> control_pb2.ApplyResponse:
         async def work() -> control_pb2.ApplyResponse:
             spec = load_spec(request.spec_yaml)
-            generation, changes = self._controller.apply(spec, dry_run=request.dry_run)
+            generation, changes = self._controller.orders.apply(spec, self._controller.fleet, dry_run=request.dry_run)
             return control_pb2.ApplyResponse(generation=generation, changes=changes)
 
         return await answered(context, work)
@@ -64,7 +64,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         async def work() -> control_pb2.ScaleResponse:
             if request.replicas > MAX_REPLICAS:
                 raise RequestError("replicas", request.replicas, f"at most {MAX_REPLICAS}")
-            generation = self._controller.scale(request.model, request.replicas)
+            generation = self._controller.orders.scale(request.model, request.replicas)
             return control_pb2.ScaleResponse(generation=generation)
 
         return await answered(context, work)
@@ -76,13 +76,15 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
             timeout_s = request.timeout_s if request.HasField("timeout_s") else None
             if timeout_s is not None and not 0 <= timeout_s <= 86_400:
                 raise RequestError("timeout_s", timeout_s, "0 to 86400")
+            orders = self._controller.orders
             match request.WhichOneof("target"):
                 case "replica" if request.undo:
                     raise RequestError("undo", True, "nodes only: a drained replica is replaced, not taken back")
                 case "replica":
-                    replicas = self._controller.drain_replica(request.replica, timeout_s)
+                    replicas = orders.drain_replica(request.replica, timeout_s, self._controller.fleet)
                 case "node":
-                    replicas = self._controller.drain_node(request.node, undo=request.undo)
+                    inventory, fleet = self._controller.inventory, self._controller.fleet
+                    replicas = orders.drain_node(request.node, inventory, fleet, undo=request.undo)
                 case _:
                     raise RequestError("target", "", "a replica or a node")
             return control_pb2.DrainTargetResponse(replicas=replicas)
@@ -119,7 +121,8 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         return await self._controller.tail(name, lines)
 
     async def Shutdown(self, request: control_pb2.ShutdownRequest, context: Context) -> control_pb2.ShutdownResponse:
-        self._controller.shut_down(max(0.0, min(request.drain_timeout_s, 86_400.0)))
+        timeout_s = max(0.0, min(request.drain_timeout_s, 86_400.0))
+        self._controller.orders.shut_down(timeout_s, self._controller.fleet)
         return control_pb2.ShutdownResponse()
 
 

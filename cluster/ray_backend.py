@@ -70,8 +70,11 @@ class RayBackend:
 
     # -- looking --
 
-    def look(self, wait_s: float) -> Look:
-        self._collect(wait_s)
+    def wait_change(self, wait_s: float) -> bool:
+        return self._collect(wait_s)
+
+    def look(self) -> Look:
+        self._collect(0.0)
         self._finish_stops()
         try:
             self._inventory = inventory_of(ray.nodes())
@@ -97,17 +100,18 @@ class RayBackend:
         facts = worker_facts(handle.facts) if handle.facts else None
         return ReplicaObservation(reservation, handle.phase, facts, handle.reason)
 
-    def _collect(self, wait_s: float) -> None:
-        """Takes the watches that came back and asks again; waits at most `wait_s` for the first."""
+    def _collect(self, wait_s: float) -> bool:
+        """Takes the watches that came back and asks again; waits at most `wait_s` for the first. Says if one came."""
         watches = {handle.watch: handle for handle in self._handles.values() if handle.watch is not None}
         if not watches:
             time.sleep(wait_s)
-            return
+            return False
         done, _ = ray.wait(list(watches), num_returns=1, timeout=wait_s)
         if done and len(watches) > 1:
             done, _ = ray.wait(list(watches), num_returns=len(watches), timeout=0)
         for reference in done:
             self._take(watches[reference], reference)
+        return bool(done)
 
     def _take(self, handle: _Handle, reference: Any) -> None:
         try:

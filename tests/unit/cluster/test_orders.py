@@ -1,0 +1,122 @@
+"""Orders: what they change, what they refuse, and what an update can return to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.fleet import Fleet, Happening, Replica
+from cluster.orders import Orders
+from cluster.placement import Placement, Rank
+from cluster.replica import ReplicaState
+from cluster.spec import ClusterSpec
+from cluster.spec_load import SpecError
+from cluster.state import StateStore
+from cluster.topology import Inventory, Node
+from megatoken.errors import NotFoundError, RequestError
+
+NODES = Inventory((Node("aaaaaaaa1", "10.0.0.1", name="x"), Node("aaaaaaaa2", "10.0.0.2", name="y")))
+
+
+def spec(**changes: Any) -> ClusterSpec:
+    model = {"name": "m", "engine": "simulated", **changes}
+    return ClusterSpec.model_validate({"models": [model]})
+
+
+def fleet_of(revision: str, state: ReplicaState = ReplicaState.READY) -> Fleet:
+    placement = Placement("m-1", "m", (Rank(0, "aaaaaaaa1", 0, "cpu"),))
+    return Fleet((Replica("m-1", "m", revision, 1, placement, 0.0, state),))
+
+
+class Told:
+    def __init__(self, directory: Path) -> None:
+        store = StateStore(directory / "state.sqlite")
+        store.put_spec(spec(), {})
+        self.happenings: list[Happening] = []
+        self.woken = 0
+        self.store = store
+        self.orders = Orders(store, self.happenings.append, self._wake)
+
+    def _wake(self) -> None:
+        self.woken += 1
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Told:
+    return Told(tmp_path)
+
+
+def test_scale_wakes_the_loop_and_survives_a_restart(told: Told) -> None:
+    assert told.orders.scale("m", 5) == 2
+    assert told.woken == 1
+    assert told.orders.scale("m", 5) == 2  # nothing changes
+    again = Orders(told.store, told.happenings.append, lambda: None)
+    assert again.desired.models[0].replicas == 5
+    with pytest.raises(NotFoundError, match="one of: m"):
+        told.orders.scale("n", 1)
+
+
+def test_a_dry_run_and_an_equal_spec_change_nothing(told: Told) -> None:
+    changed = spec(replicas=4, max_running=7)
+    _, changes = told.orders.apply(changed, Fleet(), dry_run=True)
+    assert changes == [
+        "model m: max_running changes; replicas are exchanged, 1 extra at most",
+        "model m: 1 -> 4 replicas",
+    ]
+    assert told.orders.apply(spec(), Fleet(), dry_run=False) == (1, [])
+    assert told.woken == 0
+
+
+def test_what_needs_a_new_cluster_is_refused(told: Told) -> None:
+    with pytest.raises(SpecError, match="control: cannot be changed while the cluster runs"):
+        told.orders.apply(ClusterSpec.model_validate({"control": {"port": 1}}), Fleet(), dry_run=False)
+    assert told.orders.desired.generation == 1
+
+
+def test_an_update_of_a_working_model_can_be_rolled_back_and_one_that_never_worked_cannot(told: Told) -> None:
+    before = told.orders.spec.models[0]
+    told.orders.apply(spec(max_running=7), Fleet(), dry_run=False)
+    assert told.orders.desired.previous == {}
+    told.orders.apply(spec(), fleet_of("x"), dry_run=False)
+    told.orders.apply(spec(max_running=8), fleet_of(before.revision), dry_run=False)
+    assert told.orders.desired.previous == {"m": before}
+    told.orders.apply(spec(max_running=9), fleet_of(before.revision), dry_run=False)
+    assert told.orders.desired.previous == {"m": before}  # 8 was never seen to work
+    told.orders.scale("m", 3)
+    told.orders.roll_back("m")
+    assert told.orders.spec.models[0] == before.model_copy(update={"replicas": 3})
+    assert told.orders.desired.previous == {}
+
+
+def test_an_update_is_over_when_every_replica_runs_it(told: Told) -> None:
+    before = told.orders.spec.models[0]
+    told.orders.apply(spec(max_running=8), fleet_of(before.revision), dry_run=False)
+    told.orders.settle_updates(fleet_of(before.revision))
+    assert told.orders.desired.previous
+    told.orders.settle_updates(fleet_of(told.orders.spec.models[0].revision))
+    assert not told.orders.desired.previous
+    assert told.happenings[-1].kind == "model.updated"
+
+
+def test_drains(told: Told) -> None:
+    fleet = fleet_of("r")
+    assert told.orders.drain_replica("m-1", None, fleet) == ["m-1"]
+    assert told.orders.desired.drain_requests == {"m-1": 60.0}
+    with pytest.raises(NotFoundError, match="one of: m-1"):
+        told.orders.drain_replica("m-9", None, fleet)
+    for name in ("x", "10.0.0.1", "aaaaaaaa1"):
+        assert told.orders.drain_node(name, NODES, fleet, undo=False) == ["m-1"]
+    assert told.orders.desired.drained_nodes == {"aaaaaaaa1"}
+    assert told.orders.drain_node("x", NODES, fleet, undo=True) == []
+    assert told.orders.desired.drained_nodes == frozenset()
+    with pytest.raises(RequestError, match="several nodes"):
+        told.orders.drain_node("aaaaaaaa", NODES, fleet, undo=False)
+    with pytest.raises(NotFoundError, match="one of: x, y"):
+        told.orders.drain_node("z", NODES, fleet, undo=False)
+
+
+def test_a_shutdown_is_remembered(told: Told) -> None:
+    told.orders.shut_down(3.0, fleet_of("r"))
+    again = Orders(told.store, told.happenings.append, lambda: None)
+    assert again.desired.stopping
+    assert again.desired.drain_requests == {"m-1": 3.0}

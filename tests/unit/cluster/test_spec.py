@@ -1,0 +1,147 @@
+"""The spec: what is allowed, and the one line for each thing that is not."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.spec import ClusterSpec, default_spec
+from cluster.spec_check import device_problems, model_problems
+from cluster.spec_load import SpecError, dump_spec, load_spec
+from cluster.spec_model import ModelSpec
+
+
+def problems(text: str) -> str:
+    with pytest.raises(SpecError) as raised:
+        load_spec(text)
+    return str(raised.value)
+
+
+def complaints(text: str) -> tuple[str, ...] | None:
+    """What is wrong with a text; None: nothing."""
+    try:
+        load_spec(text)
+    except SpecError as error:
+        return error.problems
+    return None
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (
+            "models: [{name: a, source: x, replicas: -1}]",
+            "models.a.replicas: -1 is not allowed; greater than or equal to 0",
+        ),
+        ("models: [{name: a, source: x, parallel: {tensor: 0}}]", "models.a.parallel.tensor: 0 is not allowed"),
+        ("models: [{name: a, source: x, colour: red}]", "models.a.colour: is not a field"),
+        ("models: [{name: a}]", "models.a: source is missing"),
+        ("models: [{source: x}]", "models.0.name: is missing"),
+        ("models: [{name: a, source: x}, {name: a, source: y}]", "the name 'a' is given 2 times"),
+        ("models: [{name: a, source: x, served_names: [b]}, {name: b, source: y}]", "the name 'b' is given 2 times"),
+        ("models: [{name: a, source: x, simulated: {}}]", "engine is 'vllm'"),
+        ("models: [{name: a, source: x, policy: best}]", "policy: 'best' is not allowed; one of round_robin"),
+        ("models: [{name: a, source: x, parallel: {expert: 3, tensor: 2}}]", "expert: 3 is not allowed; 1, or"),
+        ("models: [{name: a, source: x, placement: {anti_affinity: [z]}}]", "anti_affinity: 'z' is not allowed"),
+        ("models: [{name: '-a', source: x}]", "is not allowed"),
+        ("routers: {policy: best}", "routers.policy: 'best' is not allowed; one of round_robin"),
+        ("routers: {port: 8000}", "edge.port: 8000 is not allowed; routers.port has that port already"),
+        ("routers: {port: 70000}", "routers.port: 70000 is not allowed; less than or equal to 65535"),
+        ("routers: {count: 0}", "an edge needs a router"),
+        ("agents: {tick_s: 5, deadline_s: 1}", "agents.deadline_s: 1.0 is not allowed; at least tick_s = 5.0"),
+        ("cluster: Not Good", "cluster: 'Not Good' is not allowed"),
+        ("ray: {address: 'nowhere'}", "ray.address: 'nowhere' is not allowed"),
+        ("a: 1\na: 2", "key 'a' is given twice"),
+        ("1: 2", "key 1 is not text"),
+        ("- 1", "a mapping"),
+        ("", "None is not allowed; a mapping"),
+        ("{", "not YAML"),
+        ("a: !!python/object/apply:os.system [x]", "not YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, complaint: str) -> None:
+    assert complaint in problems(text)
+
+
+def test_every_problem_has_a_line() -> None:
+    lines = problems("cluster: X\nmodels: [{name: a, source: x, replicas: -1, kv_cache_gib: 0}]").splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["cluster", "models.a.replicas", "models.a.kv_cache_gib"]
+
+
+def test_every_field_says_what_it_is() -> None:
+    def undescribed(part: type) -> list[str]:
+        found = []
+        for name, field in part.model_fields.items():  # type: ignore[attr-defined]
+            inner = field.annotation
+            if isinstance(inner, type) and hasattr(inner, "model_fields") and inner.__module__.startswith("cluster."):
+                found += undescribed(inner)
+            elif not field.description and not hasattr(inner, "model_fields"):
+                found.append(f"{part.__name__}.{name}")
+        return found
+
+    assert undescribed(ClusterSpec) + undescribed(ModelSpec) == []
+
+
+def test_a_spec_survives_its_text() -> None:
+    spec = default_spec().with_replicas("smollm2-135m-instruct", 7)
+    assert load_spec(dump_spec(spec)) == spec
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(
+                st.sampled_from(["cluster", "models", "name", "routers", "port", "ray", "x"]), inner, max_size=4
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_no_document_crashes_it(document: object) -> None:
+    found = complaints(yaml.safe_dump(document))
+    assert found is None or (found and all(len(line) < 400 for line in found))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200))
+def test_no_text_crashes_it(text: str) -> None:
+    assert complaints(text) is None or complaints(text)
+
+
+def test_the_revision_changes_with_what_runs_and_not_with_how_many() -> None:
+    model = default_spec().models[0]
+    assert model.model_copy(update={"replicas": 9, "drain_timeout_s": 1.0}).revision == model.revision
+    assert model.model_copy(update={"dtype": "float32"}).revision != model.revision
+    assert model.model_copy(update={"engine_args": {"seed": 1}}).revision != model.revision
+
+
+def test_sizes_that_the_model_does_not_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATOKEN_CACHE", str(tmp_path))
+    directory = tmp_path / "models" / "smollm2-135m-instruct"
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(
+        '{"num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3,'
+        ' "vocab_size": 49152, "intermediate_size": 1536, "max_position_embeddings": 8192}'
+    )
+    model = {"name": "a", "source": "builtin:smollm2-135m-instruct"}
+
+    def found(**changes: object) -> list[str]:
+        return model_problems(ClusterSpec.model_validate({"models": [{**model, **changes}]}))
+
+    assert found() == []
+    assert found(parallel={"tensor": 3}) == []
+    assert "models.a.parallel.tensor: 2 is not allowed" in found(parallel={"tensor": 2})[0]
+    assert "models.a.parallel.pipeline: 31 is not allowed; at most the 30 layers" in found(parallel={"pipeline": 31})[0]
+    assert "models.a.max_model_len: 9000 is not allowed; at most the model's 8192" in found(max_model_len=9000)[0]
+    assert "built-in models are" in found(source="builtin:gpt-9")[0]
+    assert "a directory with a model" in found(source="/no/such/model")[0]
+
+
+def test_a_replica_wider_than_the_local_machine() -> None:
+    spec = load_spec("ray: {cpu_devices: 2}\nmodels: [{name: a, source: x, parallel: {pipeline: 3}}]")
+    assert "3 devices a replica is not allowed; ray.cpu_devices gives this cluster 2" in device_problems(spec)[0]

@@ -1,0 +1,59 @@
+"""The state file: what one controller wrote, the next one reads."""
+
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.fleet import Fleet, Replica, WorkerFacts
+from cluster.placement import Placement, Rank
+from cluster.replica import ReplicaState
+from cluster.spec import default_spec
+from cluster.state import StateStore
+
+
+def replica(number: int, state: ReplicaState = ReplicaState.READY) -> Replica:
+    placement = Placement(f"m-{number}", "m", (Rank(0, "n0", 0, "cpu"), Rank(1, "n1", 0, "cpu", stage=1)))
+    facts = WorkerFacts("127.0.0.1:1", 2**62, "vllm", max_model_len=2048)
+    return Replica(f"m-{number}", "m", "abc", 1, placement, 10.0, state, 11.0, "why", facts, 99.5, "scale")
+
+
+def test_everything_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "state.sqlite"
+    store = StateStore(path)
+    assert store.spec() is None
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    spec = default_spec()
+    assert store.put_spec(spec, {}) == 1
+    changed = spec.models[0].model_copy(update={"dtype": "float32"})
+    assert store.put_spec(spec.with_model(changed), {changed.name: spec.models[0]}) == 2
+    store.save_fleet(Fleet((replica(1), replica(2)), serial=2))
+    store.drain_node("n1")
+    store.drain_replica("m-2", 5.0)
+    store.put(epoch="7")
+    store.put_ports({"routers.port": 1234})
+    store.close()
+
+    again = StateStore(path)
+    assert again.spec() == spec.with_model(changed)
+    fleet = again.fleet()
+    assert fleet.replicas == (replica(1), replica(2))
+    assert fleet.serial == 2
+    desired = again.desired()
+    assert (desired.generation, desired.drained_nodes, dict(desired.drain_requests)) == (2, {"n1"}, {"m-2": 5.0})
+    assert desired.previous == {changed.name: spec.models[0]}
+    assert (again.get("epoch"), again.ports()) == ("7", {"routers.port": 1234})
+
+
+def test_a_save_writes_changes_and_forgets_what_is_gone(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "state.sqlite")
+    store.save_fleet(Fleet((replica(1), replica(2)), serial=2))
+    store.drain_replica("m-1", 5.0)
+    moved = replace(replica(2), state=ReplicaState.DRAINING)
+    store.save_fleet(Fleet((moved,), serial=3))
+    assert store.fleet().replicas == (moved,)
+    assert store.desired().drain_requests == {}
+    store.drain_node("n1")
+    store.drain_node("n1", undo=True)
+    assert store.desired().drained_nodes == frozenset()
+    store.forget_previous(["m"])
+    assert store.desired(stopping=True).stopping
