@@ -8,11 +8,12 @@ import os
 import sys
 from pathlib import Path
 
-from cluster.cli_common import read_text
+from cluster.cli_common import add_cluster_arguments, connect, read_text
 from cluster.launchers.launch_load import launch_of
 from cluster.launchers.launch_spec import SshHost
 from cluster.model_shape import GIB, ModelShape, ShapeError, load_shape
 from cluster.plan import plan_cluster
+from cluster.plan_live import live_inventory
 from cluster.plan_print import plan_json, plan_text
 from cluster.spec import ClusterSpec, default_spec
 from cluster.spec_load import SpecError, load_spec
@@ -26,13 +27,21 @@ EXIT_BLOCKED = 3  # the spec is right, but not all of it finds a place
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--file", help="the spec, YAML; none: the embedded default")
     parser.add_argument("--inventory", type=Path, help="nodes as JSON or YAML; none: the spec's machines, or this one")
+    parser.add_argument(
+        "--live", action="store_true", help="plan on the nodes of the running cluster, as if it were empty"
+    )
+    add_cluster_arguments(parser)
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0: everything finds a place; 3: something is blocked. Raises CommandError or SpecError for wrong input."""
     spec = load_spec(read_text(arguments.file)) if arguments.file else default_spec()
-    inventory, note = planned_inventory(arguments.inventory, spec)
+    if arguments.live:
+        with connect(arguments) as client:
+            inventory, note = live_inventory(client.status().nodes), ""
+    else:
+        inventory, note = planned_inventory(arguments.inventory, spec)
     shapes, unknown = read_shapes(spec)
     plan = plan_cluster(spec, inventory, shapes)
     if arguments.json:

@@ -57,8 +57,8 @@ def _devices(
         kind, count = _gpu_kind(resources, labels), gpus
     else:
         kind, count = CPU_KIND, int(resources.get(CPU_RESOURCE, 0))
-    domains = _link_domains(labels.get("link_domains", ""), count)
-    memory = _memory_bytes(labels.get("device_memory_gib", ""))
+    domains = link_domains(labels.get("link_domains", ""), count)
+    memory = memory_bytes(labels.get("device_memory_gib", ""))
     return tuple(
         Device(kind, index, memory, domains[index], out.get((node_id, index), ""))
         for index in range(min(count, MAX_DEVICES))
@@ -77,7 +77,7 @@ def _gpu_kind(resources: Mapping[str, float], labels: Mapping[str, str]) -> str:
     return kind
 
 
-def _link_domains(sizes: str, count: int) -> list[str]:
+def link_domains(sizes: str, count: int) -> list[str]:
     """ "4-4" puts devices 0-3 in one domain and 4-7 in the next; anything else is one domain.
 
     A comma works in an inventory that is not Ray's: Ray refuses it in a label's value.
@@ -88,7 +88,7 @@ def _link_domains(sizes: str, count: int) -> list[str]:
     return domains if len(domains) == count else [""] * count
 
 
-def _memory_bytes(gib: str) -> int:
+def memory_bytes(gib: str) -> int:
     try:
         return max(0, int(float(gib) * GIB))
     except (ValueError, OverflowError):

@@ -10,10 +10,12 @@ import pytest
 from cluster.cli import main
 from cluster.model_shape import read_shape
 from cluster.plan import plan_cluster
+from cluster.plan_live import live_inventory
 from cluster.plan_order import rate_of
 from cluster.plan_print import plan_json, plan_text, span
 from cluster.spec_load import SpecError, parse_spec
 from cluster.topology_file import load_inventory
+from megatoken.v1 import control_pb2
 
 LLAMA2_70B = {
     "num_hidden_layers": 80,
@@ -146,3 +148,30 @@ def test_the_order_prefers_faster_devices_and_no_needless_split() -> None:
 @pytest.mark.parametrize(("numbers", "text"), [([0, 1, 2, 3, 7], "0-3,7"), ([5], "5"), ([], "")])
 def test_span(numbers: list[int], text: str) -> None:
     assert span(numbers) == text
+
+
+def test_a_running_cluster_is_planned_on_as_its_status_tells_it() -> None:
+    status = control_pb2.NodeStatus(
+        node="gpu-a",
+        address="10.0.0.1",
+        site="paris",
+        state="drained",
+        device_kind="mi355x",
+        devices=8,
+        devices_out=["3: rank died twice here, probe in 40 s"],
+        labels={"node_id": "ab12", "rack": "r1", "link_domains": "4-4", "device_memory_gib": "288"},
+    )
+    (node,) = live_inventory([status]).nodes
+    assert (node.id, node.title, node.rack, node.draining, node.alive) == ("ab12", "gpu-a", "r1", True, True)
+    assert [device.link_domain for device in node.devices] == ["0"] * 4 + ["1"] * 4
+    assert node.devices[3].out == "rank died twice here, probe in 40 s"
+    assert [device.healthy for device in node.devices].count(False) == 1
+    assert node.devices[0].memory_bytes == 288 << 30
+
+
+def test_planning_on_a_cluster_that_does_not_run_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGATOKEN_STATE_DIR", str(tmp_path))
+    assert run("--live") == 1
+    assert "no cluster is running" in capsys.readouterr().err
