@@ -1,0 +1,72 @@
+"""One child process: its ready line, its output, its end, and why it ended."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.child import Child, ChildState, Launch
+
+PROGRAM = """
+import json, os, sys, time
+arguments = sys.argv[1:]
+config = json.load(open(arguments[arguments.index("--config") + 1]))
+ready = int(arguments[arguments.index("--ready-fd") + 1])
+print("hello from the child", config["word"], os.environ.get("WORD"), os.environ.get("OMP_NUM_THREADS"))
+if config["word"] == "broken":
+    print("ValueError: a broken word")
+    sys.exit(3)
+with os.fdopen(ready, "w") as pipe:
+    pipe.write(json.dumps({"address": "here"}) + "\\n")
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Launch]:
+    (tmp_path / "child_program.py").write_text(PROGRAM)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    env = {"PYTHONPATH": str(tmp_path), "WORD": "given"}
+    return lambda word: Launch("one", "child_program", {"word": word}, str(tmp_path / "run"), env)
+
+
+def until(child: Child, phase: str) -> ChildState:
+    deadline = time.monotonic() + 30
+    state = child.state()
+    while state.phase != phase:
+        assert time.monotonic() < deadline, state
+        state = child.wait_change(state.version, 1.0)
+    return state
+
+
+def test_it_serves_and_stops(launch: Callable[[str], Launch], tmp_path: Path) -> None:
+    child = Child(launch("fine"))
+    state = until(child, "serving")
+    assert state.facts == {"address": "here"}
+    assert child.stop(5.0).reason == "stopped"
+    assert "hello from the child fine given None" in child.tail(10)
+    config = tmp_path / "run" / "configs" / "one.json"
+    assert json.loads(config.read_text()) == {"word": "fine"}
+    assert config.stat().st_mode & 0o777 == 0o600
+    assert "hello" in (tmp_path / "run" / "logs" / "one.log").read_text()
+
+
+def test_its_failure_names_the_status_and_the_telling_line(launch: Callable[[str], Launch]) -> None:
+    child = Child(launch("broken"))
+    assert until(child, "exited").reason == "exit status 3: ValueError: a broken word"
+
+
+def test_its_kill_names_the_signal(launch: Callable[[str], Launch]) -> None:
+    child = Child(launch("fine"))
+    os.kill(until(child, "serving").pid, signal.SIGKILL)
+    assert until(child, "exited").reason == "killed by SIGKILL"
+
+
+def test_a_program_that_cannot_start_says_so(launch: Callable[[str], Launch], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    assert "could not start" in until(Child(launch("fine")), "exited").reason
