@@ -13,13 +13,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from megatoken.errors import EngineDeadError, MegatokenError, RequestError
 from megatoken.log import log_event, setup_logging
 from megatoken.process import read_arguments, report_ready
 from worker.config import WorkerConfig
 from worker.engines.engine import Engine
+
+if TYPE_CHECKING:
+    from worker.replica import Replica
 
 STATUS_ENGINE_DEAD: Final = 1
 STATUS_BAD_CONFIG: Final = 2
@@ -85,7 +88,7 @@ async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> i
     return 0
 
 
-def _start_metrics(config: WorkerConfig, replica: object) -> tuple[str | None, Callable[[], None]]:
+def _start_metrics(config: WorkerConfig, replica: Replica) -> tuple[str | None, Callable[[], None]]:
     """Serves /metrics; returns its address, or None without one, and what closes it."""
     if config.metrics_port is None:
         return None, lambda: None
@@ -93,7 +96,8 @@ def _start_metrics(config: WorkerConfig, replica: object) -> tuple[str | None, C
     from worker.metrics import worker_registry
 
     try:
-        server = serve_metrics(worker_registry(replica), config.host, config.metrics_port)  # type: ignore[arg-type]
+        registry, own = worker_registry(replica), replica.engine.exposition
+        server = serve_metrics(registry, config.host, config.metrics_port, own)
     except OSError as error:
         raise RequestError("metrics_port", config.metrics_port, f"a port that is free; {error.strerror}") from None
     return f"{config.advertise_host or config.host}:{server.port}", server.close

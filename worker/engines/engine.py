@@ -129,5 +129,11 @@ class Engine(Protocol):
     def abort(self, slots: Sequence[int]) -> None:
         """Forgets these slots: nothing more comes for them, and the engine stops their work within a step."""
 
+    def exposition(self) -> bytes:
+        """The engine's own metrics as Prometheus text, labelled with model and replica; empty when it has none.
+
+        Called after `start`, from another thread.
+        """
+
     async def stop(self) -> None:
         """Stops the engine and waits until its processes are gone. Idempotent."""

@@ -79,6 +79,10 @@ class SimulatedEngine:
         self._batch.remove(slots)
         self._state_load()
 
+    def exposition(self) -> bytes:
+        """Has no metrics of its own."""
+        return b""
+
     async def stop(self) -> None:
         """Makes no further step."""
         self._halt()
