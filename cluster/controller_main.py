@@ -134,7 +134,8 @@ def start_metrics(controller: Controller, host: str, advertise: str, port: int) 
 
     controller.on_tick = on_tick
     controller.on_event = metrics.record_event
-    server = serve_controller_metrics(registry, lambda: metrics.status, host, port, advertise)
+    edge_scheme = "https" if controller.spec.security.tls is not None else "http"
+    server = serve_controller_metrics(registry, lambda: metrics.status, host, port, advertise, edge_scheme)
     controller.metrics_address = f"{advertise}:{server.port}"
     return server
 

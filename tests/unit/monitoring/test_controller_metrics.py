@@ -43,7 +43,8 @@ def status() -> ClusterStatus:
         ],
         processes=[
             ProcessStatus(name="router-0", kind="router", node="n1", state="READY", metrics_address="10.0.0.1:9200"),
-            ProcessStatus(name="edge-0", kind="edge", node="n1", state="READY"),
+            ProcessStatus(name="edge-0", kind="edge", node="n1", state="READY", address="10.0.0.1:8000"),
+            ProcessStatus(name="router-1", kind="router", node="n2", state="STARTING"),
         ],
     )
 
@@ -121,6 +122,10 @@ def test_targets_list_every_process_that_answers_with_its_labels() -> None:
     assert found == [
         {"targets": ["10.0.0.1:9000"], "labels": {"cluster": "demo", "kind": "controller", "process": "controller"}},
         {
+            "targets": ["10.0.0.1:8000"],
+            "labels": {"cluster": "demo", "kind": "edge", "process": "edge-0", "node": "n1", "site": "fi"},
+        },
+        {
             "targets": ["10.0.0.1:9200"],
             "labels": {"cluster": "demo", "kind": "router", "process": "router-0", "node": "n1", "site": "fi"},
         },
@@ -138,6 +143,7 @@ def test_targets_list_every_process_that_answers_with_its_labels() -> None:
             },
         },
     ]
+    assert targets(status(), "10.0.0.1:9000", "https")[1]["labels"]["__scheme__"] == "https"  # type: ignore[index,call-overload]
 
 
 def test_sd_is_served_beside_metrics_and_follows_the_status(registry: CollectorRegistry) -> None:
@@ -154,7 +160,7 @@ def test_sd_is_served_beside_metrics_and_follows_the_status(registry: CollectorR
         assert [group["targets"] for group in json.loads(get("/sd"))] == [[f"127.0.0.1:{server.port}"]]
         current[0] = status()
         metrics.publish(current[0])
-        assert len(json.loads(get("/sd"))) == 3
+        assert len(json.loads(get("/sd"))) == 4
         assert b'megatoken_cluster_model_replicas_wanted{model="chat"} 3.0' in get("/metrics")
     finally:
         server.close()
