@@ -69,7 +69,7 @@ def worker_launch(
         "env": dict(model.env),
         "start_timeout_s": model.start_timeout_s,
         "log_level": spec.log_level,
-        "tls": _server_tls(spec),
+        "tls": _worker_tls(spec),
     }
     if model.engine == "simulated":
         config["simulated"] = model.simulated.model_dump(mode="json") if model.simulated else {}
@@ -210,6 +210,15 @@ def _server_tls(spec: ClusterSpec) -> dict[str, str | None] | None:
         "key_file": str(tls.key_file),
         "client_ca_file": str(tls.ca_file) if tls.mutual else None,
     }
+
+
+def _worker_tls(spec: ClusterSpec) -> dict[str, str | None] | None:
+    """The same files under the names that WorkerConfig has for them."""
+    tls = spec.security.tls
+    if tls is None:
+        return None
+    authority = str(tls.ca_file) if tls.mutual else None
+    return {"cert_file": str(tls.cert_file), "key_file": str(tls.key_file), "ca_file": authority}
 
 
 def _client_tls(spec: ClusterSpec) -> dict[str, str | None] | None:

@@ -1,0 +1,87 @@
+"""Every configuration the controller writes is one that its program accepts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.fleet import Replica
+from cluster.launches import Surroundings, agent_launch, edge_launch, router_launch, worker_launch
+from cluster.placement import Placement, Rank
+from cluster.spec import ClusterSpec
+from cluster.spec_load import SpecError, load_spec
+from cluster.topology import Device, Inventory, Node
+from router.config import RouterConfig
+from router.edge.config import EdgeConfig
+from worker.collective.config import AgentConfig
+from worker.config import WorkerConfig
+
+HEAD = Node("h" * 56, "10.0.0.1", tuple(Device("cpu", number) for number in range(2)), name="alpha", head=True)
+OTHER = Node("o" * 56, "10.0.0.2", tuple(Device("mi355x", number) for number in range(8)), name="beta", site="oslo")
+NODES = Inventory((HEAD, OTHER))
+PORTS = {"routers.port": 7701, "edge.port": 8000, "agents.port": 7800}
+TLS = {"cert_file": "/c.pem", "key_file": "/k.pem", "ca_file": "/a.pem"}
+
+
+def around(local: bool = True) -> Surroundings:
+    return Surroundings("127.0.0.1:7700" if local else "10.0.0.1:7700", PORTS, "10.0.0.1:6379", local)
+
+
+def spec(tls: bool = False, mutual: bool = False, **model: Any) -> ClusterSpec:
+    values: dict[str, Any] = {"models": [{"name": "m", "source": "builtin:tiny-llama", **model}]}
+    if tls:
+        values |= {"security": {"tls": {**TLS, "mutual": mutual}}, "agents": {"enabled": False}}
+    return ClusterSpec.model_validate(values)
+
+
+def worker(wanted: ClusterSpec, *ranks: Rank, local: bool = True) -> tuple[WorkerConfig, dict[str, str], int]:
+    model = wanted.models[0]
+    replica = Replica("m-1", "m", model.revision, 1, Placement("m-1", "m", ranks), 0.0)
+    launch = worker_launch(replica, model, wanted, NODES, around(local), "ab" * 14, len(ranks))
+    return WorkerConfig(**launch.config, counters_dir="/counters"), dict(launch.env), launch.cpu_ranks
+
+
+@pytest.mark.parametrize(("tls", "mutual"), [(False, False), (True, False), (True, True)])
+def test_every_program_accepts_what_it_is_given(tls: bool, mutual: bool) -> None:
+    wanted = spec(tls, mutual)
+    config, _, _ = worker(wanted, Rank(0, HEAD.id, 0, "cpu"))
+    router = RouterConfig(**router_launch("r", HEAD, wanted, around()).config, counters_dir=Path("/counters"))
+    edge = EdgeConfig(**edge_launch("e", HEAD, wanted, around(), HEAD).config)
+    agent = AgentConfig(**agent_launch("a", HEAD, wanted, around()).config, counters_dir="/counters")
+    assert (config.tls is None, router.tls is None, edge.tls is None) == (not tls,) * 3
+    assert agent.controllers == ("127.0.0.1:7700",)
+    assert edge.router == "127.0.0.1:7701"
+    assert router.throughput_agent == (None if tls else "127.0.0.1:7800")
+    if tls and config.tls and router.tls:
+        assert (config.tls.ca_file is not None, router.tls.client_ca_file is not None) == (mutual, mutual)
+        assert router.worker_tls is not None
+        assert (router.worker_tls.cert_file is not None) == mutual
+
+
+def test_agents_and_tls_together_are_refused() -> None:
+    text = "security: {tls: {cert_file: /c, key_file: /k, ca_file: /a}}"
+    with pytest.raises(SpecError, match=r"agents\.enabled: true is not allowed with security\.tls"):
+        load_spec(text)
+
+
+def test_one_device_runs_without_ray_and_several_in_their_placement_group() -> None:
+    alone, _, cpu_ranks = worker(spec(), Rank(0, HEAD.id, 0, "cpu"))
+    assert (alone.placement_group_id, cpu_ranks) == (None, 1)
+    wide, _, _ = worker(spec(parallel={"tensor": 2}), Rank(0, HEAD.id, 0, "cpu"), Rank(1, HEAD.id, 1, "cpu", tensor=1))
+    assert (wide.placement_group_id, wide.ray_address) == ("ab" * 14, "10.0.0.1:6379")
+    assert wide.devices == ("rank 0: alpha device 0", "rank 1: alpha device 1")
+
+
+def test_a_gpu_replica_sees_its_planned_device_and_takes_no_cpu_share() -> None:
+    config, env, cpu_ranks = worker(spec(), Rank(0, OTHER.id, 5, "mi355x"), local=False)
+    assert (env["CUDA_VISIBLE_DEVICES"], env["HIP_VISIBLE_DEVICES"], cpu_ranks) == ("5", "5", 0)
+    assert (config.host, config.node, config.site, config.device_kind) == ("10.0.0.2", "beta", "oslo", "mi355x")
+
+
+def test_the_models_environment_wins_and_the_interface_is_pinned() -> None:
+    wanted = spec(env={"NCCL_IB_HCA": "mine"})
+    network = {"interface": "eth7", "env": {"NCCL_IB_HCA": "theirs", "X": "1"}}
+    wanted = ClusterSpec.model_validate({**wanted.model_dump(), "network": network})
+    _, env, _ = worker(wanted, Rank(0, HEAD.id, 0, "cpu"))
+    assert (env["NCCL_IB_HCA"], env["X"], env["GLOO_SOCKET_IFNAME"]) == ("mine", "1", "eth7")
+    assert env["MEGATOKEN_NODE_ADDRESS"] == "127.0.0.1"
