@@ -53,8 +53,8 @@ class SshHosts:
             "port": PORT,
             "identity_file": str(self.directory / "client"),
             "known_hosts_file": str(self.directory / known_hosts),
-            "connect_timeout_s": 3,
-            "start_timeout_s": 60,
+            "connect_timeout_s": 5,
+            "start_timeout_s": 150,
             "prefix": str(PREFIX),
             "directory": "/tmp/mt",
         }
@@ -119,49 +119,15 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         time.sleep(0.1)
 
 
-def test_rays_hosts_start_and_stop_over_ssh(ssh_hosts: SshHosts) -> None:
-    spec = ssh_hosts.spec()
-    cluster = ssh_hosts.cluster(spec)
-    try:
-        address = cluster.up(controller=False)
-        head = ssh_hosts.network.hosts[0]
-        assert address == f"{head.address}:6379"
-        program = (
-            "import ray; ray.init(log_to_driver=False); nodes = [n for n in ray.nodes() if n['Alive']];"
-            "print(sorted((n['NodeManagerAddress'], n['Labels']['rack'], n['Resources']['cpu_device']) for n in nodes))"
-        )
-        token = head.path("/tmp/mt/sshtest/ray_token")
-        assert token.read_text() == TOKEN
-        assert token.stat().st_mode & 0o777 == 0o600
-        env = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PATH": "/usr/bin:/bin"}
-        shown = head.run([sys.executable, "-c", program], env, timeout_s=90).stdout
-        expected = sorted((host.address, host.name, 1.0) for host in ssh_hosts.network.hosts)
-        assert str(expected) in shown
-        for host in ssh_hosts.network.hosts:
-            assert TOKEN not in " ".join(host.processes().values()), "the token is on a command line"
-    finally:
-        cluster.down(controller=False)
-    assert ssh_hosts.left() == []
-    assert not ssh_hosts.network.hosts[0].path("/tmp/mt/sshtest/ray_token").exists()
-
-
-@pytest.mark.parametrize(
-    ("known_hosts", "said"),
-    [("wrong_key", "its host key is not the known one"), ("unknown_key", "its host key is not known")],
-)
-def test_a_wrong_host_key_is_one_clear_error_and_nothing_starts(
-    ssh_hosts: SshHosts, known_hosts: str, said: str
-) -> None:
-    spec = ssh_hosts.spec(known_hosts=known_hosts)
-    with pytest.raises(LaunchError) as caught:
-        ssh_hosts.cluster(spec).up(controller=False)
+def test_a_host_that_cannot_be_used_is_one_clear_error_and_nothing_starts(ssh_hosts: SshHosts) -> None:
     second = ssh_hosts.network.hosts[1]
-    assert str(caught.value).startswith(f"host {second.address}: {said}")
-    assert ssh_hosts.left() == []
-
-
-def test_an_unreachable_host_is_one_clear_error_and_nothing_starts(ssh_hosts: SshHosts) -> None:
-    second = ssh_hosts.network.hosts[1]
+    for known_hosts, said in (
+        ("wrong_key", "its host key is not the known one"),
+        ("unknown_key", "its host key is not known"),
+    ):
+        with pytest.raises(LaunchError) as caught:
+            ssh_hosts.cluster(ssh_hosts.spec(known_hosts=known_hosts)).up(controller=False)
+        assert str(caught.value).startswith(f"host {second.address}: {said}")
     second.link(up=False)
     with pytest.raises(LaunchError, match=rf"host {second.address}: it is unreachable"):
         ssh_hosts.cluster(ssh_hosts.spec()).up(controller=False)
@@ -185,13 +151,20 @@ def test_up_and_down_bring_a_whole_cluster_over_ssh(
     spec = tmp_path / "spec.yaml"
     spec.write_text(dump_spec(ssh_hosts.spec()))
     try:
-        assert main(["up", "-f", str(spec), "--timeout", "120"]) == 0, capsys.readouterr().err
+        assert main(["up", "-f", str(spec), "--timeout", "240"]) == 0, capsys.readouterr().err
         assert capsys.readouterr().out.count("READY") >= 2
+        token = (tmp_path / "state" / "sshtest.token").read_text()
+        for host in ssh_hosts.network.hosts:
+            there = host.path("/tmp/mt/sshtest/ray_token")
+            assert there.read_text() == token
+            assert there.stat().st_mode & 0o777 == 0o600
+            assert token not in " ".join(host.processes().values()), "the token is on a command line"
         assert main(["up", "-f", str(spec)]) == 2
         assert "it is up already" in capsys.readouterr().err
     finally:
         assert main(["down"]) == 0, capsys.readouterr().err
     assert ssh_hosts.left() == []
+    assert not ssh_hosts.network.hosts[0].path("/tmp/mt/sshtest/ray_token").exists()
     assert list((tmp_path / "state").iterdir()) == []
 
 
@@ -205,17 +178,17 @@ def test_the_rendered_scripts_bring_a_whole_cluster_up_and_down(ssh_hosts: SshHo
             (scripts / artefact.name).chmod(0o755)
     head = ssh_hosts.network.hosts[0]
     try:
-        up = subprocess.run([scripts / "up.sh"], capture_output=True, text=True, timeout=200, check=False)
+        up = subprocess.run([scripts / "up.sh"], capture_output=True, text=True, timeout=280, check=False)
         assert up.returncode == 0, up.stdout + up.stderr
         assert (scripts / "ray_token").stat().st_mode & 0o777 == 0o600
         status = [str(PREFIX / "bin" / "megatoken"), "status", "--cluster", "sshtest"]
 
         def both_ready() -> bool:
-            shown = head.run(status, {"PATH": "/usr/bin:/bin", "HOME": "/root"}, check=False).stdout
+            shown = head.run(status, {"PATH": "/usr/bin:/bin", "HOME": str(Path.home())}, check=False).stdout
             return shown.count("READY") >= 2
 
-        wait_until(both_ready, 60)
+        wait_until(both_ready, 150)
     finally:
-        down = subprocess.run([scripts / "down.sh"], capture_output=True, text=True, timeout=200, check=False)
+        down = subprocess.run([scripts / "down.sh"], capture_output=True, text=True, timeout=280, check=False)
     assert down.returncode == 0, down.stdout + down.stderr
     assert ssh_hosts.left() == []
