@@ -91,7 +91,9 @@ class ControllerActor:
         port = await start_server(server, host, ports["control.port"])
         controller.address = f"{advertise}:{port}"
         await attendance.start()
-        metrics = start_metrics(controller, host, advertise, ports["control.metrics_port"])
+        metrics = start_metrics(
+            controller, host, advertise, ports["control.metrics_port"], "https" if spec.security.tls else "http"
+        )
         self._address = controller.address
         self._ready.set()
         try:
@@ -123,7 +125,7 @@ async def start_server(server: ControlServer, host: str, port: int) -> int:
             await asyncio.sleep(0.2)
 
 
-def start_metrics(controller: Controller, host: str, advertise: str, port: int) -> MetricsServer:
+def start_metrics(controller: Controller, host: str, advertise: str, port: int, edge_scheme: str) -> MetricsServer:
     """/metrics and /sd of the controller."""
     registry = new_registry("controller")
     metrics = ControllerMetrics(registry)
@@ -134,7 +136,6 @@ def start_metrics(controller: Controller, host: str, advertise: str, port: int) 
 
     controller.on_tick = on_tick
     controller.on_event = metrics.record_event
-    edge_scheme = "https" if controller.spec.security.tls is not None else "http"
     server = serve_controller_metrics(registry, lambda: metrics.status, host, port, advertise, edge_scheme)
     controller.metrics_address = f"{advertise}:{server.port}"
     return server
