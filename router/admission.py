@@ -31,7 +31,13 @@ def retry_after_s(pool: Pool) -> float:
 
 
 def refusal(
-    pool: Pool, cost_tokens: int, prompt_tokens: int, live: int, time_left_s: float, limits: AdmissionConfig
+    pool: Pool,
+    cost_tokens: int,
+    choices: int,
+    prompt_tokens: int,
+    live: int,
+    time_left_s: float,
+    limits: AdmissionConfig,
 ) -> MegatokenError | None:
     """Why a request cannot enter now; None when it may. `live` is requests running and queued in the router."""
     if not pool.replicas and not pool.wanted:
@@ -59,14 +65,20 @@ def refusal(
     else:
         wait_s = 0.0
     if time_left_s != float("inf"):
-        return _deadline(pool, prompt_tokens, time_left_s, wait_s)
+        return _deadline(pool, prompt_tokens, cost_tokens // choices - prompt_tokens, time_left_s, wait_s)
     return None
 
 
-def _deadline(pool: Pool, prompt_tokens: int, time_left_s: float, wait_s: float) -> MegatokenError | None:
-    """A first token by the deadline must be possible at least."""
-    fastest = max((r.capacity.prefill_tokens_per_s for r in pool.replicas if r.capacity.measured), default=0.0)
-    need_s = wait_s + (prompt_tokens / fastest if fastest else 0.0)
+def _deadline(
+    pool: Pool, prompt_tokens: int, expected: int, time_left_s: float, wait_s: float
+) -> MegatokenError | None:
+    """The answer must be possible by the deadline: queue, prefill, and a step of a full batch for each token."""
+    rates = [r.capacity for r in pool.replicas if r.capacity.measured]
+    need_s = wait_s
+    if rates:
+        need_s += min(
+            prompt_tokens / c.prefill_tokens_per_s + expected * c.batch / c.decode_tokens_per_s for c in rates
+        )
     if need_s > time_left_s:
-        return DeadlineError(f"the deadline is in {time_left_s:.3f} s, a first token takes {need_s:.3f} s at least")
+        return DeadlineError(f"the deadline is in {time_left_s:.3f} s, an answer takes {need_s:.3f} s as things are")
     return None

@@ -87,7 +87,7 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
     state.ledger.add("requests_failed" if failed else "requests_finished")
     state.door.leave(request.caller, request.cost_tokens, request.prompt_tokens + finish.generated_tokens)
     if not failed:
-        request.pool.saw_output(finish.generated_tokens)
+        request.pool.saw_output(finish.generated_tokens, request.max_tokens)
     state.latencies.whole.add(now - request.arrived_s, now)
     request.pool.measures.ended(finish.reason, now - request.arrived_s)
     request.carried = request.replayed = b""

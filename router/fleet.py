@@ -114,8 +114,10 @@ class Pool:
     replicas: list[Replica] = field(default_factory=list)
     open: list[Replica] = field(default_factory=list)
     queue: FairQueue = field(default_factory=FairQueue)
-    mean_output: float = 0.0  # tokens a request generates, smoothed; 0: unknown
+    output_share: float = 1.0  # generated tokens over max_tokens, smoothed
     outputs_seen: int = 0
+    _made: float = 0.0
+    _allowed: float = 0.0
     prefixes: PrefixBook = field(default_factory=PrefixBook)
     adapters: dict[str, list[Replica]] = field(default_factory=dict)  # replicas by adapter that they state
     rates_by_kind: dict[str, Rates] = field(default_factory=dict)
@@ -132,11 +134,14 @@ class Pool:
     def expected_output(self, max_tokens: int) -> int:
         if self.outputs_seen < 8:
             return max_tokens
-        return max(1, min(max_tokens, round(self.mean_output)))
+        return max(1, round(self.output_share * max_tokens))
 
-    def saw_output(self, tokens: int) -> None:
+    def saw_output(self, tokens: int, max_tokens: int) -> None:
+        """A request ended by itself. Long allowances weigh more, so that sums of expectations come out right."""
         self.outputs_seen += 1
-        self.mean_output += (tokens - self.mean_output) * max(1 / self.outputs_seen, 1 / 256)
+        self._made += (tokens - self._made) * max(1 / self.outputs_seen, 1 / 256)
+        self._allowed += (max(max_tokens, tokens, 1) - self._allowed) * max(1 / self.outputs_seen, 1 / 256)
+        self.output_share = self._made / self._allowed
 
     def measured_tokens_per_s(self) -> float:
         """Decode capacity of what may serve; 0 when none of it was measured yet."""

@@ -29,6 +29,7 @@ class Lease:
     tokens: int  # charged to the tenant
     prompt_tokens: int
     decode_tokens: int
+    max_tokens: int
     until_s: float
 
 
@@ -60,7 +61,8 @@ class Leases:
             raise OverloadError(f"{most} leases are in force, as many as may be", 1.0)
         if not pool.replicas:
             raise UnavailableError(f"model: {pool.model!r} has no replica now")
-        expected = pool.expected_output(request.max_tokens or context or 256)
+        most_tokens = request.max_tokens or context or 256
+        expected = pool.expected_output(most_tokens)
         question = Question(
             request.prompt_tokens, expected, request.affinity, request.lora, request.site, tuple(request.prefix_hashes)
         )
@@ -71,7 +73,7 @@ class Leases:
         state.door.enter(caller, 1, cost, now)
         ttl_s = state.config.leases.ttl_s
         name = secrets.token_urlsafe(12)
-        self._live[name] = Lease(replica, caller, cost, request.prompt_tokens, expected, now + ttl_s)
+        self._live[name] = Lease(replica, caller, cost, request.prompt_tokens, expected, most_tokens, now + ttl_s)
         heapq.heappush(self._ends, (now + ttl_s, name))
         replica.leased += 1
         replica.prompt_outstanding += request.prompt_tokens
@@ -94,7 +96,7 @@ class Leases:
         self._end(name, generated_tokens, now)
         self.ended["failed" if failed else "released"] += 1
         if not failed:
-            lease.replica.pool.saw_output(generated_tokens)
+            lease.replica.pool.saw_output(generated_tokens, lease.max_tokens)
 
     def expire(self, now: float) -> None:
         """Ends what is over, and what a lost replica had. Called about once a second."""

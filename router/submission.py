@@ -82,7 +82,7 @@ def _admit(
     expected = pool.expected_output(max_tokens)
     cost = (prompt_tokens + expected) * choices
     refused = admission.refusal(
-        pool, cost, prompt_tokens, state.live + choices - 1, deadline_s - now, state.config.admission
+        pool, cost, choices, prompt_tokens, state.live + choices - 1, deadline_s - now, state.config.admission
     )
     if refused is not None:
         raise refused
