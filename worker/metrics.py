@@ -46,6 +46,8 @@ class WorkerCollector(Collector):
         yield from self._counters()
         yield from self._gauges()
         yield from self._histograms()
+        if self._replica.facts.engine == "vllm":
+            yield from self._engine_own()
 
     def _counters(self) -> Iterator[Metric]:
         replica = self._replica
@@ -83,6 +85,28 @@ class WorkerCollector(Collector):
             family = GaugeMetricFamily(PREFIX + name, text, labels=LABELS)
             family.add_metric(self._values, value)
             yield family
+
+    def _engine_own(self) -> Iterator[Metric]:
+        """What vLLM's own exporter says of its scheduler, by its names and with its labels beside ours."""
+        replica, load = self._replica, self._replica.engine.load
+        labels = (*LABELS[:2], "model_name", "engine")
+        values = (*self._values[:2], self._values[0], "0")
+        gauges = (
+            ("num_requests_running", "Number of requests in model execution batches.", load.running),
+            ("num_requests_waiting", "Number of requests waiting to be processed.", load.waiting),
+            ("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", load.kv_usage),
+        )
+        counters = (
+            ("prefix_cache_queries", "Prefix cache queries, in tokens.", load.prefix_queries),
+            ("prefix_cache_hits", "Prefix cache hits, in tokens.", load.prefix_hits),
+            ("prompt_tokens", "Number of prefill tokens processed.", replica.counters[totals.PROMPT_TOKENS]),
+            ("generation_tokens", "Number of generation tokens.", replica.counters[totals.GENERATED_TOKENS]),
+        )
+        for kind, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, text, value in rows:
+                family = kind("vllm:" + name, text, labels=labels)
+                family.add_metric(values, value)
+                yield family
 
     def _histograms(self) -> Iterator[Metric]:
         measures = self._replica.measures

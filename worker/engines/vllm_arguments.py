@@ -9,6 +9,7 @@ from vllm.lora.request import LoRARequest
 from megatoken.errors import RequestError
 from worker.config import WorkerConfig
 from worker.engines import ray_placement
+from worker.engines.vllm_resume import PENALTIES_PROCESSOR, penalties_carry_over
 from worker.models import resolve_source
 
 GIB: Final = 2**30
@@ -42,6 +43,8 @@ def engine_arguments(config: WorkerConfig) -> dict[str, Any]:
     executor = ray_placement.executor_class(config)
     if executor is not None:
         arguments["distributed_executor_backend"] = executor
+    if penalties_carry_over(config):
+        arguments["logits_processors"] = [PENALTIES_PROCESSOR]
     if lora_modules(config):
         arguments["enable_lora"] = True
     arguments.update({name: value for name, value in config.engine_args.items() if name != LORA_MODULES})

@@ -11,6 +11,7 @@ a loop.
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import logging
 import os
@@ -36,13 +37,15 @@ from worker.config import WorkerConfig
 from worker.engines import ray_placement
 from worker.engines.engine import EngineFacts, EngineLoad, EngineRequest, StepSink
 from worker.engines.vllm_arguments import engine_arguments, lora_modules
+from worker.engines.vllm_metrics import VllmMetrics
 from worker.engines.vllm_plugins import tie_forks
 from worker.engines.vllm_request import REFUSALS, as_request_error, choice_sampling, forbid_words, vllm_sampling
-from worker.engines.vllm_resume import carry_over
+from worker.engines.vllm_resume import carry_over, install
 from worker.engines.vllm_step import StepReader
 
 SUPPORTED_TASKS = ("generate",)
-ABORTED_BY_MAX_REQUESTS = 1024  # ids in one abort message
+ABORT_BATCH = 1024  # ids in one abort message
+MAX_REASON = 600  # characters of vLLM's own text in an error of ours
 
 _log = logging.getLogger(__name__)
 
@@ -65,9 +68,10 @@ class VllmEngine:
         try:
             vllm_config, executor = self._configure()
         except (*REFUSALS, OSError, RuntimeError, NotImplementedError) as error:
-            raise RequestError("engine", self._config.source, str(error)) from error
+            raise RequestError("engine", self._config.source, _one_line(error)) from error
         self._loras = lora_modules(self._config)
         tie_forks()
+        install()  # a forked engine core has it from here; a spawned one from its plugin
         if self._config.device_kind == "cpu" and self._config.placement_group_id is None:
             # vLLM's CPU platform asks for spawn because an OpenMP runtime may run already. Here none does.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
@@ -91,6 +95,7 @@ class VllmEngine:
     async def start(self, sink: StepSink) -> EngineFacts:
         """Begins to read the engine core's output."""
         self._sink = sink
+        self._metrics = VllmMetrics(self._vllm_config, self._config.model, self._config.replica)
         self._reader = asyncio.create_task(self._read())
         config = self._vllm_config
         cache, model = config.cache_config, config.model_config
@@ -108,7 +113,7 @@ class VllmEngine:
     def check(self, request: EngineRequest) -> None:
         """vLLM's own validation; keeps the engine-core request it makes."""
         params = vllm_sampling(request)
-        carry_over(request, params)
+        carry_over(request, params, self._config)
         prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": request.prompt.tolist()}
         if request.cache_salt:
             prompt["cache_salt"] = request.cache_salt
@@ -133,17 +138,22 @@ class VllmEngine:
         prepared.external_req_id = request.request_id
         params = prepared.sampling_params
         for choice, slot in enumerate(request.slots):
-            prepared.request_id = f"{request.request_id[:64]}-{next(self._sequence):x}"
-            prepared.sampling_params = choice_sampling(params, choice)
-            self._steps.watch(prepared.request_id, slot)
-            self._send(self._engine_client().add_request_async(prepared))
+            own = copy.copy(prepared)  # encoded later, when its coroutine runs
+            own.request_id = f"{request.request_id[:64]}-{next(self._sequence):x}"
+            own.sampling_params = choice_sampling(params, choice)
+            self._steps.watch(own.request_id, slot)
+            self._send(self._engine_client().add_request_async(own))
 
     def abort(self, slots: Sequence[int]) -> None:
         """Tells the engine core to drop these; what it still sends for them is passed over."""
         identities = self._steps.forget(slots)
         client = self._engine_client()
-        for start in range(0, len(identities), ABORTED_BY_MAX_REQUESTS):
-            self._send(client.abort_requests_async(identities[start : start + ABORTED_BY_MAX_REQUESTS]))
+        for start in range(0, len(identities), ABORT_BATCH):
+            self._send(client.abort_requests_async(identities[start : start + ABORT_BATCH]))
+
+    def exposition(self) -> bytes:
+        """vLLM's own metrics."""
+        return self._metrics.exposition()
 
     async def stop(self) -> None:
         """Stops the engine core and its ranks; waits for them."""
@@ -159,6 +169,8 @@ class VllmEngine:
         try:
             while True:
                 outputs = await client.get_output_async()
+                if outputs.scheduler_stats is not None:
+                    self._metrics.note(outputs.scheduler_stats, outputs.engine_index)
                 step = self._steps.read(outputs)
                 if step is not None:
                     self._sink.on_step(step)
@@ -173,7 +185,7 @@ class VllmEngine:
             self._sink.on_engine_dead(reason)
 
     def _send(self, sending: Any) -> None:
-        """Runs a client coroutine to its first wait, which is past the send; order is kept."""
+        """Runs a client coroutine as a task; tasks start in order, so messages keep theirs."""
         task = asyncio.ensure_future(sending)
         task.add_done_callback(_note_failure)
 
@@ -190,6 +202,13 @@ def _note_failure(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and task.exception() is not None:
         # A dead engine core is told by the reader, which ends every stream.
         _log.warning("sending to the engine core failed: %r", task.exception())
+
+
+def _one_line(error: Exception) -> str:
+    """What vLLM found wrong with a configuration, without pydantic's frame around it."""
+    problems = getattr(error, "errors", None)
+    texts = [problem["msg"] for problem in problems()] if callable(problems) else [str(error)]
+    return " ".join("; ".join(texts).split())[:MAX_REASON]
 
 
 def _exit_codes(client: AsyncMPClient) -> str:

@@ -1,7 +1,8 @@
 """Entry point `vllm.general_plugins`, run in every process that vLLM starts: ties its life to its parent's.
 
-It acts only below a worker of ours (the worker names itself in OWNER_VARIABLE) and never in the worker itself.
-Forked children skip vLLM's plugins, which ran before the fork; `tie_forks` covers those. Imports nothing heavy.
+It also lets a spawned engine core carry resumed requests on. It acts only below a worker of ours (the worker names
+itself in OWNER_VARIABLE) and never in the worker itself. Forked children skip vLLM's plugins, which ran before the
+fork; `tie_forks` covers those. Imports nothing heavy itself.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ def tie_to_parent() -> None:
     # Ray's own children are Ray's to end: their parent is the raylet. (Other processes below an actor inherit the
     # variable as well, an engine core among them.)
     under_raylet = os.environ.get("RAY_RAYLET_PID") == str(os.getppid())
-    if owner is not None and owner != str(os.getpid()) and not under_raylet:
-        die_with_parent()
+    if owner is None or owner == str(os.getpid()) or under_raylet:
+        return
+    die_with_parent()
+    from worker.engines.vllm_resume import install
+
+    install()
 
 
 def tie_forks() -> None:
