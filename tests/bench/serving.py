@@ -227,6 +227,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.serving")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=40, help="single streams for the time to the first token")
+    parser.add_argument("--default-executor", action="store_true", help="compare with vLLM's own default executor")
     arguments = parser.parse_args()
     source = resolve_source(SOURCE)
     settings = {
@@ -235,6 +236,7 @@ def main() -> int:
         "max_num_seqs": AT_ONCE,
         "enforce_eager": True,
         "kv_cache_memory_bytes": int(KV_CACHE_GIB * 2**30),
+        "one_process_engine": not arguments.default_executor,
     }
     print("starting vLLM alone, a worker, a router and an edge: about a minute", flush=True)
     with Offline(settings) as offline, Processes() as processes:

@@ -48,6 +48,10 @@ def main() -> None:
     os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
     from vllm import LLM, SamplingParams
 
+    if settings.pop("one_process_engine"):  # the executor that a worker of one rank uses; vLLM's default adds a process
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+        settings["distributed_executor_backend"] = UniProcExecutor
     llm = LLM(**settings)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for number, line in enumerate(sys.stdin):
