@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cluster.placement_floor import Floor, Host, ranks_of, refusal
 from cluster.placement_values import Placement, ReplicaRequest, Separate, TpSpan
 
-MAX_STEPS = 20_000  # about a quarter of a second at worst
+MAX_STEPS = 8_000  # about a quarter of a second at worst; the reconciler pays it each tick while something is blocked
 MAX_GROUPS = 64
 MAX_CELLS = 64
 
@@ -33,12 +33,28 @@ def search_exact(requests: Sequence[ReplicaRequest], floor: Floor) -> dict[str, 
     devices = sum(request.width for request in requests)
     if not cells or groups > MAX_GROUPS or len(cells) > MAX_CELLS or devices > sum(cell.devices for cell in cells):
         return None
+    if not _enough_groups(requests, cells):
+        return None
     one_cell_each = all(len(host.cells) == 1 for host in floor.hosts)
     spans = {request.constraints.tp_span for request in requests if request.tensor > 1}
     if TpSpan.ANY in spans or (TpSpan.NODE in spans and not one_cell_each):
         return None
     search = _Search(requests, floor, cells)
     return search.placements() if search.replica(0, 0) else None
+
+
+def _enough_groups(requests: Sequence[ReplicaRequest], cells: Sequence[_Cell]) -> bool:
+    """A bound that rules most hopeless cases out at once: for every size t, the groups of t devices or more need as
+    many places as the cells have for groups of t."""
+    sizes = Counter({request.tensor: 0 for request in requests})
+    for request in requests:
+        sizes[request.tensor] += request.groups
+    wanted = 0
+    for tensor in sorted(sizes, reverse=True):
+        wanted += sizes[tensor]
+        if wanted > sum(cell.devices // tensor for cell in cells):
+            return False
+    return True
 
 
 class _Search:
