@@ -1,0 +1,78 @@
+"""The main job with a real engine: a cluster of vLLM on CPU answers through the router and the edge, and heals."""
+
+import http.client
+import json
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.clusters import RunningCluster, running
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+MODEL = "smollm2-135m-instruct"
+QUESTION = "What is the capital of France?"
+ANSWER = "The capital of France is Paris."
+SPEC: dict[str, Any] = {
+    "cluster": "real",
+    "ray": {"cpu_devices": 1},
+    "control": {"port": 0},
+    "routers": {"port": 0},
+    "edge": {"port": 0},
+    "models": [
+        {
+            "name": MODEL,
+            "source": f"builtin:{MODEL}",
+            "dtype": "bfloat16",
+            "max_model_len": 512,
+            "kv_cache_gib": 0.25,
+            "engine_args": {"enforce_eager": True},
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    with running(tmp_path_factory.mktemp("real"), SPEC) as started:
+        yield started
+
+
+def chat(edge: str, question: str) -> str:
+    connection = http.client.HTTPConnection(edge, timeout=120)
+    try:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": question}], "temperature": 0}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200
+        return str(json.loads(response.read())["choices"][0]["message"]["content"])
+    finally:
+        connection.close()
+
+
+def test_it_answers_through_the_router_and_through_the_edge(cluster: RunningCluster) -> None:
+    assert cluster.run("generate", QUESTION).strip() == ANSWER
+    assert chat(cluster.address("edge"), QUESTION).strip() == ANSWER
+    status = cluster.status()
+    assert [row["engine"] for row in status["replicas"]] == ["vllm"]
+    too_long = cluster.run("generate", "--max-tokens", "5000", QUESTION, status=2)
+    assert "max_tokens: 5000 is not allowed" in too_long
+
+
+def test_a_killed_engine_is_replaced_under_a_new_id_and_leaves_nothing(cluster: RunningCluster) -> None:
+    (replica,) = cluster.ready(MODEL)
+    (worker,) = cluster.pids("-m worker", f"{replica}.json")
+    os.kill(worker, signal.SIGKILL)
+
+    def met(status: dict[str, Any]) -> bool:
+        serving = [row["replica"] for row in status["replicas"] if row["state"] == "READY"]
+        return len(serving) == 1 and serving != [replica]
+
+    cluster.wait(met, timeout_s=300)
+    assert not cluster.pids("-m worker", f"{replica}.json")
+    engines = cluster.pids("EngineCore")
+    assert len(engines) <= 1, "the dead worker's engine core lives on"
+    assert cluster.run("generate", QUESTION).strip() == ANSWER
