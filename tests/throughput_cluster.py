@@ -33,20 +33,20 @@ class FakeController(membership_pb2_grpc.MembershipServicer):
         self._changed = asyncio.Condition()
         self.snapshot = membership_pb2.Snapshot(epoch=1, version=1)
         self.groups: list[tuple[float, membership_pb2.ThroughputGroup]] = []
-        self.port = 0
+        self.host, self.port = "127.0.0.1", 0
         self.attendance: AttendanceServicer
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
-    async def start(self, host: str = "127.0.0.1") -> None:
+    async def start(self) -> None:
         self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         decided = self.publish if self._decide else lambda group, why: None  # a test publishes by itself
         self.attendance = AttendanceServicer(decided, self._policy)
         self.attendance.attach(self._server)
         membership_pb2_grpc.add_MembershipServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"{host}:{self.port}")
+        self.port = self._server.add_insecure_port(self.address)
         await self._server.start()
         await self.attendance.start()
 
@@ -98,13 +98,13 @@ class Agents:
         facts |= {"engine": "simulated", "device_kind": "cpu", "devices": 1, "node": node, "site": ""}
         return CounterWriter(self.counters_dir(node) / f"{name}.{incarnation}.counters", {**facts, **header})
 
-    async def start(self, node: str, **config: Any) -> Started:
-        """Starts the node's agent; its ready line may take an import of torch."""
+    async def start(self, node: str, prefix: tuple[str, ...] = (), **config: Any) -> Started:
+        """Starts the node's agent; its ready line may take an import of torch. `prefix` may enter a namespace."""
         facts = {"node": node, "controllers": [self.controller.address], "counters_dir": str(self.counters_dir(node))}
         facts = {**facts, **self._config, **config}
         processes = Processes(self._directory / f"processes-{len(self._processes)}")
         self._processes.append(processes)
-        started = await asyncio.to_thread(processes.start, "worker.collective", facts)
+        started = await asyncio.to_thread(processes.start, "worker.collective", facts, prefix=prefix)
         self.running[node] = started
         self._channels[node] = grpc.aio.insecure_channel(started.address)
         return started
@@ -175,10 +175,15 @@ def count(writer: CounterWriter, **more: int) -> None:
 
 @contextlib.asynccontextmanager
 async def running(
-    directory: Path, policy: GroupPolicy | None = None, decide: bool = True, **config: Any
+    directory: Path,
+    policy: GroupPolicy | None = None,
+    decide: bool = True,
+    controller_host: str = "127.0.0.1",
+    **config: Any,
 ) -> AsyncIterator[Agents]:
-    """A controller and no agents yet; stops all at the end."""
+    """A controller and no agents yet; stops all at the end. Further words are the agents' config."""
     controller = FakeController(policy, decide)
+    controller.host = controller_host
     await controller.start()
     agents = Agents(controller, directory, **config)
     try:

@@ -56,6 +56,7 @@ from worker.collective.reachability import unreachable
 from worker.collective.reducer_client import NoAnswer, Nursery, ReduceFailure, Reducer
 
 SLACK_S: Final = 0.25  # the reducer's own deadline comes first: it knows more about what went wrong
+CONNECT_SLACK_S: Final = 3.0  # a fork and a native error take long on a starved machine; the next epoch ends the wait
 CLOCK_JUMP_S: Final = 0.5
 NURSERY_CHECK_S: Final = 0.5
 LINKS_CHECK_S: Final = 1.0
@@ -252,7 +253,7 @@ class Agent:
                 "interface": config.interface,
                 "timeout_s": config.form_deadline_s,
             }
-            await self._reducer.connect(facts, config.form_deadline_s + SLACK_S)
+            await self._reducer.connect(facts, config.form_deadline_s + CONNECT_SLACK_S)
             self.metrics.formed(group.backend or "gloo")
             self._events.put_nowait(Connected(order.epoch))
         except ReduceFailure as failure:

@@ -45,7 +45,7 @@ class AttendanceServicer(throughput_pb2_grpc.ThroughputAttendanceServicer):
     ) -> None:
         self.groups = Groups(policy or GroupPolicy(), last_epoch=last_epoch)
         self._publish, self._clock = publish, clock
-        self._streams: dict[str, object] = {}
+        self._streams: dict[str, set[object]] = {}  # an agent may open a new one before its last ends
         self._poller: asyncio.Task[None] | None = None
 
     def attach(self, server: grpc.aio.Server) -> None:
@@ -77,17 +77,19 @@ class AttendanceServicer(throughput_pb2_grpc.ThroughputAttendanceServicer):
                 if not agent and len(self._streams) >= MAX_AGENTS:
                     await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_AGENTS} agents attend already")
                 agent = said.attendee.agent
-                self._streams[agent] = mine
+                self._streams.setdefault(agent, set()).add(mine)
                 refused = self.groups.attended(said, self._clock())
                 if (said.epoch, said.state) != stance:
                     stance = (said.epoch, said.state)
                     self._poll()
                 yield throughput_pb2.AttendanceReply(epoch=self.groups.group.epoch, refused=refused)
         finally:
-            if agent and self._streams.get(agent) is mine:  # not when it came back on a newer stream
-                del self._streams[agent]
-                self.groups.left(agent, self._clock())
-                self._poll()
+            if agent:
+                self._streams[agent].discard(mine)
+                if not self._streams[agent]:
+                    del self._streams[agent]
+                    self.groups.left(agent, self._clock())
+                    self._poll()
 
     def _poll(self) -> None:
         before = self.groups.group.epoch

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
@@ -17,7 +18,8 @@ import grpc
 from megatoken.log import log_event
 from megatoken.v1 import membership_pb2, membership_pb2_grpc, throughput_pb2, throughput_pb2_grpc
 
-ANSWER_TIMEOUT_S: Final = 3.0
+ANSWER_TIMEOUT_S: Final = 2.0
+CHECK_S: Final = 0.1
 RETRY_S: Final = (0.1, 0.2, 0.5, 1.0)
 CHANNEL_OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -28,8 +30,26 @@ CHANNEL_OPTIONS: Final = (
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, slots=True)
+class _Session:
+    """One try at one controller."""
+
+    address: str
+    opened_s: float
+    answered_s: float | None = None  # when it last answered
+    task: asyncio.Task[None] | None = None
+
+    def silent_s(self, now: float) -> float:
+        """Seconds since it answered, or since it was opened."""
+        return now - (self.opened_s if self.answered_s is None else self.answered_s)
+
+
 class ControllerLink:
-    """Sends what `attendance()` returns every `attend_s` and after `hurry()`; gives each snapshot to `on_snapshot`."""
+    """Sends what `attendance()` returns every `attend_s` and after `hurry()`; gives each snapshot to `on_snapshot`.
+
+    A session that is not answered is kept beside its successor until that one is: to the controller, the end of an
+    agent's last stream is the end of the agent, and a controller that stood still for a while must not believe that.
+    """
 
     def __init__(
         self,
@@ -40,10 +60,13 @@ class ControllerLink:
         on_snapshot: Callable[[membership_pb2.Snapshot], None],
         on_refused: Callable[[str], None],
     ) -> None:
-        self._controllers, self._watcher, self._attend_s = tuple(controllers), watcher, attend_s
+        self._addresses, self._watcher, self._attend_s = itertools.cycle(controllers), watcher, attend_s
         self._attendance, self._on_snapshot, self._on_refused = attendance, on_snapshot, on_refused
         self._hurry = asyncio.Event()
         self._version = (0, 0)
+        self._sessions: list[_Session] = []
+        self._failures = 0
+        self._retry_s = 0.0  # not before, loop time
         self.connected = False
 
     def hurry(self) -> None:
@@ -52,38 +75,77 @@ class ControllerLink:
 
     async def run(self) -> None:
         """Until cancelled."""
-        failures = 0
-        for address in itertools.cycle(self._controllers):
+        try:
+            while True:
+                self._tend(asyncio.get_running_loop().time())
+                await asyncio.sleep(CHECK_S)
+        finally:
+            for session in self._sessions:
+                self._end(session)
+
+    def _tend(self, now: float) -> None:
+        """Keeps the session that answers, and beside a silent one a younger one that tries."""
+        for session in [one for one in self._sessions if one.task is not None and one.task.done()]:
+            self._sessions.remove(session)
+            self._note_end(session, now)
+        answering = [
+            one for one in self._sessions if one.answered_s is not None and one.silent_s(now) < ANSWER_TIMEOUT_S
+        ]
+        self.connected = bool(answering)
+        if answering:
+            best = max(answering, key=lambda one: one.answered_s or 0.0)
+            for session in [one for one in self._sessions if one is not best]:
+                self._sessions.remove(session)
+                self._end(session)
+            return
+        if now >= self._retry_s and all(one.silent_s(now) >= ANSWER_TIMEOUT_S for one in self._sessions):
+            while len(self._sessions) > 1:  # the oldest stays: the controller may still believe in it
+                self._end(self._sessions.pop())
+            session = _Session(next(self._addresses), now)
+            session.task = asyncio.create_task(self._run_session(session))
+            self._sessions.append(session)
+
+    def _end(self, session: _Session) -> None:
+        if session.task is not None:
+            session.task.cancel()
+
+    def _note_end(self, session: _Session, now: float) -> None:
+        """Logs the end of a session once, and says when to try again."""
+        error = session.task.exception() if session.task is not None and not session.task.cancelled() else None
+        if session.answered_s is not None or self._failures == 0:
+            detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+            log_event(logger, "controller.lost", f"controller {session.address}: {detail}", level=logging.WARNING)
+        self._failures = 0 if session.answered_s is not None else self._failures + 1
+        self._retry_s = now + RETRY_S[min(self._failures, len(RETRY_S) - 1)]
+
+    async def _run_session(self, session: _Session) -> None:
+        """Both streams, until one ends. Raises what ended it."""
+        async with grpc.aio.insecure_channel(session.address, options=CHANNEL_OPTIONS) as channel:
+            streams = [asyncio.create_task(work) for work in (self._attend(channel, session), self._watch(channel))]
             try:
-                await self._session(address)
-            except* (grpc.aio.AioRpcError, TimeoutError, OSError) as group:
-                error = group.exceptions[0]
-                detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
-                if self.connected or failures == 0:
-                    log_event(logger, "controller.lost", f"controller {address}: {detail}", level=logging.WARNING)
-                failures = 0 if self.connected else failures + 1
-            self.connected = False
-            await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
+                await asyncio.wait(streams, return_when=asyncio.FIRST_COMPLETED)
+                for stream in streams:
+                    if stream.done():
+                        stream.result()
+            finally:
+                for stream in streams:
+                    stream.cancel()
+                await asyncio.gather(*streams, return_exceptions=True)
 
-    async def _session(self, address: str) -> None:
-        channel: grpc.aio.Channel
-        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel, asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._attend(channel, address))
-            tasks.create_task(self._watch(channel))
-
-    async def _attend(self, channel: grpc.aio.Channel, address: str) -> None:
+    async def _attend(self, channel: grpc.aio.Channel, session: _Session) -> None:
+        loop = asyncio.get_running_loop()
         call: Any = throughput_pb2_grpc.ThroughputAttendanceStub(channel).Attend()
         try:
             while True:
                 self._hurry.clear()
-                async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                    await call.write(self._attendance())
-                    reply = await call.read()
+                await call.write(self._attendance())
+                reply = await call.read()
                 if not isinstance(reply, throughput_pb2.AttendanceReply):  # the end of the stream
                     raise ConnectionError(f"the controller ended the stream: {await call.details()}")
-                if not self.connected:
-                    self.connected = True
-                    log_event(logger, "controller.connected", f"controller {address} answers", controller=address)
+                if session.answered_s is None:
+                    log_event(logger, "controller.connected", controller=session.address)
+                session.answered_s = loop.time()
+                self.connected = True
                 self._on_refused(reply.refused)
                 try:
                     async with asyncio.timeout(self._attend_s):

@@ -13,6 +13,7 @@ with it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -20,12 +21,12 @@ import signal
 import socket
 import sys
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def main() -> None:
     """Runs until the agent closes the control socket."""
-    from megatoken.process import die_with_parent
-
-    die_with_parent()
+    _die_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the agent's to handle
     control = socket.socket(fileno=int(sys.argv[1]))
     listener = int(sys.argv[2])
@@ -87,10 +88,10 @@ def _fork(channel: int, listener: int, unneeded: tuple[socket.socket, int, int])
 
 
 def _die_with(parent: int) -> None:
-    from megatoken.process import die_with_parent
-
-    die_with_parent()
-    if os.getppid() != parent:
+    """As megatoken.process.die_with_parent, but in the first milliseconds: that module imports pydantic."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent or parent == 1:
         os._exit(1)
 
 

@@ -111,7 +111,8 @@ class Nursery:
         ours.setblocking(False)
         listener = self._listener.fileno()
         command = [sys.executable, "-m", "worker.collective.nursery", str(theirs.fileno()), str(listener)]
-        environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+        # A lost peer is normal here: no native stack on stderr, whose symbols cost seconds to look up.
+        environment = {"TORCH_CPP_LOG_LEVEL": "FATAL", "TORCH_DISABLE_ADDR2LINE": "1", **os.environ}
         # From this thread, which lives as long as the agent: the nursery dies with the thread that started it.
         self._process = subprocess.Popen(  # noqa: ASYNC220  milliseconds; asyncio would use another thread
             command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), listener), env=environment
