@@ -68,9 +68,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def WatchPrefixes(
         self, request: worker_pb2.WatchPrefixesRequest, context: Any
     ) -> AsyncIterator[worker_pb2.PrefixEvents]:
-        """The prefix cache's blocks: first the whole set, then each change."""
-        yield worker_pb2.PrefixEvents(cleared=True)
-        await asyncio.Event().wait()  # until the caller leaves
+        """Not served: an empty set would say that nothing is cached, which is not known."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker does not publish its prefix cache")
+        yield worker_pb2.PrefixEvents()  # never reached; makes this a stream
 
 
 async def probe(replica: Replica, timeout_s: float) -> pb.Finish | None:

@@ -173,6 +173,11 @@ async def test_a_cancelled_call_leaves_nothing_running(channel: grpc.aio.Channel
     await until_idle(channel)
 
 
+async def read_out(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 @pytest.mark.parametrize(
     "raw", [b"\xff\xff\xff", b"\x12\x03abc", b"\x0a\x04\x12\x02\x0a\xff"], ids=["garbage", "odd column", "cut off"]
 )
@@ -180,9 +185,7 @@ async def test_bytes_that_are_no_frame_end_only_their_session(channel: grpc.aio.
     call = channel.stream_stream(SESSION)()
     await call.write(raw)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async with asyncio.timeout(10):
-            while await call.read() is not grpc.aio.EOF:
-                pass
+        await asyncio.wait_for(read_out(call), 10)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     tokens, _ = await generate(channel, [5], max_tokens=2)
     assert len(tokens) == 2
@@ -221,6 +224,13 @@ async def test_the_deep_check_makes_a_token(channel: grpc.aio.Channel) -> None:
     assert (await stub.Probe(worker_pb2.ProbeRequest(), timeout=10)).seconds > 0
     after = await stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=10)
     assert before.generated_tokens == after.generated_tokens  # a probe is nobody's traffic
+
+
+async def test_the_prefix_cache_is_not_claimed_to_be_empty(channel: grpc.aio.Channel) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in worker_pb2_grpc.WorkerStub(channel).WatchPrefixes(worker_pb2.WatchPrefixesRequest(), timeout=10):
+            pass
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_three_accounts_agree_to_the_token(processes: Processes, tmp_path: Path) -> None:
