@@ -29,7 +29,8 @@ from typing import Any
 STATE_ROOT = Path("/run/megatoken-netns")  # one directory per network: state.json and a directory per host
 HOST_LIMIT = 64
 BOOT_TIMEOUT_S = 10.0
-COMMAND_TIMEOUT_S = 20.0
+POWER_OFF_TIMEOUT_S = 60.0  # the kernel frees the memory of every process first, and the machine may be busy
+COMMAND_TIMEOUT_S = 60.0
 INIT = Path(__file__).with_name("init.py")
 
 
@@ -177,11 +178,11 @@ class Host:
                 except ProcessLookupError:
                     pass
         if self._holder is not None:
-            self._holder.wait(timeout=BOOT_TIMEOUT_S)
-        deadline = time.monotonic() + BOOT_TIMEOUT_S
+            self._holder.wait(timeout=POWER_OFF_TIMEOUT_S)
+        deadline = time.monotonic() + POWER_OFF_TIMEOUT_S
         while Path(f"/proc/{self.init_pid}").exists():  # the kernel ends the whole PID namespace first
             if time.monotonic() > deadline:
-                raise NetworkError(f"host {self.name}: processes still run {BOOT_TIMEOUT_S} s after the power cut")
+                raise NetworkError(f"host {self.name}: processes still run {POWER_OFF_TIMEOUT_S} s after the power cut")
             time.sleep(0.01)
         self.init_pid, self._holder = None, None
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from deploy.netns.hosts import Host, Network, NetworkError
 
 GCS_PORT = 6379
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 PARALLEL_STARTS = 8
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's floor is 75 MiB; tokens do not travel through it
 REPOSITORY = Path(__file__).parents[2]
