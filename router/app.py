@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from megatoken.counters import CounterWriter
 from megatoken.tls import bind
-from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, tokens_pb2
+from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, throughput_pb2, throughput_pb2_grpc, tokens_pb2
 from router import recovery, upkeep
 from router.api_keys import KeyRing
 from router.config import RouterConfig
@@ -27,11 +27,12 @@ from router.leases import Leases
 from router.ledger import Ledger
 from router.link import WorkerLink
 from router.membership import apply_snapshot
-from router.metrics import serve_metrics
+from router.metrics import LeaseCollector, serve_metrics
 from router.request_log import log_request
 from router.secure import channel_to
 from router.service import RouterService, tokens_handler
 from router.state import RouterState
+from router.throughput import ThroughputCollector, ThroughputRelay
 from router.watch import watch_membership
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class RouterApp:
         self.keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
         self.state.door = Door(self.keys)
         self.leases = Leases(self.state)
+        self.throughput = ThroughputRelay(self.state.door.identify)
         if config.request_log:
             self.state.on_finished = log_request
         self._inbox = Inbox(self.state)
@@ -76,10 +78,12 @@ class RouterApp:
         server = aio.server(options=options, maximum_concurrent_rpcs=None)
         server.add_generic_rpc_handlers((tokens_handler(self.state, config),))
         router_pb2_grpc.add_RouterServicer_to_server(RouterService(self.state, self.leases), server)
+        throughput_pb2_grpc.add_ThroughputServicer_to_server(self.throughput, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (
             tokens_pb2.DESCRIPTOR.services_by_name["Tokens"].full_name,
             router_pb2.DESCRIPTOR.services_by_name["Router"].full_name,
+            throughput_pb2.DESCRIPTOR.services_by_name["Throughput"].full_name,
             health.SERVICE_NAME,
             reflection.SERVICE_NAME,
         )
@@ -92,13 +96,18 @@ class RouterApp:
         self._server = server
         self.address = f"{config.advertise_host or config.host}:{port}"
         if config.metrics_port is not None:
-            self.metrics_address, self._stop_metrics = serve_metrics(self.state)
+            self.metrics_address, self._stop_metrics = serve_metrics(
+                self.state, ThroughputCollector(self.throughput), LeaseCollector(self.leases)
+            )
         await self._set_serving(True)
         if config.static_snapshot is not None:
             self.apply(json_format.ParseDict(config.static_snapshot, membership_pb2.Snapshot()))
         if config.controllers:
             watching = watch_membership(config.controllers, config.router, self._channel, self.apply, self._connected)
             self._tasks.append(asyncio.create_task(watching))
+        if config.throughput_agent is not None:
+            following = self.throughput.follow(config.throughput_agent, self._channel)
+            self._tasks.append(asyncio.create_task(following))
         self._tasks.append(asyncio.create_task(self._tick()))
         self._tasks.append(asyncio.create_task(self._hold_tick()))
         gc.collect()

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from megatoken import metrics as shared
 from megatoken.metrics import FastHistogram
 from router.fleet import Replica
+from router.leases import Leases
 from router.measures import Measures
 from router.state import RouterState
 from router.status import replica_state, router_status
@@ -111,6 +112,25 @@ class StateCollector(Collector):
             yield family
 
 
+class LeaseCollector(Collector):
+    """Look-aside leases."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing ahead of time."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """How many are in force, and how the others ended."""
+        yield GaugeMetricFamily(PREFIX + "leases", "Look-aside leases in force.", value=len(self._leases))
+        ended = CounterMetricFamily(PREFIX + "leases_ended", "Leases that ended.", labels=["outcome"])
+        for outcome, count in self._leases.ended.items():
+            ended.add_metric([outcome], count)
+        yield ended
+
+
 def _counters(models: dict[str, Measures]) -> Iterator[Metric]:
     for name, text, attribute in _TOTALS:
         family = CounterMetricFamily(PREFIX + name, text, labels=["model"])
@@ -157,15 +177,16 @@ def _add_histogram(family: HistogramMetricFamily, labels: list[str], histogram: 
     family.add_metric(labels, list(zip(edges, cumulative, strict=True)), histogram.sum)
 
 
-def router_registry(state: RouterState) -> CollectorRegistry:
-    """The registry of a router process."""
+def router_registry(state: RouterState, *others: Collector) -> CollectorRegistry:
+    """The registry of a router process, with what `others` export."""
     registry = shared.new_registry("router")
-    registry.register(StateCollector(state))
+    for collector in (StateCollector(state), *others):
+        registry.register(collector)
     return registry
 
 
-def serve_metrics(state: RouterState) -> tuple[str, Callable[[], None]]:
+def serve_metrics(state: RouterState, *others: Collector) -> tuple[str, Callable[[], None]]:
     """Starts the metrics server; returns its address and how to stop it."""
     config = state.config
-    server = shared.serve_metrics(router_registry(state), config.metrics_host, config.metrics_port or 0)
+    server = shared.serve_metrics(router_registry(state, *others), config.metrics_host, config.metrics_port or 0)
     return f"{config.advertise_host or config.metrics_host}:{server.port}", server.close

@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from megatoken.errors import MegatokenError, grpc_status
+from megatoken.errors import MegatokenError, UnavailableError, grpc_status
 from megatoken.v1 import throughput_pb2, throughput_pb2_grpc
 
 WATCH_S: Final = 60.0  # a stream is opened anew then: no call is without a deadline
@@ -60,10 +60,11 @@ class ThroughputRelay(throughput_pb2_grpc.ThroughputServicer):
         self, request: throughput_pb2.GetThroughputRequest, context: Any
     ) -> throughput_pb2.ThroughputSample:
         await self._admit(context)
-        if self.sample is None:
+        sample = self.sample
+        if sample is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no throughput agent has answered this router yet")
-            raise AssertionError("abort returned")
-        return self.sample
+            raise UnavailableError("unreachable: abort raises")
+        return sample
 
     async def WatchThroughput(
         self, request: throughput_pb2.GetThroughputRequest, context: Any
