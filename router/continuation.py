@@ -1,11 +1,10 @@
 """How a request goes on elsewhere: which way is exact for it, and the request that the next worker gets. Pure.
 
 Two ways. *Prefix*: prompt plus the tokens so far become the new prompt, limits become what remains. Exact wherever the
-next token depends on the tokens alone: greedy or unseeded sampling, top-k/p, bias, repetition penalty. *Replay*: the
-request is sent again as it was, and the tokens that the client has are checked and swallowed; for sampling that has a
-state of its own: a seed, presence and frequency penalties (they count generated tokens only), structured output,
-parameters that only the engine knows. A request of that kind without a seed is given one, so that a replay can be
-exact.
+next token depends on the tokens alone: greedy or unseeded sampling, top-k/p, bias, repetition penalty; and, since the
+worker is told how many of them were generated, presence and frequency penalties and structured output. *Replay*: the
+request is sent again as it was, and the tokens that the client has are checked and swallowed; for seeded sampling,
+whose random numbers have a state of their own.
 """
 
 from __future__ import annotations
@@ -15,27 +14,13 @@ from typing import TYPE_CHECKING
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 
 if TYPE_CHECKING:
-    import random
-
     from megatoken.v1 import tokens_pb2
 
 
-def has_state(sampling: tokens_pb2.SamplingParams) -> bool:
-    """Whether only a replay goes on exactly."""
-    return bool(
-        sampling.HasField("seed")
-        or sampling.presence_penalty
-        or sampling.frequency_penalty
-        or sampling.HasField("structured_outputs")
-        or sampling.extra_json
-    )
-
-
-def give_seed(sampling: tokens_pb2.SamplingParams, rng: random.Random) -> None:
-    """A seed for sampling that has state, is random, and came without one."""
+def needs_replay(sampling: tokens_pb2.SamplingParams) -> bool:
+    """Whether only a replay goes on exactly: random and seeded."""
     greedy = sampling.HasField("temperature") and sampling.temperature == 0
-    if not greedy and not sampling.HasField("seed"):
-        sampling.seed = rng.getrandbits(31)
+    return bool(sampling.HasField("seed") and not greedy)
 
 
 def prefix_request(raw: bytes, generated: bytes) -> bytes:

@@ -13,7 +13,7 @@ from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import Frame
 from router import continuation
 from router.demux import Index, Sorted, sort_frame
-from router.ending import CANCELLED, ERROR, end, settle, uncharge
+from router.ending import CANCELLED, ERROR, settle, uncharge
 from router.fleet import Pool, Replica
 from router.load import take_load
 from router.outbox import Part
@@ -239,16 +239,15 @@ def _take_direct(state: RouterState, request: Request, packed: bytes, details: l
 def _check_replay(
     state: RouterState, request: Request, packed: bytes, details: list[bytes], now: float
 ) -> tuple[bytes, list[bytes]]:
-    """Swallows what the client has had already; what comes back is new. A difference ends the replay."""
+    """Swallows what the client has had already; what comes back is new.
+
+    Where the tokens differ, the replay is given up: the request goes on from the tokens that the client has.
+    """
     had = request.replayed[request.replay_at : request.replay_at + len(packed)]
     if packed[: len(had)] != had:
-        request.resume_note = "the tokens made again differed from those sent"
-        end(
-            state,
-            request,
-            tokens_pb2.Finish(reason=ERROR, code=14, message=f"lost its replica; {request.resume_note}"),
-            now,
-        )
+        request.replay = False
+        request.resume_note = "seeded sampling restarted: the tokens made again differed from those sent"
+        lose(state, request, request.resume_note, now, known_to_worker=True)
         return b"", []
     request.replay_at += len(had)
     if request.replay_at < len(request.replayed):

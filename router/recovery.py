@@ -43,10 +43,8 @@ def lose(state: RouterState, request: Request, reason: str, now: float, *, known
 def _take_back(state: RouterState, request: Request, now: float, known_to_worker: bool) -> None:
     """Keeps what was generated, and settles with the replica."""
     slot = request.slot
-    total = int(state.slots.generated[slot])
-    carried = state.pages.read(slot, 0, total).tobytes()
-    if len(request.replayed) > len(carried):  # lost again in the middle of a replay
-        carried = request.replayed
+    # In the middle of a replay the client has what is to be made again, whatever came of it so far.
+    carried = request.replayed or state.pages.read(slot, 0, int(state.slots.generated[slot])).tobytes()
     replica = uncharge(state, request, now)
     state.pages.free(slot)
     if known_to_worker and replica is not None and replica.link is not None:

@@ -91,9 +91,7 @@ def _admit(
         state.ordinal += 1
         message.request_id = f"{state.config.router}-{state.ordinal:x}"
     hashes = block_hashes(message.prompt, message.cache_salt + message.lora) if pool.policy.wants_prefix else ()
-    replay = continuation.has_state(message.sampling)
-    if replay:
-        continuation.give_seed(message.sampling, state.rng)
+    replay = continuation.needs_replay(message.sampling)
     delivery, delay_s = message.delivery, message.max_delay_ms / 1000
     message.ClearField("delivery")  # holding back is the router's part
     message.ClearField("max_delay_ms")

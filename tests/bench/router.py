@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from router.policies import Question, make_policy
 from tests.processes import Processes, Started
+from tests.router_core import CoreFleet
+from tests.router_simulation import MIXED, Kind, Simulation, alone_cached, mixed_fleet
 
 REPLICAS, RATE, STREAMS = 87, 12_000, 22_000
 RESULTS = Path("bench-results/router.json")
@@ -117,7 +123,111 @@ def bench_generate(seconds: float) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[float], dict[str, Any]]] = {"session": bench_session, "generate": bench_generate}
+def bench_memory(seconds: float) -> dict[str, Any]:
+    """Half the streams of the session benchmark, with an end and a start for each every second or two."""
+    streams, tokens = 4000, (64, 192)
+    with Processes() as processes, Side(
+        "tests.bench.router_workers", {"replicas": 16, "rate": 12_000, "batch": 250}
+    ) as workers:  # fmt: skip
+        router = start_router(processes, json.loads(workers.line())["addresses"], 250)
+        idle = resident_bytes(router.pid)
+        load = {"kind": "session", "router": router.address, "streams": streams, "sessions": 4, "prompt": 512}
+        settings = {**load, "tokens": tokens, "ramp_s": 3, "warm_s": max(5.0, seconds / 4), "measure_s": seconds}
+        with Side("tests.bench.router_clients", settings) as client:
+            client.line()
+            first = resident_bytes(router.pid)
+            seen = json.loads(client.line())
+            last = resident_bytes(router.pid)
+    return {
+        "bytes_per_stream": (first - idle) / streams,
+        "soak_growth_ratio": last / first,
+        "soak_s": seconds,
+        "requests": seen["requests"],
+    }
+
+
+def bench_assign(seconds: float) -> dict[str, Any]:
+    """Assign and Release as fast as one client makes them."""
+    with Processes() as processes, Side(
+        "tests.bench.router_workers", {"replicas": REPLICAS, "rate": RATE, "batch": 253}
+    ) as workers:  # fmt: skip
+        router = start_router(processes, json.loads(workers.line())["addresses"], 253)
+        load = {"kind": "assign", "streams": 32, "prompt": 128, "tokens": (128, 128)}
+        seen = measured(router, {**load, "ramp_s": 1, "warm_s": 1, "measure_s": min(seconds, 10.0)})
+    return {
+        "cpu_us_per_request": 1e6 * seen["cpu_s"] / (2 * max(1, seen["requests"])),
+        "cpu_us_per_assign_and_release": 1e6 * seen["cpu_s"] / max(1, seen["requests"]),
+        "requests_per_s": seen["requests"] / seen["seconds"],
+    }
+
+
+def bench_prompts(seconds: float) -> dict[str, Any]:
+    """60,000-token prompts, one token each."""
+    with Processes() as processes, Side(
+        "tests.bench.router_workers", {"replicas": 4, "rate": 12_000, "batch": 64}
+    ) as workers:  # fmt: skip
+        router = start_router(processes, json.loads(workers.line())["addresses"], 64)
+        load = {"kind": "session", "streams": 8, "sessions": 2, "prompt": 60_000, "tokens": (8, 8)}
+        seen = measured(router, {**load, "ramp_s": 0, "warm_s": 2, "measure_s": min(seconds, 10.0)})
+    return {
+        "cpu_ms_per_request": 1e3 * seen["cpu_s"] / max(1, seen["requests"]),
+        "requests_per_s": seen["requests"] / seen["seconds"],
+    }
+
+
+def bench_choose(_: float) -> dict[str, Any]:
+    """One decision of the default policy, in this process."""
+    found: dict[str, Any] = {}
+    for size in (10, 1000):
+        fleet = CoreFleet(replicas=size, max_running=256)
+        policy, rng, asked = make_policy("least_tokens"), random.Random(1), Question(128, 256)
+        times = []
+        for _ in range(20_000):
+            began = time.perf_counter_ns()
+            policy.choose(fleet.pool, asked, rng)
+            times.append(time.perf_counter_ns() - began)
+        found[f"us_p50_{size}"] = statistics.median(times) / 1000
+        found[f"us_p99_{size}"] = sorted(times)[int(0.99 * len(times))] / 1000
+    return found
+
+
+def bench_mixed_fleet(_: float) -> dict[str, Any]:
+    """Simulated on a virtual clock: the offered load is the sum of what the parts make alone."""
+    total = sum(alone_cached(kind) for kind in MIXED)
+    ours, turns = mixed_fleet("least_tokens", 1.0), mixed_fleet("round_robin", 1.0)
+    by_hand = mixed_fleet("least_tokens", 1.0, weights=[kind.speed for kind in MIXED])
+    evenly = mixed_fleet("least_tokens", 1.0, weights=[1.0] * len(MIXED))
+    return {
+        "efficiency": ours.tokens_per_s / total,
+        "round_robin_efficiency": turns.tokens_per_s / total,
+        "fixed_split_efficiency": by_hand.tokens_per_s / total,
+        "even_split_efficiency": evenly.tokens_per_s / total,
+        "ttft_p99_s": ours.first_token_p99_s(),
+        "round_robin_ttft_p99_s": turns.first_token_p99_s(),
+        "fixed_split_ttft_p99_s": by_hand.first_token_p99_s(),
+    }
+
+
+def bench_overload(_: float) -> dict[str, Any]:
+    """Simulated: requests with a deadline of 5 s at 1, 2 and 10 times what the fleet can do."""
+    kinds = [Kind("MI355X", 3.1)] * 4
+    total = 4 * alone_cached(kinds[0])
+    good = {}
+    for load in (1.0, 2.0, 10.0):
+        good[load] = Simulation(kinds, seed=3).run(load * total, 20.0, 15.0, timeout_s=5.0).goodput
+    return {"goodput_ratio_2x": good[2.0] / good[1.0], "goodput_ratio_10x": good[10.0] / good[1.0]}
+
+
+PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
+    "session": bench_session,
+    "generate": bench_generate,
+    "assign": bench_assign,
+    "choose": bench_choose,
+    "prompts": bench_prompts,
+    "memory": bench_memory,
+    "mixed_fleet": bench_mixed_fleet,
+    "overload": bench_overload,
+}
 
 
 def main() -> None:

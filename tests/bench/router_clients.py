@@ -19,7 +19,7 @@ from grpc import aio
 
 from megatoken.frames import column, pack
 from megatoken.process import die_with_parent
-from megatoken.v1 import frame_columns_pb2, tokens_pb2
+from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
 from router.columns import ColumnSession
 
 BUCKET_US = 100
@@ -115,10 +115,25 @@ async def generate_load(settings: dict[str, Any], seen: Seen, rng: random.Random
     await asyncio.gather(*(one() for _ in range(settings["streams"])))
 
 
+async def assign_load(settings: dict[str, Any], seen: Seen, _: random.Random) -> None:
+    channel = aio.insecure_channel(settings["router"])
+    stub = router_pb2_grpc.RouterStub(channel)
+    ask = router_pb2.AssignRequest(model="m", prompt_tokens=128, max_tokens=128)
+    await asyncio.sleep(1)
+
+    async def one() -> None:
+        while True:
+            lease = await stub.Assign(ask, timeout=10)
+            await stub.Release(router_pb2.ReleaseRequest(lease=lease.lease, generated_tokens=128), timeout=10)
+            seen.requests += seen.measuring
+
+    await asyncio.gather(*(one() for _ in range(settings["streams"])))
+
+
 async def main(settings: dict[str, Any]) -> None:
     seen = Seen()
     rng = random.Random(7)
-    load = generate_load if settings["kind"] == "generate" else session_load
+    load = {"generate": generate_load, "assign": assign_load, "session": session_load}[settings["kind"]]
     running = asyncio.create_task(load(settings, seen, rng))
     await asyncio.sleep(settings["ramp_s"] + settings["warm_s"])
     print("measuring", flush=True)

@@ -73,25 +73,13 @@ def test_with_resume_off_a_started_stream_ends_with_unavailable() -> None:
     fleet.check_idle()
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {"seed": 5, "temperature": 1.0},
-        {"presence_penalty": 0.5},
-        {"structured_outputs": tokens_pb2.StructuredOutputs(json_object=True), "temperature": 1.0},
-        {"extra_json": '{"x": 1}'},
-    ],
-)
-def test_sampling_that_has_state_is_replayed_and_the_client_sees_nothing_twice(sampling: dict[str, object]) -> None:
+def test_seeded_sampling_is_replayed_and_the_client_sees_nothing_twice() -> None:
     fleet = CoreFleet()
-    request = fleet.submit(prompt=(1, 2), max_tokens=10, **sampling)
+    request = fleet.submit(prompt=(1, 2), max_tokens=10, seed=5, temperature=1.0)
     first = fleet.started(request)
     fleet.tokens(request, 11, 12, 13)
     fleet.lose(fleet.replica_of(request))
-    again = fleet.started(request)
-    assert again == first  # the same request, seed included
-    if sampling.get("temperature"):
-        assert again.sampling.HasField("seed")
+    assert fleet.started(request) == first  # the same request, seed included
     fleet.tokens(request, 11)
     fleet.tokens(request, 12)
     assert fleet.received(request) == [11, 12, 13]
@@ -101,22 +89,47 @@ def test_sampling_that_has_state_is_replayed_and_the_client_sees_nothing_twice(s
     assert fleet.received(request) == [11, 12, 13, 14, 15]
     end = fleet.end(request)
     assert end is not None
-    assert (end.generated_tokens, end.resumes) == (5, 1)
+    assert (end.generated_tokens, end.resumes, end.resume_note) == (5, 1, "")
     fleet.check_idle()
 
 
-def test_a_replay_that_differs_ends_with_an_error_and_never_a_wrong_token() -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"presence_penalty": 0.5},
+        {"structured_outputs": tokens_pb2.StructuredOutputs(json_object=True), "temperature": 1.0},
+        {"seed": 5},  # greedy: the seed decides nothing
+    ],
+)
+def test_what_depends_on_the_tokens_alone_goes_on_from_them(sampling: dict[str, object]) -> None:
     fleet = CoreFleet()
-    request = fleet.submit(seed=5, temperature=1.0)
+    request = fleet.submit(prompt=(1, 2), max_tokens=10, **sampling)
+    fleet.tokens(request, 11, 12)
+    fleet.lose(fleet.replica_of(request))
+    again = fleet.started(request)
+    assert (list(again.prompt), again.resumed_tokens) == ([1, 2, 11, 12], 2)
+    fleet.finish(request, resume_note="a bad word of several tokens may span the resume")
+    end = fleet.end(request)
+    assert end is not None
+    assert end.resume_note == "a bad word of several tokens may span the resume"
+
+
+def test_a_replay_that_differs_goes_on_from_what_the_client_has_and_says_so() -> None:
+    fleet = CoreFleet(replicas=3)
+    request = fleet.submit(prompt=(1,), seed=5, temperature=1.0, max_tokens=9)
     fleet.tokens(request, 11, 12)
     fleet.lose(fleet.replica_of(request))
     fleet.tokens(request, 11)
-    fleet.tokens(request, 99)
+    fleet.tokens(request, 99, 98, 97)
+    again = fleet.started(request)
+    assert (list(again.prompt), again.sampling.max_tokens) == ([1, 11, 12], 7)
+    fleet.tokens(request, 13)
+    fleet.finish(request)
     end = fleet.end(request)
     assert end is not None
-    assert (end.reason, end.code) == (ERROR, 14)
-    assert "differed" in end.resume_note
-    assert fleet.received(request) == [11, 12]
+    assert "restarted" in end.resume_note
+    assert fleet.received(request) == [11, 12, 13]
+    fleet.check_idle()
 
 
 def test_a_replica_lost_in_the_middle_of_a_replay_loses_nothing() -> None:
