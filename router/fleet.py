@@ -77,8 +77,8 @@ class Replica:
     generated_tokens: int = 0  # taken over from it by this router
     last_frame_s: float = 0.0
     rtt_s: float = 0.0
-    step_s: float = 0.0  # smoothed time between frames while busy
-    ttft_s: float = 0.0  # smoothed, per prompt-normalised; for outlier ejection
+    step_s: float = 0.0  # smoothed time between frames while it has requests
+    steps: int = 0  # that step_s was smoothed over
     load_totals: tuple[int, int, int] | None = None  # prompt, generated, busy_us of the last report
     prefixes: dict[int, None] = field(default_factory=dict)  # see prefix_book
 

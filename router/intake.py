@@ -99,7 +99,7 @@ def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
         if len(arrived.stream):
             filled.append(arrived)
         if len(arrived.stream) or arrived.frame.finish:  # a load alone may come from a worker whose engine hangs
-            arrived.replica.last_frame_s = now
+            _time_step(arrived.replica, now)
     if filled:
         _take_tokens(state, filled, details, now)
     pools: dict[int, Pool] = {}
@@ -115,6 +115,15 @@ def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
     for pool in pools.values():
         pump(state, pool, now)
     group.clear()
+
+
+def _time_step(replica: Replica, now: float) -> None:
+    """The time since its last frame; a replica without requests has none."""
+    gap_s = now - replica.last_frame_s
+    replica.last_frame_s = now
+    if replica.in_flight:
+        replica.steps += 1
+        replica.step_s += (gap_s - replica.step_s) * max(1 / replica.steps, 1 / 64)
 
 
 def _take_tokens(state: RouterState, frames: list[_Arrived], details: dict[int, list[bytes]], now: float) -> None:
@@ -212,8 +221,6 @@ def first_token(state: RouterState, request: Request, now: float) -> None:
     replica.circuit.succeeded()
     if not was_closed:
         state.fleet.refresh(replica, now)
-    waited = now - request.placed_s
-    replica.ttft_s = waited if replica.ttft_s == 0 else replica.ttft_s + 0.05 * (waited - replica.ttft_s)
     if not request.first_s:
         request.first_s = now
         state.latencies.first_token.add(now - request.arrived_s, now)

@@ -1,7 +1,7 @@
 """Which replicas are far slower than others of their kind, and are left out for a while. Pure.
 
-Compares the smoothed time to first token since dispatch among replicas of one model and device kind that have been
-measured; needs four to tell. A bounded share is left out at once, and the slowest go first.
+Compares the smoothed time of an engine step, as its frames show it, among replicas of one model and device kind that
+have been measured; needs four to tell. A bounded share is left out at once, and the slowest go first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from router.fleet import Pool, Replica
 
 _MIN_PEERS = 4
+_MIN_STEPS = 64
 
 
 def slow_replicas(pool: Pool, config: BreakerConfig, now: float) -> list[Replica]:
@@ -26,7 +27,7 @@ def slow_replicas(pool: Pool, config: BreakerConfig, now: float) -> list[Replica
         return []
     kinds: dict[str, list[Replica]] = {}
     for replica in serving:
-        if replica.step_s > 0:
+        if replica.steps >= _MIN_STEPS:
             kinds.setdefault(replica.member.device_kind, []).append(replica)
     slow: list[Replica] = []
     for peers in kinds.values():

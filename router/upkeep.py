@@ -46,7 +46,7 @@ def slow_tick(state: RouterState, now: float) -> None:
     for pool in state.fleet.pools.values():
         for replica in slow_replicas(pool, state.config.breaker, now):
             replica.ejected_until_s = now + state.config.breaker.max_open_s
-            replica.ttft_s = replica.step_s = 0.0  # judged anew afterwards
+            replica.step_s, replica.steps = 0.0, 0  # judged anew afterwards
             state.fleet.refresh(replica, now)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatoken.v1 import tokens_pb2
+from router import upkeep
 from router.circuit import CircuitState
 from router.lifecycle import State
 from tests.router_core import ERROR, LENGTH, CoreFleet
@@ -253,3 +254,34 @@ def test_failures_in_a_row_open_the_circuit_and_one_probe_closes_it() -> None:
     fleet.tick()
     assert replica.circuit.state is CircuitState.CLOSED
     assert waiting[1].state is State.RUNNING
+
+
+def test_a_replica_far_slower_than_its_kind_is_left_out_for_a_while() -> None:
+    fleet = CoreFleet(replicas=5, max_running=64, breaker={"max_ejected": 0.3, "max_open_s": 30.0})
+    for i, replica in enumerate(fleet.replicas):
+        replica.step_s, replica.steps = (0.02 if i else 0.2), 100
+    upkeep.slow_tick(fleet.state, fleet.now)
+    assert fleet.replicas[0].ejected_until_s == fleet.now + 30
+    assert all(fleet.replica_of(fleet.submit()) is not fleet.replicas[0] for _ in range(30))
+    fleet.tick(31)
+    assert any(fleet.replica_of(fleet.submit()) is fleet.replicas[0] for _ in range(30))
+
+
+def test_only_a_share_is_ejected_and_the_slowest_first() -> None:
+    fleet = CoreFleet(replicas=8, breaker={"max_ejected": 0.25})
+    for i, replica in enumerate(fleet.replicas):
+        replica.step_s, replica.steps = (0.02 if i > 2 else 0.2 + i), 100
+    upkeep.slow_tick(fleet.state, fleet.now)
+    assert [replica.ejected_until_s > fleet.now for replica in fleet.replicas] == [False, True, True] + [False] * 5
+
+
+def test_steps_are_timed_only_while_it_has_requests() -> None:
+    fleet = CoreFleet(replicas=1)
+    for _ in range(3):
+        fleet.now += 50
+        request = fleet.submit()
+        for token in range(20):
+            fleet.now += 0.02
+            fleet.tokens(request, token)
+        fleet.finish(request)
+    assert fleet.replicas[0].step_s == pytest.approx(0.02, rel=0.1)
