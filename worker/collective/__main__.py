@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from megatoken.log import setup_logging
 from megatoken.metrics import serve_metrics
 from megatoken.process import read_arguments, report_ready
+from megatoken.tls import bind
 from megatoken.v1 import throughput_pb2_grpc
 from worker.collective.agent import Agent
 from worker.collective.config import AgentConfig
@@ -49,7 +50,7 @@ async def serve(config: AgentConfig, ready_fd: int | None) -> None:
         stack.push_async_callback(nursery.stop)
         backends = choose_backends(config.backend, nursery.backends)
         server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-        port = bind(server, config)
+        port = bind_server(server, config)
         host = url_host(config.reachable_host)
         store_address = f"{host}:{listener.getsockname()[1]}"
         metrics = AgentMetrics()
@@ -100,10 +101,10 @@ def listen(config: AgentConfig) -> socket.socket:
     return listener
 
 
-def bind(server: grpc.aio.Server, config: AgentConfig) -> int:
+def bind_server(server: grpc.aio.Server, config: AgentConfig) -> int:
     """Binds the Throughput service. Raises OSError that names the port."""
     try:
-        return server.add_insecure_port(f"{url_host(config.host)}:{config.port}")
+        return bind(server, f"{url_host(config.host)}:{config.port}", config.tls)
     except RuntimeError:
         raise OSError(f"port: {config.port} on {config.host} cannot be used; it is taken or not this host's") from None
 

@@ -111,7 +111,13 @@ class Agent:
         self._collective_s = 0.0
         self.last_complete_s: float | None = None
         self._link = ControllerLink(
-            config.controllers, config.agent, config.attend_s, self._attendance, self._on_snapshot, self._on_refused
+            config.controllers,
+            config.agent,
+            config.attend_s,
+            self._attendance,
+            self._on_snapshot,
+            self._on_refused,
+            config.controller_tls,
         )
 
     async def run(self) -> None:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from megatoken.tls import ClientTls, ServerTls
+
 
 class AgentConfig(BaseModel):
     """Whose counters an agent sums, with whom, and how often."""
@@ -42,6 +44,8 @@ class AgentConfig(BaseModel):
         default_factory=dict,
         description="generated tokens/s of one replica alone, by 'MODEL@DEVICE_KIND', 'MODEL' or 'DEVICE_KIND'",
     )
+    tls: ServerTls | None = Field(None, description="of the Throughput service; unset: plain text")
+    controller_tls: ClientTls | None = Field(None, description="towards the controllers; unset: plain text")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 
     @field_validator("controllers")

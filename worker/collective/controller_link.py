@@ -16,17 +16,18 @@ from typing import Any, Final
 import grpc
 
 from megatoken.log import log_event
+from megatoken.tls import ClientTls, Options, open_channel
 from megatoken.v1 import membership_pb2, membership_pb2_grpc, throughput_pb2, throughput_pb2_grpc
 
 ANSWER_TIMEOUT_S: Final = 2.0
 CHECK_S: Final = 0.1
 RETRY_S: Final = (0.1, 0.2, 0.5, 1.0)
-CHANNEL_OPTIONS: Final = (
+CHANNEL_OPTIONS: Final[Options] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.max_receive_message_length", 64 << 20),  # snapshots are whole
     ("grpc.use_local_subchannel_pool", 1),
-)
+]
 logger = logging.getLogger(__name__)
 
 
@@ -59,9 +60,11 @@ class ControllerLink:
         attendance: Callable[[], throughput_pb2.Attendance],
         on_snapshot: Callable[[membership_pb2.Snapshot], None],
         on_refused: Callable[[str], None],
+        tls: ClientTls | None = None,
     ) -> None:
         self._addresses, self._watcher, self._attend_s = itertools.cycle(controllers), watcher, attend_s
         self._attendance, self._on_snapshot, self._on_refused = attendance, on_snapshot, on_refused
+        self._tls = tls
         self._hurry = asyncio.Event()
         self._version = (0, 0)
         self._sessions: list[_Session] = []
@@ -120,7 +123,7 @@ class ControllerLink:
 
     async def _run_session(self, session: _Session) -> None:
         """Both streams, until one ends. Raises what ended it."""
-        async with grpc.aio.insecure_channel(session.address, options=CHANNEL_OPTIONS) as channel:
+        async with open_channel(session.address, self._tls, list(CHANNEL_OPTIONS)) as channel:
             streams = [asyncio.create_task(work) for work in (self._attend(channel, session), self._watch(channel))]
             try:
                 await asyncio.wait(streams, return_when=asyncio.FIRST_COMPLETED)
