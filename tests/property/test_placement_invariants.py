@@ -172,7 +172,7 @@ def test_the_same_inputs_in_any_node_order_give_the_same_answer(
     assert placed(place(requests, inventory)) == placed(place(requests, Inventory(tuple(shuffled))))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(specs((TpSpan.LINK,)), inventories(), nodes("n9"), st.integers(0, 6))
 def test_adding_a_node_never_makes_a_placeable_spec_unplaceable(
     requests: list[ReplicaRequest], inventory: Inventory, added: Node, position: int
