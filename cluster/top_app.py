@@ -159,7 +159,7 @@ class Top(App[None]):
         width = self.size.width
         head = top_view.header(self._shown, width)
         find = f"   filter {self._find!r}" if self._find else ""
-        self._say("title", head.title + find + ("   PAUSED" if self._paused else ""))
+        self._say("title", (head.title + find + ("   PAUSED" if self._paused else "")).ljust(width))
         self.query_one("#headline", Static).update(
             Text.assemble((head.rate, "bold"), "  ", (head.spark, "green"), no_wrap=True, overflow="ellipsis")
         )
