@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import grpc
 import pytest
 
 from megatoken.counters import NAMES, read_counters
-from megatoken.errors import MegatokenError, OverloadError, RequestError
+from megatoken.errors import AuthError, MegatokenError, OverloadError, RequestError, UnavailableError
+from megatoken.tls import ClientTls
 from megatoken.v1 import router_pb2, router_pb2_grpc, tokens_pb2, tokens_pb2_grpc
 from router.client import TokenClient
+from tests.certificates import Authority
 from tests.processes import Processes, Started
 
 MODEL = "simulated"
@@ -279,3 +283,58 @@ async def status(router: Started) -> router_pb2.RouterStatus:
         stub = router_pb2_grpc.RouterStub(channel)
         answer: router_pb2.RouterStatus = await stub.GetRouterStatus(router_pb2.GetRouterStatusRequest(), timeout=10)
         return answer
+
+
+async def test_mutual_tls_and_keys_hold_the_door(processes: Processes, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert_file, key_file = authority.issue("router")
+    keys = tmp_path / "keys.json"
+    digest = hashlib.sha256(b"opensesame").hexdigest()
+    keys.write_text(json.dumps({"keys": [{"name": "team", "sha256": digest, "concurrency": 2}]}))
+    worker = start_worker(processes, "w0")
+    tls = {"cert_file": str(cert_file), "key_file": str(key_file), "client_ca_file": str(authority.ca_file)}
+    router = start_router(processes, worker, tls=tls, api_keys_file=str(keys))
+    mine = ClientTls(ca_file=authority.ca_file, cert_file=cert_file, key_file=key_file)
+    async with TokenClient([router.address], tls=mine, api_key="opensesame") as client:
+        await ready(client, 1)
+        assert len(await client.generate(MODEL, PROMPT, max_tokens=5).tokens()) == 5
+        long = [client.generate(MODEL, PROMPT, max_tokens=3000) for _ in range(3)]
+        with pytest.raises(OverloadError, match="key 'team' has 2 requests at once"):
+            await long[2].tokens()
+    stranger = TokenClient([router.address], tls=mine, api_key="guess", connect_timeout_s=2)
+    with pytest.raises(AuthError, match="not known"):
+        async with stranger:
+            await stranger.generate(MODEL, PROMPT, max_tokens=1).tokens()
+    bare = ClientTls(ca_file=authority.ca_file)
+    with pytest.raises(UnavailableError):
+        await TokenClient([router.address], tls=bare, api_key="opensesame", connect_timeout_s=2).connect()
+    assert "opensesame" not in router.output()
+
+
+async def test_a_leased_replica_is_used_directly(processes: Processes) -> None:
+    worker = start_worker(processes, "w0")
+    router = start_router(processes, worker)
+    async with TokenClient([router.address]) as client:
+        await ready(client, 1)
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        stub = router_pb2_grpc.RouterStub(channel)
+        ask = router_pb2.AssignRequest(model=MODEL, prompt_tokens=len(PROMPT), max_tokens=8)
+        lease = await stub.Assign(ask, timeout=10)
+        assert (lease.replica, lease.address) == ("w0", worker.address)
+        async with TokenClient([lease.address]) as direct:
+            stream = direct.generate(MODEL, PROMPT, max_tokens=8, fields={"lease": lease.lease})
+            assert len(await stream.tokens()) == 8
+        await stub.Release(router_pb2.ReleaseRequest(lease=lease.lease, generated_tokens=8), timeout=10)
+        assert (await status(router)).replicas[0].outstanding_tokens == 0
+
+
+async def test_nonsense_on_a_session_ends_that_session_alone(processes: Processes) -> None:
+    worker = start_worker(processes, "w0")
+    router = start_router(processes, worker)
+    async with TokenClient([router.address]) as client:
+        await ready(client, 1)
+        async with grpc.aio.insecure_channel(router.address) as channel:
+            call = channel.stream_stream("/megatoken.v1.Tokens/Session")()
+            await call.write(b"\xff\xff\xff")
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert len(await client.generate(MODEL, PROMPT, max_tokens=5).tokens()) == 5
