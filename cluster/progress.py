@@ -12,6 +12,7 @@ from megatoken.v1 import control_pb2
 
 POLL_S = 0.25
 SIGN_OF_LIFE_S = 10.0
+AWAY_S = 60.0  # how long a controller may not answer: Ray restarts one that died, and a busy machine is slow
 QUIET_KINDS = ("throughput.epoch",)
 
 Say = Callable[[str], None]
@@ -45,18 +46,23 @@ def wait_until_settled(
 ) -> None:
     """Waits until every model has what it wants and every process serves, telling events after a sequence number.
 
-    Raises CommandError when the time is over.
+    Raises CommandError when the time is over, or when the controller does not answer for AWAY_S.
     """
     progress = progress or Progress()
     deadline = time.monotonic() + timeout_s
-    seen = after
+    answered_s, seen = time.monotonic(), after
     while True:
-        for event in client.events(seen):
-            seen = event.sequence
-            if event.kind not in QUIET_KINDS:
-                progress.say(f"{event.subject}: {event.message}")
-        status = client.status()
-        waiting = waiting_for(status)
+        try:
+            for event in client.events(seen):
+                seen = event.sequence
+                if event.kind not in QUIET_KINDS:
+                    progress.say(f"{event.subject}: {event.message}")
+            waiting = waiting_for(client.status())
+            answered_s = time.monotonic()
+        except Unreachable as error:
+            if time.monotonic() - answered_s > AWAY_S:
+                raise
+            waiting = [str(error)]
         if not waiting:
             return
         if time.monotonic() > deadline:
