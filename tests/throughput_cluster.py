@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 
 from megatoken.counters import INDEX, CounterWriter
+from megatoken.tls import ServerTls, bind
 from megatoken.v1 import membership_pb2, membership_pb2_grpc, throughput_pb2, throughput_pb2_grpc
 from tests.processes import LeftBehind, Processes, Started
 from worker.collective.attendance import AttendanceServicer
@@ -34,6 +35,7 @@ class FakeController(membership_pb2_grpc.MembershipServicer):
         self.snapshot = membership_pb2.Snapshot(epoch=1, version=1)
         self.groups: list[tuple[float, membership_pb2.ThroughputGroup]] = []
         self.host, self.port = "127.0.0.1", 0
+        self.tls: ServerTls | None = None
         self.attendance: AttendanceServicer
 
     @property
@@ -46,7 +48,7 @@ class FakeController(membership_pb2_grpc.MembershipServicer):
         self.attendance = AttendanceServicer(decided, self._policy)
         self.attendance.attach(self._server)
         membership_pb2_grpc.add_MembershipServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(self.address)
+        self.port = bind(self._server, self.address, self.tls)
         await self._server.start()
         await self.attendance.start()
 
