@@ -6,6 +6,7 @@ cli_top.py calls these with the controller's address and a way to open channels 
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 from textual.pilot import Pilot
@@ -44,7 +45,7 @@ def save_top(
             await asyncio.sleep(after_s)
             app.redraw()
             await pilot.pause()
-            path.write_text(app.export_screenshot(title="megatoken top"))
+            path.write_text(without_fonts(app.export_screenshot(title="megatoken top")))
             app.exit()
 
         try:
@@ -53,3 +54,8 @@ def save_top(
             await feed.close()
 
     asyncio.run(show())
+
+
+def without_fonts(svg: str) -> str:
+    """The picture without links to fonts on the web: a viewer's own monospace font shows it, and nothing is fetched."""
+    return re.sub(r"@font-face\s*\{.*?\}", "", svg, flags=re.DOTALL)
