@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cluster.backend import Backend, Look
+from cluster.device_health import DeviceBook, judge, with_devices_out
 from cluster.events import EventLog
 from cluster.fleet import (
     Action,
@@ -83,6 +84,7 @@ class Controller:
         self.records: Mapping[str, Record] = {}
         self.look = Look(complete=False)
         self.inventory = Inventory()
+        self.devices = DeviceBook()
         self.events = EventLog(self.orders.spec.control.events_kept, time.time)
         epoch = int(store.get("epoch") or time.time())
         self.versions = Versions(epoch, int(store.get("version") or 0))
@@ -140,6 +142,7 @@ class Controller:
         self.look = await self._in_thread(backend.look)
         now = time.monotonic()
         plan = reconcile(self.orders.desired, self.fleet, self._observation(), self._limits(), now)
+        self.devices = judge(self.devices, self.fleet, plan.fleet, now)
         self.fleet = plan.fleet
         self.store.save_fleet(plan.fleet)
         for happening in plan.happenings:
@@ -166,7 +169,7 @@ class Controller:
         nodes = tuple(
             replace(node, draining=node.id in self.orders.desired.drained_nodes) for node in self.look.inventory.nodes
         )
-        self.inventory = Inventory(nodes)
+        self.inventory = with_devices_out(Inventory(nodes), self.devices, time.monotonic())
         replicas = {
             replica_id: replace(seen, unfinished=self.links.unfinished.get(replica_id))
             for replica_id, seen in self.look.replicas.items()

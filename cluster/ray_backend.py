@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.util import list_named_actors, placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import get_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -116,6 +116,9 @@ class RayBackend:
     def _take(self, handle: _Handle, reference: Any) -> None:
         try:
             state = ray.get(reference, timeout=5)
+        except ActorUnavailableError:  # not dead to Ray: it may only be out of reach for a moment
+            handle.watch = handle.actor.watch.remote(handle.version)
+            return
         except RayActorError as error:
             handle.watch, handle.phase = None, Phase.EXITED
             if not handle.reason or handle.facts is not None:

@@ -1,0 +1,96 @@
+"""Devices on which replicas keep dying are left out one by one, come back, and are not blamed for a broken model."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.device_health import PAUSE_S, SETTLED_S, DeviceBook, judge, with_devices_out
+from cluster.fleet import Fleet, Replica
+from cluster.placement import Placement, Rank
+from cluster.replica import ReplicaState
+from cluster.topology import Device, Inventory, Node
+
+NODES = Inventory((Node("n", "10.0.0.1", tuple(Device("mi355x", number) for number in range(8))),))
+BOOM = "exit status 1: RuntimeError: HIP error"
+
+
+def replica(number: int, *devices: int, state: ReplicaState = ReplicaState.STARTING, revision: str = "r") -> Replica:
+    ranks = tuple(Rank(rank, "n", device, "mi355x") for rank, device in enumerate(devices))
+    return Replica(f"m-{number}", "m", revision, 1, Placement(f"m-{number}", "m", ranks), 0.0, state)
+
+
+def die(
+    book: DeviceBook, now: float, *devices: int, reason: str = BOOM, beside: tuple[Replica, ...] = ()
+) -> DeviceBook:
+    """One replica on these devices fails."""
+    one = replica(1, *devices)
+    failed = replace(one, state=ReplicaState.FAILED, reason=reason)
+    return judge(book, Fleet((one, *beside)), Fleet((failed, *beside)), now)
+
+
+def out(book: DeviceBook, now: float) -> list[int]:
+    return [device.index for device in with_devices_out(NODES, book, now).nodes[0].devices if not device.healthy]
+
+
+SERVING = replica(9, 7, state=ReplicaState.READY)
+
+
+def test_three_strikes_put_one_device_out_and_say_why() -> None:
+    book = DeviceBook()
+    for strike in range(3):
+        assert out(book, 10.0) == []
+        book = die(book, 10.0 + strike, 3, beside=(SERVING,))
+    assert out(book, 13.0) == [3]
+    (device,) = (d for d in with_devices_out(NODES, book, 13.0).nodes[0].devices if d.out)
+    assert device.out == f"replicas died here 3 times ({BOOM}); tried again in 59 s"
+
+
+def test_it_comes_back_and_one_more_strike_doubles_the_pause() -> None:
+    book = DeviceBook()
+    for _ in range(3):
+        book = die(book, 0.0, 3, beside=(SERVING,))
+    assert out(book, PAUSE_S + 1) == []
+    book = die(book, PAUSE_S + 1, 3, beside=(SERVING,))
+    assert out(book, 2.9 * PAUSE_S) == [3]
+    assert out(book, 3.1 * PAUSE_S) == []
+
+
+def test_a_replica_that_serves_there_long_enough_clears_it() -> None:
+    book = die(die(DeviceBook(), 0.0, 3), 0.0, 3)
+    well = Fleet((replica(2, 3, state=ReplicaState.READY),))
+    assert judge(book, well, well, SETTLED_S - 1).strikes
+    assert not judge(book, well, well, SETTLED_S).strikes
+
+
+@pytest.mark.parametrize("reason", ["node lost: n", "killed by SIGKILL", "its actor died: x", "stopped"])
+def test_what_comes_from_outside_is_no_strike(reason: str) -> None:
+    assert not die(DeviceBook(), 0.0, 3, reason=reason).strikes
+
+
+def test_a_wide_replica_strikes_all_its_devices() -> None:
+    book = DeviceBook()
+    for _ in range(3):
+        book = die(book, 0.0, 0, 1, beside=(SERVING,))
+    assert out(book, 1.0) == [0, 1]
+
+
+def test_a_model_that_fails_wherever_it_is_put_takes_no_device_down_with_it() -> None:
+    book = DeviceBook()
+    for device in (0, 1):
+        for _ in range(3):
+            book = die(book, 0.0, device)
+    assert out(book, 1.0) == []
+    assert book.blamed == {("m", "r")}
+    for _ in range(9):
+        book = die(book, 2.0, 5)
+    assert out(book, 3.0) == []
+    well = Fleet((SERVING,))
+    assert not judge(book, well, well, 4.0).blamed
+
+
+def test_devices_are_to_blame_while_the_same_revision_serves_elsewhere() -> None:
+    book = DeviceBook()
+    for device in (0, 1, 2):
+        for _ in range(3):
+            book = die(book, 0.0, device, beside=(SERVING,))
+    assert out(book, 1.0) == [0, 1, 2]
