@@ -12,27 +12,34 @@ from megatoken.v1 import membership_pb2
 from tests.throughput_chaos import fleet, graceful_chaos, violent_chaos
 from tests.throughput_cluster import Agents, running
 
-NODES = ("n0", "n1", "n2", "n3")
+NODES = ("n0", "n1", "n2", "n3", "n4")
+FEWEST = 3  # in the group when one is killed
 
 
 async def recovery(directory: Path, kills: int) -> dict[str, Any]:
-    """Kills one of four agents at a time, each at another moment of the tick; the others must sum again."""
+    """Kills one agent after another, each at another moment of the tick, while the killed ones start again beside it.
+
+    What counts is the time from the kill to the first complete sample of a group without the victim, at the slowest of
+    the others.
+    """
     seconds: list[float] = []
     incomplete: list[int] = []
+    starting: set[asyncio.Task[Any]] = set()
     async with running(directory) as agents:
         await agents.start_all(NODES)
         for number in range(kills):
-            await agents.until_ranks(NODES, 60)
-            victim = NODES[number % len(NODES)]
-            survivors = [node for node in NODES if node != victim]
-            watching = [asyncio.create_task(recovered(agents, node)) for node in survivors]
-            await asyncio.sleep(0.1 + (number % 10) / 10)
+            victim = await next_victim(agents)
+            agent = agents.running[victim].ready["agent"]
+            others = [node for node in in_group(agents) if node != victim]
+            at = {node: await agents.sample(node) for node in others}
+            await asyncio.sleep((number % 10) / 10)
             killed = time.monotonic()
             await agents.kill(victim)
-            ends = await asyncio.gather(*watching)
+            ends = await asyncio.gather(*(recovered(agents, node, agent, at[node].epoch) for node in others))
             seconds.append(max(end for end, _ in ends) - killed)
             incomplete.append(max(missed for _, missed in ends))
-            await agents.start(victim)
+            starting.add(asyncio.create_task(agents.start(victim)))
+        await asyncio.gather(*starting)
     seconds.sort()
     p99 = seconds[min(len(seconds) - 1, int(len(seconds) * 0.99))]
     return {
@@ -44,15 +51,42 @@ async def recovery(directory: Path, kills: int) -> dict[str, Any]:
     }
 
 
-async def recovered(agents: Agents, node: str) -> tuple[float, int]:
-    """(when the first complete sample of a later epoch came, incomplete ones before it)."""
-    before, incomplete = (await agents.sample(node)).epoch, 0
+def in_group(agents: Agents) -> list[str]:
+    """Nodes whose running agent is in the newest group, longest first."""
+    members = (
+        {member.agent for member in agents.controller.groups[-1][1].members} if agents.controller.groups else set()
+    )
+    return [node for node, started in agents.running.items() if started.ready["agent"] in members]
+
+
+async def next_victim(agents: Agents) -> str:
+    """Waits for a group of at least FEWEST that has summed; returns its longest member."""
+    async with asyncio.timeout(120):
+        while True:
+            nodes = in_group(agents)
+            if len(nodes) >= FEWEST:
+                samples = [await agents.sample(node) for node in nodes]
+                epoch = agents.controller.groups[-1][1].epoch
+                if all(sample.complete and sample.epoch == epoch for sample in samples):
+                    return nodes[0]
+            await asyncio.sleep(0.05)
+
+
+async def recovered(agents: Agents, node: str, victim: str, epoch: int) -> tuple[float, int]:
+    """(when the first complete sample of a later group without the victim came, incomplete ones before it)."""
+    incomplete = 0
     async with asyncio.timeout(60):
         async for sample in agents.watch(node):
-            if sample.complete and sample.epoch > before:
+            if sample.complete and sample.epoch > epoch and victim not in members_of(agents, sample.epoch):
                 return time.monotonic(), incomplete
             incomplete += not sample.complete
     raise RuntimeError(f"{node}: its stream of samples ended")
+
+
+def members_of(agents: Agents, epoch: int) -> set[str]:
+    """The agents of an epoch that was published."""
+    groups = (group for _, group in agents.controller.groups if group.epoch == epoch)
+    return {member.agent for group in groups for member in group.members}
 
 
 async def leaks(directory: Path, epochs: int) -> dict[str, Any]:
