@@ -9,10 +9,18 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from megatoken.errors import RETRY_AFTER_KEY, MegatokenError, OverloadError, RequestError, grpc_status
+from megatoken.errors import (
+    RETRY_AFTER_KEY,
+    MegatokenError,
+    OverloadError,
+    RequestError,
+    UnavailableError,
+    grpc_status,
+)
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest, GenerateResponse
-from router.ending import ERROR
+from router.cork import Connection, Corks
+from router.ending import ERROR, error_finish
 from router.request import Request
 from router.slots import DIRECT
 from router.state import RouterState
@@ -23,62 +31,116 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class GenerateSink:
-    """The outbox of one Generate call, all choices of it."""
+    """The outbox of one Generate call, all choices of it: writes at once when nothing is being written, else gathers.
 
-    def __init__(self) -> None:
-        self._choices: dict[int, list[bytes]] = {}
+    A write is a coroutine of grpc.aio, stepped here by hand: a token then costs one future, and no wake-up of a task of
+    the call's own. Measured: 56 us a message with a task and an event, 39 stepped, 33 stepped and corked.
+    """
+
+    def __init__(self, context: Any, corks: Corks, connection: Connection) -> None:
+        self._context = context
+        self._corks = corks
+        self._connection = connection
+        self._pending: dict[int, list[bytes]] = {}
         self._details: dict[int, list[bytes]] = {}
-        self._ready: list[bytes] = []
-        self._something = asyncio.Event()
+        self._finishes: dict[int, tokens_pb2.Finish] = {}
+        self._writing: Any = None  # the coroutine under way
         self.requests: list[Request] = []
-        self.finished = 0
+        self.live = 0
         self.error: tokens_pb2.Finish | None = None
+        self.done = asyncio.Event()
+        self.wrote = 0  # messages
+
+    def own(self, requests: list[Request]) -> None:
+        self.requests += requests
+        self.live = len(requests)
 
     def push_tokens(self, request: Request, packed: bytes, details: list[bytes]) -> None:
-        if details or request.choice in self._details:
+        if self._writing is None and not details and not request.choice:
+            self._write(b"\x0a" + varint(len(packed)) + packed)
+            return
+        self._pending.setdefault(request.choice, []).append(packed)
+        if details:
             self._details.setdefault(request.choice, []).extend(details)
-        self._choices.setdefault(request.choice, []).append(packed)
-        self._something.set()
+        self._next()
 
     def push_finish(self, request: Request, finish: bytes) -> None:
         message = tokens_pb2.Finish.FromString(finish)
         message.stream = 0
-        self.finished += 1
-        if message.reason == ERROR and len(self.requests) <= 1:
+        self.live -= 1
+        if message.reason == ERROR and len(self.requests) == 1:
             self.error = message
-        self._gather(request.choice, message)
-        self._something.set()
+        self._pending.setdefault(request.choice, [])
+        self._finishes[request.choice] = message
+        self._next()
 
-    async def take(self) -> list[bytes]:
-        """Messages that wait: one a choice, with all of its tokens so far."""
-        while not (self._ready or self._choices or self._details):
-            self._something.clear()
-            await self._something.wait()
-        for choice in list(self._choices):
-            self._gather(choice, None)
-        ready, self._ready = self._ready, []
-        return ready
+    def stuck(self, wrote: int) -> bool:
+        """Whether a write is under way and nothing was written since `wrote` messages."""
+        return self._writing is not None and self.wrote == wrote
 
-    def _gather(self, choice: int, finish: tokens_pb2.Finish | None) -> None:
-        pieces = self._choices.pop(choice, [])
-        details = self._details.pop(choice, None)
-        packed = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if finish is None and details is None and choice == 0:
-            self._ready.append(b"\x0a" + varint(len(packed)) + packed)
+    def _next(self) -> None:
+        """Writes what is pending, one message a choice, when nothing is being written."""
+        if self._writing is not None:
             return
+        if self._pending:
+            choice = next(iter(self._pending))
+            self._write(self._message(choice, b"".join(self._pending.pop(choice))))
+        elif not self.live:
+            self.done.set()
+
+    def _message(self, choice: int, packed: bytes) -> bytes:
         message = GenerateResponse(tokens=packed, choice=choice)
-        for raw in details or ():
+        for raw in self._details.pop(choice, ()):
             detail = tokens_pb2.Detail.FromString(raw)
             detail.stream = 0
             message.detail.MergeFrom(detail)
+        finish = self._finishes.pop(choice, None)
         if finish is not None:
             message.finish.CopyFrom(finish)
-        self._ready.append(message.SerializeToString())
+        encoded: bytes = message.SerializeToString()
+        return encoded
+
+    def _write(self, message: bytes) -> None:
+        self._corks.hold(self._connection)
+        self._writing = self._context.write(message)
+        self._step(None)
+
+    def _step(self, _: object) -> None:
+        try:
+            waiting = self._writing.send(None)
+        except StopIteration:
+            self._writing = None
+            self.wrote += 1
+            self._next()
+        except (Exception, asyncio.CancelledError):  # the call is over: its handler hears of it by itself
+            self.live = 0
+            self.done.set()
+        else:
+            waiting._asyncio_future_blocking = False  # as a task does with what it waits for
+            waiting.add_done_callback(self._step)
 
 
-async def serve_generate(state: RouterState, raw: bytes, context: Any) -> None:
+async def serve_generate(state: RouterState, corks: Corks, raw: bytes, context: Any) -> None:
     """One call."""
-    sink = GenerateSink()
+    connection = corks.join(context.peer())
+    sink = GenerateSink(context, corks, connection)
+    try:
+        try:
+            submit_call(state, sink, raw, context)
+        except MegatokenError as error:
+            await refuse(context, error)
+            return
+        await _until_done(sink, state.config.limits.client_stall_s)
+        if sink.error is not None:
+            await _fail(context, sink.error)
+    finally:
+        corks.leave(connection)
+        for request in sink.requests:
+            cancel(state, request, time.monotonic())
+
+
+def submit_call(state: RouterState, sink: GenerateSink, raw: bytes, context: Any) -> None:
+    """Decodes and submits. Raises a MegatokenError, counted as a refusal."""
     model = ""
     try:
         try:
@@ -90,22 +152,23 @@ async def serve_generate(state: RouterState, raw: bytes, context: Any) -> None:
         left_s = context.time_remaining()
         caller = state.door.identify(context.invocation_metadata())
         deadline_s = float("inf") if left_s is None else now + left_s
-        submit(state, sink, DIRECT, 0, message, caller, deadline_s, now, sink.requests.extend)
+        submit(state, sink, DIRECT, 0, message, caller, deadline_s, now, sink.own)
     except MegatokenError as error:
         state.count_refusal(model, error)
-        await refuse(context, error)
-        return
-    try:
-        while True:
-            for response in await sink.take():
-                await context.write(response)
-            if sink.finished == len(sink.requests):
-                break
-        if sink.error is not None:
-            await _fail(context, sink.error)
-    finally:
-        for request in sink.requests:
-            cancel(state, request, time.monotonic())
+        raise
+
+
+async def _until_done(sink: GenerateSink, stall_s: float) -> None:
+    """Waits for the end, or for a client that reads nothing for `stall_s` while there is something to read."""
+    while True:
+        wrote = sink.wrote
+        try:
+            await asyncio.wait_for(sink.done.wait(), stall_s)
+            return
+        except TimeoutError:
+            if sink.stuck(wrote):
+                sink.error = error_finish(0, UnavailableError(f"the client read nothing for {stall_s:.0f} s"))
+                return
 
 
 async def refuse(context: Any, error: MegatokenError) -> None:

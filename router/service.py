@@ -11,6 +11,7 @@ from megatoken.errors import MegatokenError
 from megatoken.v1 import router_pb2, router_pb2_grpc
 from router.client_session import ClientSession
 from router.config import RouterConfig
+from router.cork import Corks
 from router.generate import refuse, serve_generate
 from router.leases import Leases
 from router.state import RouterState
@@ -19,6 +20,8 @@ from router.status import models, router_status
 
 def tokens_handler(state: RouterState, config: RouterConfig) -> Any:
     """megatoken.v1.Tokens without serializers: messages arrive and leave as bytes."""
+
+    corks = Corks()
 
     async def session(_: object, context: Any) -> None:
         try:
@@ -29,7 +32,7 @@ def tokens_handler(state: RouterState, config: RouterConfig) -> Any:
         await ClientSession(state, config, caller).serve(context)
 
     async def generate(raw: bytes, context: Any) -> None:
-        await serve_generate(state, raw, context)
+        await serve_generate(state, corks, raw, context)
 
     return grpc.method_handlers_generic_handler(
         "megatoken.v1.Tokens",
