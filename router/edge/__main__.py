@@ -1,7 +1,8 @@
 """`python -m router.edge --config FILE [--ready-fd N]`: one edge process.
 
-vLLM's imports take most of the start, so the config is read and the socket bound before them: what is wrong with either
-is said at once.
+vLLM's imports take most of the start, so what can be checked without them is checked before: the config, the port, the
+keys file, where the models are. It listens only when it serves: an edge that still starts gets no connection of a
+shared port.
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 from typing import Any
 
-from megatoken.errors import MegatokenError
+from megatoken.errors import MegatokenError, RequestError
 from megatoken.log import setup_logging
 from megatoken.process import read_arguments, report_ready
+from router.api_keys import KeyRing
 from router.edge.config import EdgeConfig
+from router.edge.serve_args import serve_arguments
 
 BACKLOG = 2048
 
 
 def bind(config: EdgeConfig) -> socket.socket:
-    """The listening socket. Raises OSError with the address in its text."""
+    """The bound socket. Raises RequestError when the port cannot be had."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -33,10 +37,9 @@ def bind(config: EdgeConfig) -> socket.socket:
         if config.reuse_port:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((config.host, config.port))
-        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise OSError(error.errno, f"port: cannot listen on {config.host}:{config.port}: {error.strerror}") from None
+        raise RequestError("port", config.port, f"a free port of {config.host}: {error.strerror}") from None
     listener.setblocking(False)
     return listener
 
@@ -50,13 +53,18 @@ def prepare_environment(config: EdgeConfig) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # no tensor work here
 
 
-async def serve(config: EdgeConfig, listener: socket.socket, ready_fd: int | None) -> None:
+def stop_at_once(*_: object) -> None:
+    """SIGTERM before the server takes it over, and again when the server has drained."""
+    raise SystemExit(0)
+
+
+async def serve(config: EdgeConfig, keys: KeyRing | None, listener: socket.socket, ready_fd: int | None) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests end for `limits.drain_s`."""
     import uvicorn
 
     from router.edge.assemble import assemble
 
-    parts = await assemble(config)
+    parts = await assemble(config, keys)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -101,10 +109,14 @@ def main() -> int:
     began = time.monotonic()
     config, ready_fd = read_arguments("python -m router.edge", EdgeConfig)
     setup_logging("edge", config.edge, config.log_level)
+    signal.signal(signal.SIGTERM, stop_at_once)
     try:
+        keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
+        for model in config.models:
+            serve_arguments(model)
         listener = bind(config)
-    except OSError as error:
-        print(f"python -m router.edge: {error.strerror}", file=sys.stderr)
+    except (MegatokenError, OSError, ValueError) as error:
+        print(f"python -m router.edge: {error}", file=sys.stderr)
         return 2
     prepare_environment(config)
     import uvloop
@@ -112,8 +124,8 @@ def main() -> int:
     with contextlib.closing(listener):
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(serve(config, listener, ready_fd))
-        except (MegatokenError, OSError, ValueError) as error:  # a model, or the keys file
+                runner.run(serve(config, keys, listener, ready_fd))
+        except (MegatokenError, OSError, ValueError) as error:  # what vLLM says about a model
             print(f"python -m router.edge: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

@@ -29,13 +29,9 @@ class Edge:
             model.shutdown()
 
 
-async def assemble(config: EdgeConfig) -> Edge:
-    """Builds an edge and begins to connect it to its router.
-
-    Raises RequestError for a model that cannot be served, OSError or ValueError for a keys file that does not read.
-    """
+async def assemble(config: EdgeConfig, keys: KeyRing | None = None) -> Edge:
+    """Builds an edge and begins to connect it to its router. Raises RequestError for a model that cannot be served."""
     metrics = EdgeMetrics()
-    keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
     sessions = Sessions(config, metrics, keys)
     sessions.start()
     models = tuple([await build_model_app(model, config, sessions) for model in config.models])
