@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.clusters import ClusterRecord, alive, record_path, write_record
-from cluster.control_client import CommandError
+from cluster.control_client import CommandError, ControlClient, Unreachable
 from cluster.controller_main import client_tls
 from cluster.embedded import BringUp
 from cluster.progress import Progress
@@ -157,13 +157,23 @@ def _refuse_running(states: Path, cluster: str) -> None:
         record = ClusterRecord.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
         return
-    if record.guard_pid == 0 or alive(record.guard_pid):
+    if alive(record.guard_pid) if record.guard_pid else _answers(record):
         raise CommandError(
             f"cluster: {cluster!r} is not allowed; a cluster of that name runs, controller at {record.control}. "
             "Use `megatoken apply`, or `megatoken down` first",
             2,
         )
     path.unlink(missing_ok=True)
+
+
+def _answers(record: ClusterRecord) -> bool:
+    """Whether a controller on somebody's Ray is still there; it may have been lost with its node."""
+    with ControlClient(record.control, record.tls) as client:
+        try:
+            client.status()
+        except Unreachable:
+            return False
+    return True
 
 
 def _environment(directory: Path) -> dict[str, str]:

@@ -38,7 +38,10 @@ class ControllerActor:
         self._closed = threading.Event()
         self._address = ""
         self._problem = ""
-        arguments = (Path(state_file), Path(runtime_root), node_address, spec_json)
+        # Restarted by Ray, it carries on with what the state file says; new, it takes what it is given, also where an
+        # earlier cluster of that name was lost and left its file.
+        given = None if was_restarted() else spec_json
+        arguments = (Path(state_file), Path(runtime_root), node_address, given)
         threading.Thread(target=self._live, args=arguments, name="controller", daemon=True).start()
 
     def address(self, timeout_s: float) -> tuple[str, str]:
@@ -70,13 +73,12 @@ class ControllerActor:
 
         lines = collect_logs(runtime_root, state_file)
         store = StateStore(state_file)
-        if store.spec() is None:
-            if spec_json is None:
-                raise RuntimeError("no spec was given and the state file holds none")
+        if spec_json is not None:
             store.put_spec(ClusterSpec.model_validate_json(spec_json), {})
+            store.put(stopping="")
         spec = store.spec()
         if spec is None:
-            raise RuntimeError("the state file lost its spec")
+            raise RuntimeError("no spec was given and the state file holds none")
         host = bind_host(spec, node_address)
         settle_ports(store, spec, host)
         local = spec.ray.address == "local"
@@ -104,6 +106,13 @@ class ControllerActor:
             await server.stop()
             store.close()
         return not local
+
+
+def was_restarted() -> bool:
+    """Whether Ray started this actor again after its death."""
+    import ray
+
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def end_own_actor() -> None:
