@@ -22,6 +22,7 @@ from megatoken.v1 import control_pb2
 from router.client import TokenClient
 
 UP_TIMEOUT_S = 300.0
+FLOW_S = 60.0
 Met = Callable[[control_pb2.ClusterStatus], bool]
 
 
@@ -145,13 +146,14 @@ class Traffic:
         self.report = Report()
         self._arguments = (router, model, prompts, tokens, streams)
         self._stopping = threading.Event()
+        self._flowing: set[int] = set()  # streams that have had a token
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 
     def __enter__(self) -> Traffic:
         self._thread.start()
-        if not self._started.wait(30):
-            raise RuntimeError("no token came within 30 s")
+        if not self._started.wait(FLOW_S):
+            raise RuntimeError(f"not every stream had a token within {FLOW_S} s: {self.report.errors[:3]}")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -170,10 +172,13 @@ class Traffic:
         router, model, prompts, tokens, streams = self._arguments
         async with TokenClient([router]) as client:
             await asyncio.gather(
-                *(self._stream(client, model, prompts[number % len(prompts)], tokens) for number in range(streams))
+                *(
+                    self._stream(client, model, prompts[number % len(prompts)], tokens, number)
+                    for number in range(streams)
+                )
             )
 
-    async def _stream(self, client: TokenClient, model: str, prompt: Sequence[int], tokens: int) -> None:
+    async def _stream(self, client: TokenClient, model: str, prompt: Sequence[int], tokens: int, number: int) -> None:
         while not self._stopping.is_set():
             stream = client.generate(model, prompt=list(prompt), max_tokens=tokens, temperature=0.0, ignore_eos=True)
             got: list[int] = []
@@ -184,12 +189,17 @@ class Traffic:
                     now = time.monotonic()
                     self.report.longest_gap_s = max(self.report.longest_gap_s, now - last_s)
                     last_s = now
-                    self._started.set()
+                    self._flow(number)
             except MegatokenError as error:
                 self.report.errors.append(f"{type(error).__name__}: {error}")
                 continue
             self.report.answers.append(got)
             self.report.resumes += stream.finish.resumes if stream.finish is not None else 0
+
+    def _flow(self, number: int) -> None:
+        self._flowing.add(number)
+        if len(self._flowing) == self._arguments[4]:
+            self._started.set()
 
 
 def ask(router: str, model: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
