@@ -7,7 +7,6 @@ import gc
 import logging
 import random
 import time
-from typing import Any, cast
 
 from google.protobuf import json_format
 from grpc import aio
@@ -22,6 +21,7 @@ from router.api_keys import KeyRing
 from router.config import RouterConfig
 from router.door import Door
 from router.fleet import Fleet, Replica
+from router.health import RouterHealth
 from router.inbox import Inbox
 from router.leases import Leases
 from router.ledger import Ledger
@@ -68,7 +68,7 @@ class RouterApp:
         self._links: dict[Replica, WorkerLink] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._closing: set[asyncio.Task[None]] = set()
-        self._health = cast(Any, health).aio.HealthServicer()
+        self._health = RouterHealth(self.state, self._channel)
         self._server: aio.Server | None = None
         self._stop_metrics = lambda: None
 
@@ -163,8 +163,9 @@ class RouterApp:
 
     async def _set_serving(self, serving: bool) -> None:
         kind = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", *SERVICES):
+        for name in ("", "ready", *SERVICES):
             await self._health.set(name, kind)
+        await self._health.set("live", health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> None:
         """Takes no new calls, lets running requests end for drain_s, then ends the rest."""

@@ -167,7 +167,7 @@ def bench_prompts(seconds: float) -> dict[str, Any]:
         "tests.bench.router_workers", {"replicas": 4, "rate": 12_000, "batch": 64}
     ) as workers:  # fmt: skip
         router = start_router(processes, json.loads(workers.line())["addresses"], 64)
-        load = {"kind": "session", "streams": 8, "sessions": 2, "prompt": 60_000, "tokens": (8, 8)}
+        load = {"kind": "session", "streams": 8, "sessions": 2, "prompt": 60_000, "tokens": (1, 1)}
         seen = measured(router, {**load, "ramp_s": 0, "warm_s": 2, "measure_s": min(seconds, 10.0)})
     return {
         "cpu_ms_per_request": 1e3 * seen["cpu_s"] / max(1, seen["requests"]),

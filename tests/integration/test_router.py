@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from megatoken.counters import NAMES, read_counters
 from megatoken.errors import AuthError, MegatokenError, OverloadError, RequestError, UnavailableError
@@ -338,3 +339,23 @@ async def test_nonsense_on_a_session_ends_that_session_alone(processes: Processe
             await call.write(b"\xff\xff\xff")
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert len(await client.generate(MODEL, PROMPT, max_tokens=5).tokens()) == 5
+
+
+async def test_health_tells_live_ready_and_deep_apart(processes: Processes) -> None:
+    worker = start_worker(processes, "w0")
+    router = start_router(processes, worker)
+    async with TokenClient([router.address]) as client:
+        await ready(client, 1)
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+
+        async def ask(name: str) -> int:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=30)
+            return int(answer.status)
+
+        serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        assert [await ask(name) for name in ("live", "ready", "", "deep")] == [serving] * 4
+        assert (await status(router)).replicas[0].in_flight == 0
+        worker.kill()
+        await asyncio.sleep(2.5)  # a deep answer is good for two seconds
+        assert [await ask(name) for name in ("live", "ready", "deep")] == [serving, serving, not_serving]
