@@ -36,7 +36,7 @@ async def assemble(config: EdgeConfig, keys: KeyRing | None = None) -> Edge:
     sessions.start()
     models = tuple([await build_model_app(model, config, sessions) for model in config.models])
     dispatch = Dispatch(
-        apps={name: model for model in models for name in model.model.names},
+        apps={name: model for model in models for name in (*model.model.names, *model.model.loras)},
         is_healthy=lambda: sessions.connected,
         exposition=lambda: metrics.exposition(sessions.connected),
         door=Door(keys),

@@ -22,6 +22,7 @@ class EdgeModel(_Part):
     )
     source: str = Field(min_length=1, description="builtin:NAME (made before), a directory, or a Hugging Face id")
     served_names: tuple[str, ...] = Field((), description="further names that requests may ask for")
+    loras: tuple[str, ...] = Field((), description="adapters of the workers that may be asked for as models")
     dtype: str = Field("auto", description="as the workers have it; shown by some endpoints")
     max_model_len: int | None = Field(None, ge=2, description="as the workers have it; unset: the model's own")
     chat_template: str | None = Field(None, description="a Jinja file, or the template itself; unset: the tokenizer's")
@@ -73,7 +74,7 @@ class EdgeConfig(_Part):
     def _names_once(self) -> Self:
         seen: set[str] = set()
         for model in self.models:
-            for name in model.names:
+            for name in (*model.names, *model.loras):
                 if name in seen:
                     raise ValueError(f"models: the name {name!r} is given twice; each may be given once")
                 seen.add(name)

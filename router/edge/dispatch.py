@@ -25,6 +25,7 @@ AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS: Final = frozenset({"/health", "/ping", "/version", "/metrics"})  # need no key, as with vLLM
 KEY_HEADERS: Final = (b"authorization", b"x-api-key")
+MAX_TRACEPARENT: Final = 128  # bytes; version 00 has 55
 MODELS_PATH: Final = "/v1/models"
 
 
@@ -108,7 +109,7 @@ class Dispatch:
                 return
             served = self._default
         self._door.admit(caller, served.name)
-        EXCHANGE.set(Exchange(send, secret))
+        EXCHANGE.set(Exchange(send, secret, traceparent(scope)))
         await served.app(scope, replay(body, receive), send)
 
     async def _models(self, name: str, caller: Caller, send: Send) -> None:
@@ -136,6 +137,12 @@ def model_of(body: bytes) -> str | None:
 def credentials(scope: Scope) -> list[tuple[str, str]]:
     """The headers that may carry a key, as the door reads gRPC metadata."""
     return [(name.decode(), value.decode("latin-1")) for name, value in scope["headers"] if name in KEY_HEADERS]
+
+
+def traceparent(scope: Scope) -> str:
+    """The W3C trace context of a request; empty without one, or with one that is too long to be one."""
+    found = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
+    return "" if len(found) > MAX_TRACEPARENT else found.decode("latin-1")
 
 
 def secret_of(shown: list[tuple[str, str]]) -> str:

@@ -162,8 +162,8 @@ class RouterEngineCore(EngineCoreClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         try:
-            message = self._to_contract(request)
             exchange = EXCHANGE.get()
+            message = self._to_contract(request, exchange.traceparent if exchange is not None else "")
             session = self._sessions.of(exchange.secret if exchange is not None else "")
             await session.wait_connected()
             receiver = CoreReceiver(self, request.request_id, len(request.prompt_token_ids or ()))
@@ -172,9 +172,11 @@ class RouterEngineCore(EngineCoreClient):
             generation = GENERATION.get()
             if generation is not None:
                 generation.receivers.append(receiver)
-        except MegatokenError as error:
+        except BaseException as error:  # also a client that left: vLLM registered the request before this call
             self._processor.abort_requests([request.request_id], internal=True)
-            raise_as_vllm_error(error)
+            if isinstance(error, MegatokenError):
+                raise_as_vllm_error(error)
+            raise
 
     def cancel(self, request_id: str) -> None:
         """Tells the router that a request is no longer wanted. One that ended already is ignored."""
@@ -228,7 +230,7 @@ class RouterEngineCore(EngineCoreClient):
         if state is not None:
             state.num_cached_tokens = cached
 
-    def _to_contract(self, request: EngineCoreRequest) -> GenerateRequest:
+    def _to_contract(self, request: EngineCoreRequest, traceparent: str) -> GenerateRequest:
         if request.mm_features or request.prompt_embeds is not None or request.prompt_token_ids is None:
             raise RequestError("prompt", "media or embeddings", "this fleet takes text and token ids")
         if request.sampling_params is None:
@@ -244,6 +246,7 @@ class RouterEngineCore(EngineCoreClient):
             sampling=to_contract(request.sampling_params),
             priority=request.priority,
             timeout_ms=self._timeout_ms,
+            traceparent=traceparent,
         )
         if request.lora_request is not None:
             message.lora = request.lora_request.lora_name
@@ -253,8 +256,6 @@ class RouterEngineCore(EngineCoreClient):
             message.affinity = request.session_id
         if self._site:
             message.site = self._site
-        if request.trace_headers and "traceparent" in request.trace_headers:
-            message.traceparent = request.trace_headers["traceparent"]
         return message
 
 

@@ -12,9 +12,10 @@ from router.edge.refusals import GuardedSend
 class Exchange:
     """One HTTP exchange as the parts of the edge see it: its guarded send, its caller's key, what it started."""
 
-    __slots__ = ("generations", "guard", "secret")
+    __slots__ = ("generations", "guard", "secret", "traceparent")
 
-    def __init__(self, guard: GuardedSend, secret: str = "") -> None:
+    def __init__(self, guard: GuardedSend, secret: str = "", traceparent: str = "") -> None:
+        self.traceparent = traceparent  # W3C trace context, as the client sent it
         self.guard = guard
         self.secret = secret
         self.generations: list[Any] = []

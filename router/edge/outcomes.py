@@ -30,7 +30,7 @@ VLLM_REASON: Final = {
 REPETITION_STOP_REASON: Final = "repetition_detected"  # vllm.v1.core.sched.utils.check_stop
 
 # gRPC status numbers that a Finish carries, and the HTTP status each becomes (megatoken.errors has the table of types).
-HTTP_OF_CODE: Final = {1: 499, 3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 400, 11: 400, 12: 501, 14: 503, 16: 401}
+HTTP_OF_CODE: Final = {1: 503, 3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 400, 11: 400, 12: 501, 14: 503, 16: 401}
 DEFAULT_RETRY_AFTER_S: Final = 1.0
 RETRY_AFTER_TEXT: Final = re.compile(r"retry after (\d+(?:\.\d+)?) s")
 

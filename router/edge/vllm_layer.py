@@ -13,10 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm import AsyncEngineArgs, envs
-from vllm.config import VllmConfig
+from vllm.config import LoRAConfig, VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.core_client import EngineCoreClient
 
@@ -26,6 +27,8 @@ from router.edge.engine_core import TASKS, RouterEngineCore
 from router.edge.serve_args import serve_arguments
 from router.edge.sessions import Sessions
 from router.edge.weave import EdgeLLM, weave_app
+
+AT_THE_WORKERS = "at-the-workers"  # an adapter's path, which the edge does not know and vLLM asks for
 
 
 @contextlib.contextmanager
@@ -90,12 +93,16 @@ async def build_model_app(model: EdgeModel, config: EdgeConfig, sessions: Sessio
     """Builds vLLM's app for a model. Call in the event loop that serves."""
     args = parse(model)
     vllm_config = make_vllm_config(args)
+    if model.loras:
+        vllm_config.lora_config = LoRAConfig()  # vLLM refuses adapters without one; the workers have the real one
     core = RouterEngineCore(sessions, model.name, config)
     with engine_core(core):
         llm = EdgeLLM(vllm_config=vllm_config, executor_class=None, log_stats=False, log_requests=False)
     core.attach(llm)
     app = build_app(args, TASKS, vllm_config.model_config)
     await init_app_state(llm, app.state, args, TASKS)
+    for number, name in enumerate(model.loras, start=1):
+        app.state.openai_serving_models.lora_requests[name] = LoRARequest(name, number, AT_THE_WORKERS)
     if model.fast_stream:
         weave_app(app.state, args)
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler asks for it

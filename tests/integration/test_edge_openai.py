@@ -48,7 +48,7 @@ async def shared() -> AsyncIterator[Stage]:
         "models": [
             {"name": "smol", "source": "builtin:smollm2-135m-instruct", "served_names": ["alias"], "dtype": "bfloat16",
              "tool_parser": "hermes", "extra_args": {"enable_prompt_tokens_details": True}},
-            {"name": "tiny", "source": "builtin:tiny-llama", "max_model_len": 64},
+            {"name": "tiny", "source": "builtin:tiny-llama", "max_model_len": 64, "loras": ["pirate"]},
         ],
         "limits": {"connect_timeout_s": 1.0, "drain_s": 1.0},
     }  # fmt: skip
@@ -219,6 +219,23 @@ async def test_tools(stage: Stage) -> None:
     assert json.loads(answer.choices[0].message.tool_calls[0].function.arguments) == {"city": "Paris"}
 
 
+async def test_an_adapter_goes_by_its_name(stage: Stage) -> None:
+    response = await post(stage, "/v1/completions", model="pirate", prompt="Hi", max_tokens=4)
+    assert response.json()["model"] == "pirate"
+    (request,) = stage.router.requests
+    assert (request.model, request.lora) == ("tiny", "pirate")
+
+
+async def test_the_trace_context_goes_on(stage: Stage) -> None:
+    context = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with httpx.AsyncClient(timeout=30) as client:
+        url = stage.url + "/v1/completions"
+        body = {"model": "smol", "prompt": "Hi", "max_tokens": 4}
+        await client.post(url, json=body, headers={"traceparent": context, "x-request-id": "mine"})
+    assert stage.router.requests[0].traceparent == context
+    assert stage.router.requests[0].request_id == "cmpl-mine-0"
+
+
 async def test_tokenize_and_back(stage: Stage) -> None:
     tokens = (await post(stage, "/tokenize", model="tiny", prompt="Hello", add_special_tokens=False)).json()["tokens"]
     assert (await post(stage, "/detokenize", model="tiny", tokens=tokens)).json()["prompt"] == "Hello"
@@ -226,7 +243,7 @@ async def test_tokenize_and_back(stage: Stage) -> None:
 
 async def test_models_health_metrics(stage: Stage) -> None:
     listed = await stage.client.models.list()
-    assert [model.id for model in listed.data] == ["smol", "alias", "tiny"]
+    assert [model.id for model in listed.data] == ["smol", "alias", "tiny", "pirate"]
     assert (await stage.client.models.retrieve("tiny")).id == "tiny"
     async with httpx.AsyncClient() as client:
         assert (await client.get(stage.url + "/health")).status_code == 200

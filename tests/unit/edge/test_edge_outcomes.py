@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 import grpc
 import pytest
 
@@ -38,6 +40,10 @@ def test_every_code_of_the_error_tree_has_the_trees_status() -> None:
     for code, status in HTTP_OF_GRPC.items():
         assert isinstance(code, grpc.StatusCode)
         assert HTTP_OF_CODE[code.value[0]] == status
+
+
+def test_every_status_is_one_of_http() -> None:
+    assert {HTTPStatus(status) for status in HTTP_OF_CODE.values()}
 
 
 def test_overload_says_when_to_come_back() -> None:
