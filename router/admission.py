@@ -22,7 +22,7 @@ def expected_wait_s(pool: Pool) -> float:
     """How long a request that is queued now waits: queued tokens over the model's rate; 0 until that was measured."""
     if not pool.queue.length:
         return 0.0
-    rate = pool.measured_tokens_per_s()
+    rate = pool.measured_tokens_per_s
     return pool.queue.tokens / rate if rate > 0 else 0.0
 
 
@@ -73,11 +73,11 @@ def _deadline(
     pool: Pool, prompt_tokens: int, expected: int, time_left_s: float, wait_s: float
 ) -> MegatokenError | None:
     """The answer must be possible by the deadline: queue, prefill, and a step of a full batch for each token."""
-    rates = [r.capacity for r in pool.replicas if r.capacity.measured]
     need_s = wait_s
-    if rates:
+    if pool.rates_by_kind:
         need_s += min(
-            prompt_tokens / c.prefill_tokens_per_s + expected * c.batch / c.decode_tokens_per_s for c in rates
+            prompt_tokens * rates.prompt_s + expected * (rates.step_s + rates.token_s * batch)
+            for rates, batch in pool.rates_by_kind.values()
         )
     if need_s > time_left_s:
         return DeadlineError(f"the deadline is in {time_left_s:.3f} s, an answer takes {need_s:.3f} s as things are")

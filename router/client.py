@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from megatoken.errors import MegatokenError, RequestError, UnavailableError
-from megatoken.frames import pack, token_columns
+from megatoken.frames import MalformedFrame, pack, token_columns
 from megatoken.tls import ClientTls
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
 from router.columns import ColumnSession, error_of
@@ -227,6 +227,8 @@ class TokenClient:
                 lost: MegatokenError = UnavailableError(f"router {address} ended the session")
             except MegatokenError as error:
                 lost = error
+            except MalformedFrame as error:
+                lost = UnavailableError(f"router {address} sent a malformed frame: {error}")
             finally:
                 live = self._streams.pop(session, {})
                 drained = session in self._draining

@@ -120,16 +120,11 @@ class Pool:
     _allowed: float = 0.0
     prefixes: PrefixBook = field(default_factory=PrefixBook)
     adapters: dict[str, list[Replica]] = field(default_factory=dict)  # replicas by adapter that they state
-    rates_by_kind: dict[str, Rates] = field(default_factory=dict)
+    measured_tokens_per_s: float = 0.0  # decode capacity of what serves; 0: not measured yet
+    rates_by_kind: dict[str, tuple[Rates, int]] = field(default_factory=dict)  # by device kind, and its full batch
+    max_model_len: int = 0  # the longest context of a replica
+    vocab_size: int = 0  # the smallest; 0: none states one
     measures: Measures = field(default_factory=Measures)
-
-    @property
-    def max_model_len(self) -> int:
-        return max((r.member.max_model_len for r in self.replicas), default=0)
-
-    @property
-    def vocab_size(self) -> int:
-        return min((r.member.vocab_size for r in self.replicas if r.member.vocab_size), default=0)
 
     def expected_output(self, max_tokens: int) -> int:
         if self.outputs_seen < 8:
@@ -143,12 +138,11 @@ class Pool:
         self._allowed += (max(max_tokens, tokens, 1) - self._allowed) * max(1 / self.outputs_seen, 1 / 256)
         self.output_share = self._made / self._allowed
 
-    def measured_tokens_per_s(self) -> float:
-        """Decode capacity of what may serve; 0 when none of it was measured yet."""
+    def gauge(self) -> None:
+        """Sums up what its replicas were measured at. Called ten times a second, so that a request need not."""
         serving = [r.capacity for r in self.replicas if r.connected and not r.draining]
-        if not any(capacity.measured for capacity in serving):
-            return 0.0
-        return sum(capacity.decode_tokens_per_s for capacity in serving)
+        measured = any(capacity.measured for capacity in serving)
+        self.measured_tokens_per_s = sum(c.decode_tokens_per_s for c in serving) if measured else 0.0
 
 
 class Fleet:
@@ -176,7 +170,7 @@ class Fleet:
         capacity = Capacity(batch)
         known = pool.rates_by_kind.get(member.device_kind)
         if known is not None:
-            capacity.adopt(known)
+            capacity.adopt(known[0])
         limit = max(1, round(batch * self._admission.replica_slack))
         index = next((i for i, r in enumerate(self.replicas) if r is None), len(self.replicas))
         circuit = Circuit(self._breaker.failures, self._breaker.open_s, self._breaker.max_open_s)
@@ -188,7 +182,7 @@ class Fleet:
             self.replicas[index] = replica
         self.by_name[member.replica, member.incarnation] = replica
         pool.replicas.append(replica)
-        index_adapters(pool)
+        index_members(pool)
         return replica
 
     def remove(self, replica: Replica) -> None:
@@ -198,7 +192,7 @@ class Fleet:
         self.by_name.pop((replica.name, replica.member.incarnation), None)
         if replica in replica.pool.replicas:
             replica.pool.replicas.remove(replica)
-            index_adapters(replica.pool)
+            index_members(replica.pool)
 
     def release(self, replica: Replica) -> None:
         self.replicas[replica.index] = None
@@ -230,8 +224,10 @@ class Fleet:
         replica.open_at = -1
 
 
-def index_adapters(pool: Pool) -> None:
+def index_members(pool: Pool) -> None:
     """Called when the members of a pool, or what they state, change."""
+    pool.max_model_len = max((r.member.max_model_len for r in pool.replicas), default=0)
+    pool.vocab_size = min((r.member.vocab_size for r in pool.replicas if r.member.vocab_size), default=0)
     pool.adapters.clear()
     for replica in pool.replicas:
         for name in replica.member.loras:

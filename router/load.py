@@ -30,5 +30,6 @@ def take_load(state: RouterState, replica: Replica, load: tokens_pb2.Load, now: 
             running = max(1.0, (was_running + load.running) / 2)
             if generated > 0 and prompt >= 0:
                 replica.capacity.observe(busy_us / 1e6, generated, prompt, running)
-                replica.pool.rates_by_kind[replica.member.device_kind] = replica.capacity.rates
+                kinds = replica.pool.rates_by_kind
+                kinds[replica.member.device_kind] = (replica.capacity.rates, replica.capacity.batch)
     state.fleet.refresh(replica, now)

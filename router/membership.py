@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatoken.v1 import membership_pb2
-from router.fleet import Fleet, Member, Replica, index_adapters
+from router.fleet import Fleet, Member, Replica, index_members
 from router.policies import Policy
 
 
@@ -67,10 +67,9 @@ def apply_snapshot(
             replica = fleet.add(member, pool)
             change.added.append(replica)
             continue
-        if replica.member.loras != member.loras:
+        if replica.member != member:
             replica.member = member
-            index_adapters(pool)
-        replica.member = member
+            index_members(pool)
         if member.draining and not replica.draining:
             change.drained.append(replica)
         replica.draining = member.draining

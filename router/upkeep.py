@@ -37,6 +37,7 @@ def tick(state: RouterState, now: float, unix_s: float) -> None:
             continue
         state.fleet.refresh(replica, now)
     for pool in state.fleet.pools.values():
+        pool.gauge()
         pump(state, pool, now)
     _waits(state, now)
 

@@ -123,6 +123,40 @@ def bench_generate(seconds: float) -> dict[str, Any]:
     }
 
 
+def bench_edge(seconds: float) -> dict[str, Any]:
+    """SSE through worker, router and edge: 128 streams from two workers, a token a chunk, one every 20 ms each."""
+    name = "smollm2-135m-instruct"
+    with Processes() as processes:
+        workers = []
+        for i in range(2):
+            simulated = {"step_s": 0.02, "max_running": 64, "max_model_len": 4096, "vocab_size": 49_152}
+            config = {"replica": f"w{i}", "model": "m", "engine": "simulated", "simulated": simulated}
+            config |= {"counters_dir": str(processes.directory / "counters"), "metrics_port": None}
+            workers.append(processes.start("worker", config))
+        router = start_router(processes, [worker.address for worker in workers], 64)
+        served = {"name": "m", "source": f"builtin:{name}", "dtype": "bfloat16", "max_model_len": 4096}
+        edge = processes.start(
+            "router.edge", {"edge": "bench", "router": router.address, "models": [served]}, timeout_s=180
+        )
+        path = {"worker": workers, "router": [router], "edge": [edge]}
+        load = {"kind": "sse", "model": "m", "streams": 128, "prompt": 128, "tokens": (256, 256)}
+        settings = {**load, "router": edge.address, "ramp_s": 0, "warm_s": 5, "measure_s": seconds}
+        with Side("tests.bench.router_clients", settings) as client:
+            client.line()
+            before = {part: sum(one.cpu_s() for one in members) for part, members in path.items()}
+            seen = json.loads(client.line())
+            used = {part: sum(one.cpu_s() for one in members) - before[part] for part, members in path.items()}
+    tokens = max(1, seen["tokens"])
+    found = {f"{part}_us_per_token": 1e6 * spent / tokens for part, spent in used.items()}
+    # The peers' whole path is vLLM's API server and vllm-router: 105-113 us on the machine of docs/decisions.md.
+    return {
+        "cpu_us_per_token": 1e6 * sum(used.values()) / tokens,
+        "peer_cpu_us_per_token": None,
+        "tokens_per_s": seen["tokens"] / seen["seconds"],
+        **found,
+    }
+
+
 def bench_memory(seconds: float) -> dict[str, Any]:
     """Half the streams of the session benchmark, with an end and a start for each every second or two."""
     streams, tokens = 4000, (64, 192)
@@ -221,6 +255,7 @@ def bench_overload(_: float) -> dict[str, Any]:
 PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
     "session": bench_session,
     "generate": bench_generate,
+    "edge": bench_edge,
     "assign": bench_assign,
     "choose": bench_choose,
     "prompts": bench_prompts,
@@ -242,7 +277,7 @@ def main() -> None:
         print(f"{name} ...", flush=True)
         results[name] = PARTS[name](arguments.seconds)
         for key, value in results[name].items():
-            print(f"  {key:24} {value:,.3f}" if isinstance(value, float) else f"  {key:24} {value}")
+            print(f"  {key:30} {value:,.3f}" if isinstance(value, float) else f"  {key:30} {value}")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written: {RESULTS}")

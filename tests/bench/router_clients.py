@@ -130,10 +130,38 @@ async def assign_load(settings: dict[str, Any], seen: Seen, _: random.Random) ->
     await asyncio.gather(*(one() for _ in range(settings["streams"])))
 
 
+async def sse_load(settings: dict[str, Any], seen: Seen, rng: random.Random) -> None:
+    """Streamed completions over HTTP, a connection a stream; counts the chunks that carry text."""
+    host, _, port = settings["router"].rpartition(":")
+
+    async def one() -> None:
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
+        while True:
+            prompt = [rng.randrange(100, 30_000) for _ in range(settings["prompt"])]
+            body = {"model": settings["model"], "prompt": prompt, "max_tokens": settings["tokens"][0], "stream": True}
+            content = json.dumps({**body, "temperature": 0, "ignore_eos": True}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+            writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+            tail = b""
+            while b"0\r\n\r\n" not in tail:
+                data = await reader.read(1 << 16)
+                if not data:
+                    raise ConnectionError("the edge closed the connection")
+                if seen.measuring:
+                    seen.tokens += data.count(b'"text"')
+                    seen.messages += 1
+                tail = (tail + data)[-32:]
+            seen.requests += seen.measuring
+
+    await asyncio.gather(*(one() for _ in range(settings["streams"])))
+
+
 async def main(settings: dict[str, Any]) -> None:
     seen = Seen()
     rng = random.Random(7)
-    load = {"generate": generate_load, "assign": assign_load, "session": session_load}[settings["kind"]]
+    load = {"generate": generate_load, "assign": assign_load, "session": session_load, "sse": sse_load}[
+        settings["kind"]
+    ]
     running = asyncio.create_task(load(settings, seen, rng))
     await asyncio.sleep(settings["ramp_s"] + settings["warm_s"])
     print("measuring", flush=True)

@@ -125,6 +125,7 @@ def test_more_than_the_bounds_is_refused_with_a_time_to_come_back(settings: dict
 def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     fleet = CoreFleet(replicas=1, max_running=1, admission={"replica_slack": 1.0})
     fleet.replicas[0].capacity.measured = True
+    fleet.tick()
     fleet.submit(max_tokens=1000)
     fleet.submit(max_tokens=1000)
     with pytest.raises(DeadlineError, match="the deadline is in"):
