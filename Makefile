@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install
 # One line that counts, instead of pip's hundreds.
 COUNT   := awk '/^ *(Collecting|Processing|Requirement already)/ { printf "\r      %d packages seen", ++n; fflush() } /^Installing/ { printf ", installing"; fflush() } END { print "" }'
 
-.PHONY: demo test lint format setup model test-unit test-multinode bench bench-plan bench-router bench-throughput proto clean
+.PHONY: demo test test-failed lint format setup model test-unit test-multinode bench bench-plan bench-router bench-throughput proto clean
 
 demo: setup
 	$(BIN)/python -m cluster.demo
@@ -50,6 +50,10 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+## test-failed: only what failed in the last run; fails too when nothing did, e.g. because a linter stopped it.
+test-failed: $(VENV)/.installed
+	$(PYTEST) tests --last-failed --last-failed-no-failures none
 
 test-unit: $(VENV)/.installed
 	$(PYTEST) tests/unit tests/property tests/simulation
