@@ -320,14 +320,6 @@ async def test_a_dead_engine_core_ends_streams_then_the_worker(tmp_path: Path, s
         worker.check_nothing_left()
 
 
-def test_a_killed_worker_takes_its_engine_core_along(tmp_path: Path) -> None:
-    with Processes() as processes:
-        worker = processes.start("worker", config(tmp_path, source="builtin:tiny-llama"), timeout_s=START_S)
-        assert len(worker.left()) >= 2
-        worker.kill()
-        worker.check_nothing_left()
-
-
 def test_a_model_that_cannot_work_is_told_in_one_line(tmp_path: Path) -> None:
     import subprocess
     import sys
@@ -338,3 +330,10 @@ def test_a_model_that_cannot_work_is_told_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
     assert done.returncode == 2
     assert "max_model_len" in done.stderr.splitlines()[-1]
+
+
+def test_a_killed_worker_takes_its_engine_core_along(worker: Started) -> None:
+    # Last in the module: it ends the engine that the tests above share.
+    assert len(worker.left()) >= 2
+    worker.kill()
+    worker.check_nothing_left()
