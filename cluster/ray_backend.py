@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster.actors import PROCESS_PREFIX, REPLICA_PREFIX, ProcessActor, namespace_of, remove_directory
 from cluster.backend import Look, ProcessLaunch, ProcessObservation
 from cluster.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
+from cluster.launches import EDGE
 from cluster.ray_inventory import CPU_RESOURCE, inventory_of
 from cluster.runtime_dirs import node_directory
 from cluster.topology import CPU_KIND, Inventory
@@ -49,7 +50,6 @@ class _Handle:
     watch: Any = None
     stopping: Any = None
     kill_at_s: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class RayBackend:
@@ -172,12 +172,13 @@ class RayBackend:
         if name in self._handles:
             return
         directory = node_directory(self._runtime_root, self.cluster, launch.node)
+        config = dict(launch.config)
+        if launch.program != EDGE:  # it counts nothing: routers count what passes
+            config["counters_dir"] = str(directory / "counters")
         payload = {
             "name": launch.name,
             "program": launch.program,
-            "config": {**launch.config, "counters_dir": str(directory / "counters")}
-            if launch.program != "router.edge"
-            else dict(launch.config),
+            "config": config,
             "directory": str(directory),
             "env": dict(launch.env),
         }
