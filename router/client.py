@@ -199,8 +199,12 @@ class TokenClient:
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {self._api_key}"),) if self._api_key else ()
 
+    def open_sessions(self) -> list[ColumnSession]:
+        """Sessions that take new requests."""
+        return [session for session in self._streams if session not in self._draining]
+
     def _submit(self, stream: TokenStream) -> None:
-        open_sessions = [session for session in self._streams if session not in self._draining]
+        open_sessions = self.open_sessions()
         if not open_sessions:
             self._waiting.append((asyncio.get_running_loop().time() + self._connect_timeout_s, stream))
             return
