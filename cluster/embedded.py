@@ -98,6 +98,7 @@ def start_local_ray(config: BringUp) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leave *_VISIBLE_DEVICES of 0-GPU actors alone
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15, for the actors and all that they start
     os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
     import ray
 
