@@ -25,6 +25,13 @@ group = placement_group(bundles, strategy="PACK", lifetime="detached")
 ray.get(group.ready(), timeout=30)
 print(group.id.hex())
 """
+RELEASE = """
+import sys, ray
+from ray import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+ray.init(logging_level="ERROR")
+remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(sys.argv[1])))
+"""
 
 
 def reserve(nodes: RayNodes, hosts: Sequence[Host]) -> str:
@@ -32,6 +39,11 @@ def reserve(nodes: RayNodes, hosts: Sequence[Host]) -> str:
     addresses = json.dumps([host.address for host in hosts])
     done = nodes.head.run([sys.executable, "-c", RESERVE, addresses], nodes.environment(nodes.head))
     return done.stdout.split()[-1]
+
+
+def release(nodes: RayNodes, group: str) -> None:
+    """Gives a placement group back."""
+    nodes.head.run([sys.executable, "-c", RELEASE, group], nodes.environment(nodes.head))
 
 
 @dataclass
