@@ -6,9 +6,12 @@ The control plane writes it; nothing else in the worker reads files or the envir
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatoken.tls import ServerTls
 
 
 class TlsConfig(BaseModel):
@@ -19,6 +22,11 @@ class TlsConfig(BaseModel):
     cert_file: str = Field(description="PEM certificate chain of this server")
     key_file: str = Field(description="PEM private key of this server")
     ca_file: str | None = Field(default=None, description="PEM bundle that client certificates must be signed by")
+
+    def server_tls(self) -> ServerTls:
+        """The same as every server of ours takes it."""
+        client_ca = Path(self.ca_file) if self.ca_file else None
+        return ServerTls(cert_file=Path(self.cert_file), key_file=Path(self.key_file), client_ca_file=client_ca)
 
 
 class FaultConfig(BaseModel):

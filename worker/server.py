@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -46,6 +45,8 @@ class WorkerServer:
         config = self._config
         try:
             port = self._bind(f"{config.host}:{config.port}", config.tls)
+        except OSError as error:
+            raise RequestError("tls", error.filename, f"a file that can be read; {error.strerror}") from None
         except RuntimeError:
             raise RequestError("port", config.port, f"a port that is free on {config.host}, or 0 for any") from None
         await self._server.start()
@@ -55,12 +56,7 @@ class WorkerServer:
     def _bind(self, address: str, tls: TlsConfig | None) -> int:
         if tls is None:
             return self._server.add_insecure_port(address)
-        chain, key = Path(tls.cert_file).read_bytes(), Path(tls.key_file).read_bytes()
-        authority = Path(tls.ca_file).read_bytes() if tls.ca_file else None
-        credentials = grpc.ssl_server_credentials(
-            [(key, chain)], root_certificates=authority, require_client_auth=authority is not None
-        )
-        return self._server.add_secure_port(address, credentials)
+        return self._server.add_secure_port(address, tls.server_tls().credentials())
 
     async def state_health(self, serving: bool) -> None:
         """Sets the standard health of the whole server and of each service."""
