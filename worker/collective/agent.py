@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,6 +60,7 @@ CONNECT_SLACK_S: Final = 3.0  # a fork and a native error take long on a starved
 CLOCK_JUMP_S: Final = 0.5
 NURSERY_CHECK_S: Final = 0.5
 LINKS_CHECK_S: Final = 1.0
+ROWS_TIMEOUT_S: Final = 2.0
 STANCES: Final = {
     State.OUTSIDE: throughput_pb2.ATTENDANCE_STATE_OUTSIDE,
     State.FORMING: throughput_pb2.ATTENDANCE_STATE_FORMING,
@@ -84,6 +85,7 @@ class Agent:
         metrics: AgentMetrics,
     ) -> None:
         directory = Path(config.counters_path)
+        self._loop = asyncio.get_running_loop()
         self._config, self._nursery, self._backends, self.metrics = config, nursery, backends, metrics
         self._member = membership_pb2.ThroughputMember(
             agent=config.agent, node=config.node, site=config.site, address=address, store_address=store_address
@@ -121,22 +123,22 @@ class Agent:
         )
 
     async def run(self) -> None:
-        """Until cancelled; leaves no reducer behind."""
-        tasks = [asyncio.create_task(self._link.run()), asyncio.create_task(self._keep_nursery())]
-        tasks.append(asyncio.create_task(self._try_links()))
+        """Until cancelled, or until a fault of ours ends one of its loops; leaves no reducer behind."""
         try:
-            while True:
-                event = await self._events.get()
-                if isinstance(event, Regrouped):
-                    self._enter(event.epoch)
-                for instruction in self._epochs.handle(event):
-                    self._do(instruction)
+            async with asyncio.TaskGroup() as tasks:
+                for loop in (self._handle_events, self._link.run, self._keep_nursery, self._try_links):
+                    tasks.create_task(loop())
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             self._abandon()
             await self._nursery.stop()
+
+    async def _handle_events(self) -> None:
+        while True:
+            event = await self._events.get()
+            if isinstance(event, Regrouped):
+                self._enter(event.epoch)
+            for instruction in self._epochs.handle(event):
+                self._do(instruction)
 
     async def _keep_nursery(self) -> None:
         """Starts the nursery again when it died. Meanwhile the agent attends with no backend, and so in no group."""
@@ -158,8 +160,12 @@ class Agent:
         return outcome.epoch, outcome.ranks, outcome.complete, self.last_complete_s
 
     def rows(self) -> list[Row]:
-        """Every row, for the metrics."""
-        return self.books.rows()
+        """Every row, for the metrics server's threads: made on the loop, which alone changes the books."""
+
+        async def made() -> list[Row]:
+            return self.books.rows()
+
+        return asyncio.run_coroutine_threadsafe(made(), self._loop).result(ROWS_TIMEOUT_S)
 
     # What the controller says and is told.
 
@@ -209,11 +215,11 @@ class Agent:
             case Abandon():
                 self._abandon()
             case Connect():
-                self._start(self._connect(instruction))
+                self._start(instruction.epoch, self._connect(instruction))
             case Greet():
-                self._start(self._greet(instruction.epoch))
+                self._start(instruction.epoch, self._greet(instruction.epoch))
             case Reduce():
-                self._start(self._reduce(instruction.epoch))
+                self._start(instruction.epoch, self._reduce(instruction.epoch))
             case WakeIn(epoch, seconds):
                 self._wake_in(epoch, seconds)
             case Publish(epoch, tick):
@@ -240,66 +246,65 @@ class Agent:
             self._reducer.kill()
             self._reducer = None
 
-    def _start(self, work: Any) -> None:
-        self._task = asyncio.create_task(work)
+    def _start(self, epoch: int, work: Coroutine[Any, Any, None]) -> None:
+        self._task = asyncio.create_task(self._supervise(epoch, work))
+
+    async def _supervise(self, epoch: int, work: Coroutine[Any, Any, None]) -> None:
+        """Runs one step of an epoch. Whatever goes wrong in it breaks the epoch, and not the agent."""
+        try:
+            await work
+        except ReduceFailure as failure:
+            await self._fail(epoch, failure)
+        except LayoutError as error:
+            await self._fail(epoch, ReduceFailure(str(error), "version"))
+        except Exception as error:
+            logger.exception("a step of epoch %d failed", epoch)
+            await self._fail(epoch, ReduceFailure(f"{type(error).__name__}: {error}", "other"))
 
     async def _connect(self, order: Connect) -> None:
         group, config = self._group, self._config
-        try:
-            self._reducer = await self._nursery.fork()
-            host, _, port = group.members[0].store_address.rpartition(":")
-            facts = {
-                "epoch": order.epoch,
-                "rank": order.rank,
-                "groups": reduction_groups([member.site for member in group.members], group.hierarchical),
-                "backend": group.backend or "gloo",
-                "device": config.device,
-                "store": (host.strip("[]"), int(port)),
-                "host": config.reachable_host,
-                "interface": config.interface,
-                "timeout_s": config.form_deadline_s,
-            }
-            await self._reducer.connect(facts, config.form_deadline_s + CONNECT_SLACK_S)
-            self.metrics.formed(group.backend or "gloo")
-            self._events.put_nowait(Connected(order.epoch))
-        except ReduceFailure as failure:
-            await self._fail(order.epoch, failure)
+        self._reducer = await self._nursery.fork()
+        host, _, port = group.members[0].store_address.rpartition(":")
+        facts = {
+            "epoch": order.epoch,
+            "rank": order.rank,
+            "groups": reduction_groups([member.site for member in group.members], group.hierarchical),
+            "backend": group.backend or "gloo",
+            "device": config.device,
+            "store": (host.strip("[]"), int(port)),
+            "host": config.reachable_host,
+            "interface": config.interface,
+            "timeout_s": config.form_deadline_s,
+        }
+        await self._reducer.connect(facts, config.form_deadline_s + CONNECT_SLACK_S)
+        self.metrics.formed(group.backend or "gloo")
+        self._events.put_nowait(Connected(order.epoch))
 
     async def _greet(self, epoch: int) -> None:
         reducer, timeout_s = self._reducer, self._config.form_deadline_s
         if reducer is None:
             return
-        try:
-            self._greeted = greeting_of(self._own, self._read_counters(), self._serving)
-            blobs = await reducer.gather(self._greeted.pack(), timeout_s)
-            layout = Layout.of([Greeting.unpack(blob) for blob in blobs])
-            for blob in await reducer.gather(pack_departed(self.books.departed(layout)), timeout_s):
-                self.books.learn(unpack_departed(blob), time.monotonic())
-            self.books.arrange(layout)
-            self._layout = layout
-            self._events.put_nowait(Greeted(epoch))
-        except LayoutError as error:
-            await self._fail(epoch, ReduceFailure(str(error), "version"))
-        except ReduceFailure as failure:
-            await self._fail(epoch, failure)
+        self._greeted = greeting_of(self._own, self._read_counters(), self._serving)
+        blobs = await reducer.gather(self._greeted.pack(), timeout_s)
+        layout = Layout.of([Greeting.unpack(blob) for blob in blobs])
+        for blob in await reducer.gather(pack_departed(self.books.departed(layout)), timeout_s):
+            self.books.learn(unpack_departed(blob), time.monotonic())
+        self.books.arrange(layout)
+        self._layout = layout
+        self._events.put_nowait(Greeted(epoch))
 
     async def _reduce(self, epoch: int) -> None:
         reducer, layout = self._reducer, self._layout
         if reducer is None or layout is None:
             return
-        try:
-            sums = self._read_counters()
-            ours = greeting_of(self._own, sums, self._serving)
-            vector = layout.encode(self._rank, sums, ours != self._greeted)
-            reduced = await reducer.reduce(vector, self._config.deadline_s, SLACK_S)
-            cells, news = layout.decode(reduced.sums)
-            self.books.update(cells, time.monotonic())
-            self._collective_s = reduced.seconds
-            self._events.put_nowait(Reduced(epoch, news > 0))
-        except LayoutError as error:
-            await self._fail(epoch, ReduceFailure(str(error), "version"))
-        except ReduceFailure as failure:
-            await self._fail(epoch, failure)
+        sums = self._read_counters()
+        ours = greeting_of(self._own, sums, self._serving)
+        vector = layout.encode(self._rank, sums, ours != self._greeted)
+        reduced = await reducer.reduce(vector, self._config.deadline_s, SLACK_S)
+        cells, news = layout.decode(reduced.sums)
+        self.books.update(cells, time.monotonic())
+        self._collective_s = reduced.seconds
+        self._events.put_nowait(Reduced(epoch, news > 0))
 
     async def _fail(self, epoch: int, failure: ReduceFailure) -> None:
         """Names who could not be reached before the failure is reported."""

@@ -171,7 +171,7 @@ class Groups:
         if failed and not accused and not lost and not self._retry_due(now):
             return None
         self._fruitless = self._fruitless + 1 if failed and not self._worked else 0
-        return self._publish(members, _why(lost, accused, joiners, failed), now)
+        return self._publish(members, _why(lost, accused, joiners, self._complaint() if failed else ""), now)
 
     def refusals(self) -> dict[str, str]:
         """Agents that attend and can be in no group now, with the reason."""
@@ -256,6 +256,12 @@ class Groups:
             chosen.append(worst)
             edges = {edge for edge in edges if worst not in edge}
         return chosen if len(chosen) < len(agents) else []
+
+    def _complaint(self) -> str:
+        """What the first member that reports a failure says of it."""
+        members = [self._agents[agent].said for agent in self.group.agents if agent in self._agents]
+        failed = [said for said in members if said.state is Stance.FAILED and said.epoch == self.group.epoch]
+        return (failed[0].problem if failed else "") or "no reason given"
 
     def _retry_due(self, now: float) -> bool:
         """A group that keeps failing with nobody to blame is tried again ever more rarely."""
@@ -342,14 +348,14 @@ def common_backend(attendees: Iterable[Attendee]) -> str:
     return max(count, key=lambda name: (count[name], name.startswith("nccl"), name == "gloo", name))
 
 
-def _why(lost: list[Attendee], accused: list[str], joiners: list[str], failed: bool) -> str:
+def _why(lost: list[Attendee], accused: list[str], joiners: list[str], complaint: str) -> str:
     parts = []
     if lost:
         parts.append("lost " + ", ".join(member.node for member in lost[:8]))
     if accused:
         parts.append("left out, not reached by others: " + ", ".join(accused[:8]))
-    if failed and not accused:
-        parts.append("the group failed")
+    if complaint and not accused:
+        parts.append(f"the group failed ({complaint})")
     if joiners:
         parts.append(f"{len(joiners)} joined")
     return "; ".join(parts)

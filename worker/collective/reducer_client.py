@@ -143,7 +143,12 @@ class Nursery:
             raise ReduceFailure(f"the process that forks reducers does not answer ({error})", "other") from error
         finally:
             theirs.close()
-        return Reducer(self, number, *await asyncio.open_connection(sock=ours))
+        try:
+            return Reducer(self, number, *await asyncio.open_connection(sock=ours))
+        except BaseException:  # cancelled: the epoch is over before it began
+            ours.close()
+            self.kill(number)
+            raise
 
     def kill(self, number: int) -> None:
         """Kills reducer `number`; done before any later fork."""

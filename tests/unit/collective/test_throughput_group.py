@@ -49,7 +49,9 @@ class Room:
             unreached = self.broken.get(name, ())
             return replace(said, epoch=group.epoch, state=Stance.OUTSIDE, members=(), suspects=unreached)
         if name in self.broken:
-            return replace(said, epoch=group.epoch, state=Stance.FAILED, suspects=self.broken[name])
+            return replace(
+                said, epoch=group.epoch, state=Stance.FAILED, problem="timed out", suspects=self.broken[name]
+            )
         members = group.agents if group.agents[0] == name else ()
         return replace(said, epoch=group.epoch, state=Stance.TICKING, suspects=(), members=members)
 
@@ -131,7 +133,7 @@ def test_a_failed_group_is_formed_again_with_everyone() -> None:
     room.broken = {"a": (), "b": (), "c": ()}
     (group,) = room.pass_s(0.1)
     room.broken = {}
-    assert (group.epoch, group.agents, group.why) == (2, ("a", "b", "c"), "the group failed")
+    assert (group.epoch, group.agents, group.why) == (2, ("a", "b", "c"), "the group failed (timed out)")
     assert room.pass_s(5) == []
 
 
