@@ -12,9 +12,11 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +25,7 @@ from tokenizers import Tokenizer
 
 from router.client import TokenClient
 from tests.bench.serving_clients import edge_first_token, edge_load, session_first_token, session_load
-from tests.processes import Processes
+from tests.processes import MARKER, Processes, command_line, marked
 from worker.models import resolve_source
 
 RESULTS = Path("bench-results/serving.json")
@@ -37,11 +39,13 @@ class Offline:
     """vLLM alone, in its own process."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        self._mark = uuid.uuid4().hex
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.bench.serving_offline", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, MARKER: self._mark},
         )
 
     def answer(self) -> dict[str, Any]:
@@ -73,6 +77,9 @@ class Offline:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
+        for pid in marked(self._mark):  # an engine that outlived its front-end
+            print(f"  ended {pid} ({command_line(pid)}), which vLLM left running", file=sys.stderr)
+            os.kill(pid, signal.SIGKILL)
 
 
 class Bench:
@@ -234,6 +241,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=40, help="single streams for the time to the first token")
     parser.add_argument("--default-executor", action="store_true", help="compare with vLLM's own default executor")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     source = resolve_source(SOURCE)
     settings = {
         "model": source,

@@ -14,6 +14,9 @@ import sys
 import time
 from typing import Any
 
+from megatoken.process import die_with_parent
+from worker.engines.vllm_plugins import OWNER_VARIABLE
+
 
 def generate(llm: Any, params_type: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
     """One batch through LLM.generate, as a user of vLLM would run it."""
@@ -46,6 +49,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever else prints, prints to stderr
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+    os.environ[OWNER_VARIABLE] = str(os.getpid())  # our vLLM plugin then ties the engine's life to this process
     from vllm import LLM, SamplingParams
 
     if settings.pop("one_process_engine"):  # the executor that a worker of one rank uses; vLLM's default adds a process
@@ -64,7 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from megatoken.process import die_with_parent
-
     die_with_parent()
     main()
