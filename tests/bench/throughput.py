@@ -39,18 +39,19 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1000)
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--ranks", type=int, default=64)
+    found: dict[str, Any] = {}
     parts: dict[str, Callable[[Path, argparse.Namespace], Awaitable[dict[str, Any]]]] = {
-        "recovery": lambda directory, asked: recovery(directory, asked.kills),
+        "recovery": lambda directory, asked: recovery(directory, asked.kills, found if asked.add else {}),
         "leaks": lambda directory, asked: leaks(directory, asked.epochs),
         "counts": lambda directory, asked: counts(directory),
         "overhead": lambda directory, asked: overhead(directory, asked.pairs),
         "scale": lambda directory, asked: scale(asked.ranks),
     }
+    parser.add_argument("--add", action="store_true", help="add the kills to those of the results that are there")
     parser.add_argument("--only", nargs="*", choices=sorted(parts), default=list(parts))
     asked = parser.parse_args()
-    found: dict[str, Any] = (
-        json.loads(RESULTS.read_text()) if set(asked.only) != set(parts) and RESULTS.exists() else {}
-    )
+    if set(asked.only) != set(parts) and RESULTS.exists():
+        found |= json.loads(RESULTS.read_text())
     for name in asked.only:
         started = time.monotonic()
         print(f"{name}: running", flush=True)
