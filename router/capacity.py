@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 HALF_LIFE_S: Final = 20.0
-_RIDGE: Final = 1e-3
+_RIDGE: Final = 1e-5
 _MIN_BUSY_S: Final = 0.02
 
 
@@ -43,8 +43,8 @@ class Capacity:
     """The estimator of one replica. `batch` is the size of its full batch."""
 
     batch: int
-    prior: Rates = field(default_factory=Rates)
-    rates: Rates = field(default_factory=Rates)
+    prior: Rates = Rates()
+    rates: Rates = Rates()
     decode_tokens_per_s: float = 0.0  # at a full batch
     prefill_tokens_per_s: float = 0.0
     measured: bool = False
@@ -52,6 +52,8 @@ class Capacity:
     _moment: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
 
     def __post_init__(self) -> None:
+        # Knowing nothing: a full batch takes a step twice as long as an empty one.
+        self.prior = Rates(token_s=Rates().step_s / self.batch)
         self._set(self.prior)
 
     def adopt(self, prior: Rates) -> None:

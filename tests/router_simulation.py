@@ -301,11 +301,11 @@ MIXED = (
 )
 
 
-def alone_tokens_per_s(kind: Kind, seconds: float = 30.0) -> float:
+def alone_tokens_per_s(kind: Kind, seconds: float = 12.0) -> float:
     """What one replica of the kind makes by itself, always with more to do than it can."""
     settings = {"admission": {"max_queued_requests": 512, "max_queue_s": 1e9}}
     peak = kind.batch / (kind.step_s + kind.token_s * kind.batch)
-    return Simulation([kind], **settings).run(1.3 * peak, seconds, 10.0).tokens_per_s
+    return Simulation([kind], **settings).run(1.3 * peak, seconds, 5.0).tokens_per_s
 
 
 def mixed_fleet(policy: str, load: float, seconds: float = 40.0, weights: list[float] | None = None) -> Outcome:
@@ -317,7 +317,7 @@ def mixed_fleet(policy: str, load: float, seconds: float = 40.0, weights: list[f
         simulation.state.fleet.pools["m"].policy = FixedSplit(weights)
         for replica in simulation.state.fleet.live():
             replica.limit = 1 << 30
-    return simulation.run(load * total, seconds, 20.0)
+    return simulation.run(load * total, seconds, 12.0)
 
 
 _ALONE: dict[Kind, float] = {}

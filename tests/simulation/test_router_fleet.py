@@ -11,8 +11,8 @@ FAST = Kind("MI355X", 3.1, batch=32)
 
 def test_a_mixed_fleet_reaches_the_sum_of_its_parts() -> None:
     total = sum(alone_cached(kind) for kind in MIXED)
-    ours = mixed_fleet("least_tokens", 1.0, 15.0)
-    by_hand = mixed_fleet("least_tokens", 1.0, 15.0, weights=[kind.speed for kind in MIXED])
+    ours = mixed_fleet("least_tokens", 1.0, 10.0)
+    by_hand = mixed_fleet("least_tokens", 1.0, 10.0, weights=[kind.speed for kind in MIXED])
     assert ours.tokens_per_s / total >= 0.985
     assert ours.first_token_p99_s() <= 1.3 * by_hand.first_token_p99_s()
 
@@ -20,8 +20,8 @@ def test_a_mixed_fleet_reaches_the_sum_of_its_parts() -> None:
 @pytest.mark.parametrize("load", [2.0, 10.0])
 def test_goodput_holds_under_overload(load: float) -> None:
     total = 2 * alone_cached(FAST)
-    peak = Simulation([FAST] * 2, seed=3).run(total, 10.0, 10.0, timeout_s=5.0)
-    over = Simulation([FAST] * 2, seed=3).run(load * total, 10.0, 10.0, timeout_s=5.0)
+    peak = Simulation([FAST] * 2, seed=3).run(total, 8.0, 6.0, timeout_s=5.0)
+    over = Simulation([FAST] * 2, seed=3).run(load * total, 8.0, 6.0, timeout_s=5.0)
     assert over.refused > 0
     assert over.goodput >= 0.94 * peak.goodput  # the benchmark holds 0.95 over a longer run
 
