@@ -23,7 +23,7 @@ def up(arguments: argparse.Namespace) -> int:
     except BaseException:
         network.destroy()
         raise
-    print(f"\n{len(network.hosts)} nodes of {arguments.devices} CPU devices. Run a command on one of them:")
+    print(f"\n{len(network.hosts)} nodes, {arguments.devices} CPU device(s) each. Run a command on one of them:")
     print(f"  {sys.executable} -m deploy.netns run -- megatoken up -f deploy/netns/two-nodes.yaml")
     return 0
 
@@ -58,7 +58,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="verb", required=True)
     verb = commands.add_parser("up", help="make hosts, and start a Ray node on each")
     verb.add_argument("--nodes", type=int, default=2)
-    verb.add_argument("--devices", type=int, default=2, help="cpu_device slots of each node")
+    verb.add_argument("--devices", type=int, default=1, help="cpu_device slots of each node (default: %(default)s)")
     verb.set_defaults(do=up)
     verb = commands.add_parser("run", help="run a command on a host (a shell when none is given)")
     verb.add_argument("--host", default="node0")
