@@ -54,14 +54,15 @@ class Seen:
 def requests(settings: dict[str, Any], rng: random.Random, low: int, high: int) -> Any:
     """Encoded requests, ever on, out of a prepared set."""
     prepared = []
-    for _ in range(256):
-        prompt = pack([rng.randrange(1, 30_000) for _ in range(settings["prompt"])])
+    numbers = np.random.default_rng(rng.randrange(1 << 30))
+    for _ in range(64):
+        prompt = pack(numbers.integers(1, 30_000, settings["prompt"]))
         request = frame_columns_pb2.GenerateRequest(model="m", prompt=prompt)
         request.sampling.max_tokens = rng.randint(low, high)
         request.sampling.temperature = 0.0
         prepared.append(request.SerializeToString())
     while True:
-        yield prepared[rng.randrange(256)]
+        yield prepared[rng.randrange(len(prepared))]
 
 
 async def session_load(settings: dict[str, Any], seen: Seen, rng: random.Random) -> None:
