@@ -100,24 +100,23 @@ async def leaks(directory: Path, epochs: int) -> dict[str, Any]:
         await agents.start_all(nodes)
         warm_up = 20
         began = time.monotonic()
-        for epoch in range(1, warm_up + 1):
-            await regroup(agents, nodes, epoch)
+        failed = sum([await regroup(agents, nodes, epoch) for epoch in range(1, warm_up + 1)])
         before = {node: held(agents, node) for node in nodes}
-        for epoch in range(warm_up + 1, warm_up + epochs + 1):
-            await regroup(agents, nodes, epoch)
+        failed += sum([await regroup(agents, nodes, epoch) for epoch in range(warm_up + 1, warm_up + epochs + 1)])
         took = time.monotonic() - began
         after = {node: held(agents, node) for node in nodes}
     grown = {what: max(after[node][what] - before[node][what] for node in nodes) for what in before[nodes[0]]}
     return {
         "epoch_changes": epochs,
+        "epochs_not_formed": failed,
         "epoch_change_s": took / (epochs + warm_up),
         "leaked_fds": max(grown["fds"], 0) + max(grown["threads"], 0) + max(grown["processes"], 0),
         "grown": grown,
     }
 
 
-async def regroup(agents: Agents, nodes: tuple[str, ...], epoch: int) -> None:
-    """One new epoch, until both have a complete sample of it."""
+async def regroup(agents: Agents, nodes: tuple[str, ...], epoch: int) -> int:
+    """One new epoch, until both have a complete sample of it; 1 when it did not form in time (a starved machine)."""
     group = membership_pb2.ThroughputGroup(epoch=epoch, backend="gloo", why="bench")
     for node in nodes:
         ready = agents.running[node].ready
@@ -125,7 +124,8 @@ async def regroup(agents: Agents, nodes: tuple[str, ...], epoch: int) -> None:
             agent=ready["agent"], node=node, address=ready["address"], store_address=ready["store_address"]
         )
     agents.controller.publish(group, "bench")
-    await asyncio.gather(*(agents.until(node, lambda s: s.complete and s.epoch == epoch) for node in nodes))
+    waits = [agents.until(node, lambda s: s.complete and s.epoch == epoch, 10.0) for node in nodes]
+    return int(any(isinstance(ended, BaseException) for ended in await asyncio.gather(*waits, return_exceptions=True)))
 
 
 def held(agents: Agents, node: str) -> dict[str, int]:

@@ -65,6 +65,7 @@ class ControllerLink:
         self._addresses, self._watcher, self._attend_s = itertools.cycle(controllers), watcher, attend_s
         self._attendance, self._on_snapshot, self._on_refused = attendance, on_snapshot, on_refused
         self._tls = tls
+        self._patience_s = attend_s + ANSWER_TIMEOUT_S
         self._hurry = asyncio.Event()
         self._version = (0, 0)
         self._sessions: list[_Session] = []
@@ -92,7 +93,7 @@ class ControllerLink:
             self._sessions.remove(session)
             self._note_end(session, now)
         answering = [
-            one for one in self._sessions if one.answered_s is not None and one.silent_s(now) < ANSWER_TIMEOUT_S
+            one for one in self._sessions if one.answered_s is not None and one.silent_s(now) < self._patience_s
         ]
         self.connected = bool(answering)
         if answering:
@@ -101,7 +102,7 @@ class ControllerLink:
                 self._sessions.remove(session)
                 self._end(session)
             return
-        if now >= self._retry_s and all(one.silent_s(now) >= ANSWER_TIMEOUT_S for one in self._sessions):
+        if now >= self._retry_s and all(one.silent_s(now) >= self._patience_s for one in self._sessions):
             while len(self._sessions) > 1:  # the oldest stays: the controller may still believe in it
                 self._end(self._sessions.pop())
             session = _Session(next(self._addresses), now)
