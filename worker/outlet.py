@@ -19,6 +19,8 @@ from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 
 FRAME_TOKENS: Final = 65_536  # of a merged frame; 768 KiB at most, well under gRPC's default limit of 4 MiB
+LOOSE_FINISHES: Final = 65_536  # refusals that may wait; what waits otherwise is bounded by what requests may produce
+FRAME_PARTS: Final = 4096  # parts of a merged frame, for those that carry no token
 FRAME_DETAILS: Final = 256  # details of a merged frame; with 20 logprobs each about 64 KiB
 
 
@@ -49,6 +51,7 @@ class Outlet:
         self.slots: dict[int, int] = {}  # the caller's stream number -> slot, of those that run
         self.closed = False
         self._parts: deque[Part] = deque()
+        self._loose = 0  # waiting ends that no step reported: refusals, mostly
         self._load: pb.Load | None = None
         self._ready = asyncio.Event()
 
@@ -62,6 +65,11 @@ class Outlet:
         """Tokens that wait to be written."""
         return sum(len(part.token) // 4 for part in self._parts)
 
+    @property
+    def overrun(self) -> bool:
+        """Whether the caller goes on sending requests that are refused, and reads no answer."""
+        return self._loose > LOOSE_FINISHES
+
     def push(self, part: Part) -> None:
         """Adds a step's tokens."""
         if not self.closed:
@@ -70,6 +78,7 @@ class Outlet:
 
     def finish(self, finish: pb.Finish) -> None:
         """Adds the end of a stream that no step reports."""
+        self._loose += 1
         self.push(Part(b"", b"", b"", [], [finish]))
 
     def state_load(self, load: pb.Load) -> None:
@@ -97,12 +106,15 @@ class Outlet:
         load, self._load = self._load, None
         if not self._parts:
             return None if load is None else Taken([], load, 0)
-        parts, tokens, details = [], 0, 0
-        while self._parts and tokens < FRAME_TOKENS and details < FRAME_DETAILS:
+        parts: list[Part] = []
+        tokens, details = 0, 0
+        while self._parts and tokens < FRAME_TOKENS and details < FRAME_DETAILS and len(parts) < FRAME_PARTS:
             part = self._parts.popleft()
             parts.append(part)
             tokens += len(part.token) // 4
             details += len(part.details)
+        if not self._parts:
+            self._loose = 0
         if self._parts:
             self._ready.set()
         return Taken(parts, load, tokens)

@@ -107,10 +107,11 @@ class Replica:
 
         Raises StreamInUseError for a number that is taken: a Finish for it would end the request that has it.
         """
+        # First of all, since the refusal of anything else is a Finish for these numbers.
+        if any(taken in outlet.slots for taken in _numbers(number, request)):
+            raise StreamInUseError("stream", number, "a number that none of the session's running requests uses")
         try:
             self._submit(outlet, number, request)
-        except StreamInUseError:
-            raise
         except MegatokenError as error:
             self.measures.refused(error, self.draining)
             self._refuse(outlet, number, request, error)
@@ -119,9 +120,8 @@ class Replica:
             self._refuse(outlet, number, request, error)
 
     def _refuse(self, outlet: Outlet, number: int, request: columns.GenerateRequest, error: Exception) -> None:
-        choices = request.sampling.n if 1 < request.sampling.n <= MAX_CHOICES else 1
-        for choice in range(choices):
-            outlet.finish(refusal((number + choice) % 2**32, error, self.config.replica))
+        for refused in _numbers(number, request):
+            outlet.finish(refusal(refused, error, self.config.replica))
 
     def submit_probe(self, outlet: Outlet, message: columns.GenerateRequest) -> None:
         """Starts a request of the control plane's own: it runs while draining, and counts in no total."""
@@ -139,8 +139,6 @@ class Replica:
     def _submit(self, outlet: Outlet, number: int, message: columns.GenerateRequest) -> None:
         self._check_open()
         request = check_request(message, self.config.model, self.facts)
-        if any((number + choice) % 2**32 in outlet.slots for choice in range(request.choices)):
-            raise StreamInUseError("stream", number, "a number that none of the session's running requests uses")
         if self._streams.live + request.choices > self.config.max_requests:
             raise OverloadError(
                 f"{self._streams.live} streams run here and {self.config.max_requests} is the limit", RETRY_AFTER_S
@@ -303,3 +301,9 @@ class Replica:
         for outlet in self._sessions:
             outlet.state_load(load)
         self._start_ticker()
+
+
+def _numbers(first: int, request: columns.GenerateRequest) -> list[int]:
+    """The stream numbers of a request's choices, wrong requests included."""
+    choices = request.sampling.n if 1 < request.sampling.n <= MAX_CHOICES else 1
+    return [(first + choice) % 2**32 for choice in range(choices)]

@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from megatoken.errors import RETRY_AFTER_KEY
+from megatoken.errors import RETRY_AFTER_KEY, MegatokenError, OverloadError, grpc_status
 from megatoken.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
@@ -25,6 +25,8 @@ from worker.replica import Replica, StreamInUseError
 
 SERVICE: Final = "megatoken.v1.Tokens"
 END: Final[Any] = vars(grpc.aio)["EOF"]  # missing from the published stubs
+STARTS_AT_ONCE: Final = 64
+OVERRUN_RETRY_S: Final = 1.0
 GENERATE_STREAM: Final = 0  # the number of a Generate call's first choice
 
 
@@ -61,6 +63,8 @@ async def serve_session(replica: Replica, context: Any) -> None:
                 continue
             if reader.done():
                 problem = reader.exception()
+                if isinstance(problem, MegatokenError):
+                    await context.abort(*grpc_status(problem))
                 if problem is not None:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(problem))
                 if outlet.idle:
@@ -74,7 +78,10 @@ async def serve_session(replica: Replica, context: Any) -> None:
 
 
 async def _read_session(replica: Replica, outlet: Outlet, context: Any) -> None:
-    """Takes the caller's frames until it closes its half. Raises ValueError for bytes that are no frame."""
+    """Takes the caller's frames until it closes its half.
+
+    Raises ValueError for bytes that are no frame, OverloadError for a caller that only sends.
+    """
     while True:
         raw = await context.read()
         if raw is END:
@@ -85,8 +92,12 @@ async def _read_session(replica: Replica, outlet: Outlet, context: Any) -> None:
         except (DecodeError, MalformedFrame) as error:
             raise ValueError(f"a message of {len(raw)} bytes is no ClientFrame: {error}") from None
         try:
-            for start in frame.start:
+            for position, start in enumerate(frame.start, start=1):
                 replica.submit(outlet, start.stream, start.request)
+                if position % STARTS_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # a large message must not hold up the other callers
+            if outlet.overrun:
+                raise OverloadError("this session reads no answers, and tens of thousands wait for it", OVERRUN_RETRY_S)
         except StreamInUseError as error:
             raise ValueError(str(error)) from None
         if len(cancelled):

@@ -7,7 +7,7 @@ import numpy as np
 from megatoken.frames import token_columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame
-from worker.outlet import FRAME_TOKENS, Outlet, Part, encode_frame
+from worker.outlet import FRAME_PARTS, FRAME_TOKENS, LOOSE_FINISHES, Outlet, Part, encode_frame
 
 
 def part(streams, tokens, counts=None, finishes=(), details=()) -> Part:
@@ -80,6 +80,20 @@ async def test_a_split_backlog_keeps_the_writer_awake() -> None:
         if taken < 3:
             await outlet.wait()
     assert outlet.take() is None
+
+
+def test_refusals_that_nobody_reads_are_bounded_and_come_out_in_bounded_frames() -> None:
+    outlet = Outlet()
+    for number in range(LOOSE_FINISHES + 1):
+        assert not outlet.overrun
+        outlet.finish(pb.Finish(stream=number))
+    assert outlet.overrun
+    seen = 0
+    while (taken := outlet.take()) is not None:
+        assert len(taken.parts) <= FRAME_PARTS
+        seen += len(taken.parts)
+    assert seen == LOOSE_FINISHES + 1
+    assert not outlet.overrun
 
 
 def test_load_rides_on_the_next_frame_once() -> None:

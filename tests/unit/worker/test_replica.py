@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from megatoken.counters import INDEX, read_counters
-from megatoken.errors import EngineDeadError, RequestError
+from megatoken.errors import EngineDeadError, OverloadError, RequestError
 from megatoken.frames import U32, token_columns
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from worker.config import WorkerConfig
 from worker.engines.engine import Ended, EngineFacts, EngineLoad, EngineRequest, Prefilled, Step
 from worker.measures import Measures
-from worker.outlet import Outlet, encode_frame
+from worker.outlet import LOOSE_FINISHES, Outlet, encode_frame
 from worker.replica import Replica, StreamInUseError
+from worker.tokens_service import STARTS_AT_ONCE, _read_session
 from worker.totals import open_counters
 
 
@@ -151,8 +152,11 @@ async def test_a_number_in_use_is_the_sessions_fault_not_a_finish(world: World) 
     world.submit(1)
     with pytest.raises(StreamInUseError):
         world.submit(1)
+    for wrong in ({}, {"temperature": -1.0}):  # whatever else is wrong, stream 1 runs on
+        with pytest.raises(StreamInUseError):
+            world.submit(0, sampling={"n": 2, **wrong})
     with pytest.raises(StreamInUseError):
-        world.submit(0, sampling={"n": 2})
+        world.submit(1, prompt=(5000,))
     assert world.outlet.take() is None
 
 
@@ -277,3 +281,26 @@ async def test_start_gives_up_in_time(tmp_path: Path) -> None:
     world.engine.start = never  # type: ignore[method-assign]
     with pytest.raises(EngineDeadError, match=r"0\.01 s"):
         await world.replica.start()
+
+
+async def test_a_session_that_only_sends_is_ended_and_holds_nobody_up(world: World) -> None:
+    wrong = columns.GenerateRequest(prompt=np.array([5000], "<u4").tobytes())
+    starts = [columns.Start(stream=number, request=wrong) for number in range(LOOSE_FINISHES + 1)]
+    message = columns.ClientFrame(start=starts).SerializeToString()
+    turns = 0
+
+    class Context:
+        async def read(self) -> bytes:
+            return message
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counting = asyncio.create_task(count_turns())
+    with pytest.raises(OverloadError, match="reads no answers"):
+        await _read_session(world.replica, world.outlet, Context())
+    counting.cancel()
+    assert turns >= LOOSE_FINISHES // STARTS_AT_ONCE - 2
