@@ -99,6 +99,9 @@ class RouterLink:
                 self.problem = f"router {self.address} ended the session"
             except MegatokenError as error:
                 self.problem = str(error)
+                if type(error) is MegatokenError:  # a fault inside the router: for our log, not for its clients' eyes
+                    logger.error("%s", error)
+                    self.problem = f"router {self.address} failed"
             except MalformedFrame as error:
                 self.problem = f"router {self.address} sent a malformed frame: {error}"
             finally:
