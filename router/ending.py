@@ -64,7 +64,7 @@ def end(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: fl
         if replica is not None and not request.first_on_replica:
             replica.circuit.let_go()
         state.pages.free(request.slot)
-        state.slots.orphan(request.slot)
+        state.slots.orphan(request.slot, now)
         request.slot = -1
     elif request.carried:
         finish.generated_tokens = len(request.carried) // 4

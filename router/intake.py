@@ -22,6 +22,7 @@ from router.recovery import lose
 from router.request import Request
 from router.state import RouterState
 
+_MOST_HELD = 1 << 17  # tokens in one piece: half a MiB, well under any message limit
 _EACH, _COALESCE = 0, 1  # tokens.proto, Delivery
 _SAMPLE_EVERY = 64  # frames; of one call in about so many the times between tokens are measured
 # What a worker says when it, and not the request, is at fault: gRPC UNKNOWN, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE.
@@ -285,11 +286,13 @@ def flush_held(state: RouterState, request: Request) -> None:
     total = int(state.slots.generated[request.slot])
     if total <= request.sent_tokens or request.replayed:
         return
-    packed = state.pages.read(request.slot, request.sent_tokens, total).tobytes()
     state.ledger.delivered_tokens += total - request.sent_tokens
-    request.sent_tokens = total
     details, request.held_details = request.held_details, []
-    request.sink.push_tokens(request, packed, details)
+    while request.sent_tokens < total:
+        until = min(total, request.sent_tokens + _MOST_HELD)
+        packed = state.pages.read(request.slot, request.sent_tokens, until).tobytes()
+        request.sent_tokens = until
+        request.sink.push_tokens(request, packed, details if until == total else [])
 
 
 def _details(state: RouterState, replica: Replica, frame: Frame) -> dict[int, list[bytes]]:

@@ -17,6 +17,7 @@ from megatoken.frames import U32
 from router import wire
 
 U32Column = npt.NDArray[np.uint32]
+_LOOSE: Final = 64
 MAX_FRAME_BYTES: Final = 1 << 20  # gRPC clients refuse messages over 4 MiB unless told otherwise
 
 
@@ -42,24 +43,44 @@ class FrameOutbox:
 
     def __init__(self) -> None:
         self._parts: deque[Part] = deque()
+        self._loose = 0  # parts at the end that are still views of received memory
         self.urgent = False  # holds a first token or a finish: do not wait
 
     def __bool__(self) -> bool:
         return bool(self._parts)
 
     def add_tokens(self, stream: Any, count: Any, token: Any) -> None:
-        self._parts.append(Part(stream, count, token, _NONE, _NONE))
+        self.add_part(Part(stream, count, token, _NONE, _NONE))
 
     def add_part(self, part: Part) -> None:
         self._parts.append(part)
+        self._loose += 1
+        if self._loose >= _LOOSE:
+            self._tie()
 
     def add_finish(self, finish: bytes) -> None:
-        self._parts.append(Part(None, None, None, _NONE, [finish]))
+        self.add_part(Part(None, None, None, _NONE, [finish]))
         self.urgent = True
 
     def clear(self) -> None:
         self._parts.clear()
+        self._loose = 0
         self.urgent = False
+
+    def _tie(self) -> None:
+        """Copies the loose parts into one: the client is slow, and each view keeps a whole frame in memory."""
+        loose = [self._parts.pop() for _ in range(min(self._loose, len(self._parts)))]
+        loose.reverse()
+        self._loose = 0
+        group: list[Part] = []
+        size = 0
+        for part in loose:
+            size += part.size_bytes()
+            if group and size > MAX_FRAME_BYTES:
+                self._parts.append(tied(group))
+                group, size = [], part.size_bytes()
+            group.append(part)
+        self._parts.append(tied(group))
 
     def take(self) -> bytes:
         """One encoded Frame of what waits, as much as fits; call again while the outbox is not empty."""
@@ -71,9 +92,25 @@ class FrameOutbox:
                 break
             size += following
             parts.append(self._parts.popleft())
+        self._loose = min(self._loose, len(self._parts))
         if not self._parts:
             self.urgent = False
         return encode_frame(parts)
+
+
+def tied(parts: list[Part]) -> Part:
+    """One part with the content of several, in memory of its own."""
+    columns = [part for part in parts if part.stream is not None and part.token is not None]
+    details = [detail for part in parts for detail in part.details]
+    finishes = [finish for part in parts for finish in part.finishes]
+    if not columns:
+        return Part(None, None, None, details, finishes)
+    counts = None
+    if any(part.counts is not None for part in columns):
+        counts = np.concatenate([_ones(part.stream) if part.counts is None else part.counts for part in columns])
+    stream = np.concatenate([part.stream for part in columns if part.stream is not None])
+    token = np.concatenate([part.token for part in columns if part.token is not None])
+    return Part(stream, counts, token, details, finishes)
 
 
 def encode_frame(parts: list[Part]) -> bytes:

@@ -49,7 +49,7 @@ def _take_back(state: RouterState, request: Request, now: float, known_to_worker
     state.pages.free(slot)
     if known_to_worker and replica is not None and replica.link is not None:
         replica.link.send_cancel(slot)
-        state.slots.orphan(slot)
+        state.slots.orphan(slot, now)
     else:
         state.slots.free(slot)
     request.slot = -1

@@ -58,8 +58,9 @@ class SlotTable:
         self.owner[slot] = owner
         return slot
 
-    def orphan(self, slot: int) -> None:
-        """The request is gone, the worker does not know yet."""
+    def orphan(self, slot: int, now: float) -> None:
+        """The request is gone, the worker does not know yet. `last_s` tells since when."""
+        self.last_s[slot] = now
         self.sink[slot] = NOBODY
         self.owner[slot] = None
 
@@ -70,6 +71,10 @@ class SlotTable:
         self.replica[slot] = -1
         self.owner[slot] = None
         self._free.append(slot)
+
+    def zombies(self, before_s: float) -> Slots:
+        """Orphans since before that time."""
+        return np.flatnonzero((self.replica >= 0) & (self.sink == NOBODY) & (self.last_s < before_s))
 
     def of_replica(self, replica: int) -> list[int]:
         """Every slot that the replica has, zombies included."""

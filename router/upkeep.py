@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from typing import Final
 
 from megatoken.errors import DeadlineError, UnavailableError
 from router.ending import end, error_finish
@@ -12,6 +13,8 @@ from router.outliers import slow_replicas
 from router.placement import pump
 from router.recovery import move_all
 from router.state import RouterState
+
+ZOMBIE_S: Final = 120.0  # an engine aborts within a step; a step that includes a long prefill takes seconds
 
 
 def flush_due(state: RouterState, now: float) -> None:
@@ -43,7 +46,11 @@ def tick(state: RouterState, now: float, unix_s: float) -> None:
 
 
 def slow_tick(state: RouterState, now: float) -> None:
-    """Called about once a second: leaves out replicas much slower than their kind."""
+    """Called about once a second: leaves out replicas much slower than their kind, and those that confirm no end."""
+    for index in set(state.slots.replica[state.slots.zombies(now - ZOMBIE_S)].tolist()):
+        replica = state.fleet.replicas[index]
+        if replica is not None and replica.link is not None:
+            replica.link.cut(f"it did not confirm the end of a cancelled stream within {ZOMBIE_S:.0f} s")
     for pool in state.fleet.pools.values():
         for replica in slow_replicas(pool, state.config.breaker, now):
             replica.ejected_until_s = now + state.config.breaker.max_open_s

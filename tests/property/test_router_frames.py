@@ -169,3 +169,19 @@ def test_counts_are_filled_in_where_only_some_parts_have_them() -> None:
     counted = Part(np.array([1], U32), np.array([2], U32), np.array([11, 12], U32), [], [])
     frame = tokens_pb2.Frame.FromString(encode_frame([plain, counted]))
     assert (list(frame.stream), list(frame.count), list(frame.token)) == ([1, 2, 1], [1, 1, 2], [10, 20, 11, 12])
+
+
+def test_what_waits_for_a_slow_client_pins_no_received_memory() -> None:
+    outbox = FrameOutbox()
+    expected = []
+    for i in range(1000):
+        frame = np.arange(10_000, dtype=U32)  # the frame of many clients: 40 kB
+        outbox.add_part(Part(frame[:2], None, frame[i : i + 2], [], []))
+        expected += [i, i + 1]
+    pinned = {id(part.token.base) for part in outbox._parts if part.token is not None and part.token.base is not None}
+    assert len(pinned) < 64
+    assert len(outbox._parts) < 64 + 1000 / 64
+    tokens: list[int] = []
+    while outbox:
+        tokens += token_columns(frame_columns_pb2.Frame.FromString(outbox.take()))[2].tolist()
+    assert tokens == expected

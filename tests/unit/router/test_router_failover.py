@@ -285,3 +285,16 @@ def test_steps_are_timed_only_while_it_has_requests() -> None:
             fleet.tokens(request, token)
         fleet.finish(request)
     assert fleet.replicas[0].step_s == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_worker_that_never_confirms_a_cancel_is_cut_off() -> None:
+    fleet = CoreFleet(replicas=1)
+    request = fleet.submit()
+    fleet.tick(500)
+    replica = fleet.replica_of(fleet.submit())
+    replica.last_frame_s = fleet.now
+    fleet.cancel(request)
+    upkeep.slow_tick(fleet.state, fleet.now + 100)
+    assert not any("confirm" in cut for cut in fleet.link(replica).cuts)
+    upkeep.slow_tick(fleet.state, fleet.now + 121)
+    assert "did not confirm" in fleet.link(replica).cuts[-1]
