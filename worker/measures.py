@@ -26,7 +26,7 @@ OUTCOME_OF_REASON: Final[dict[int, str]] = {
     pb.FINISH_REASON_ERROR: "error",
 }
 OUTCOMES: Final = (*OUTCOME_OF_REASON.values(), "unknown")
-REFUSALS: Final = ("draining", "invalid", "full", "unavailable")
+REFUSALS: Final = ("draining", "invalid", "full")
 
 
 class Measures:
@@ -70,11 +70,11 @@ class Measures:
         self.outcomes[OUTCOME_OF_REASON.get(reason, "unknown")] += 1
         self.duration_s.observe(duration_s)
 
-    def refused(self, error: MegatokenError, draining: bool) -> None:
+    def refused(self, error: MegatokenError) -> None:
         """A request never ran."""
         if isinstance(error, RequestError):
             self.refusals["invalid"] += 1
         elif isinstance(error, OverloadError):
             self.refusals["full"] += 1
         else:
-            self.refusals["draining" if draining else "unavailable"] += 1
+            self.refusals["draining"] += 1  # by request, or because the engine is gone and the process about to end

@@ -113,7 +113,7 @@ class Replica:
         try:
             self._submit(outlet, number, request)
         except MegatokenError as error:
-            self.measures.refused(error, self.draining)
+            self.measures.refused(error)
             self._refuse(outlet, number, request, error)
         except Exception as error:  # a defect met by one request must not end the others of its session
             _log.exception("a request failed before it ran")
