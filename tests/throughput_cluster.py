@@ -118,10 +118,15 @@ class Agents:
         stub = throughput_pb2_grpc.ThroughputStub(self._channels[node])
         return await stub.GetThroughput(throughput_pb2.GetThroughputRequest(), timeout=timeout_s)
 
-    def watch(self, node: str) -> Any:
-        """The node's stream of samples."""
+    @contextlib.asynccontextmanager
+    async def watch(self, node: str) -> AsyncIterator[AsyncIterator[throughput_pb2.ThroughputSample]]:
+        """The node's stream of samples; ends with the block."""
         stub = throughput_pb2_grpc.ThroughputStub(self._channels[node])
-        return stub.WatchThroughput(throughput_pb2.GetThroughputRequest())
+        call = stub.WatchThroughput(throughput_pb2.GetThroughputRequest())
+        try:
+            yield call
+        finally:
+            call.cancel()
 
     async def until(
         self, node: str, wanted: Callable[[throughput_pb2.ThroughputSample], bool], timeout_s: float = 30.0
@@ -129,8 +134,8 @@ class Agents:
         """The first sample that is wanted. Raises AssertionError with the last one seen."""
         sample = None
         try:
-            async with asyncio.timeout(timeout_s):
-                async for sample in self.watch(node):
+            async with asyncio.timeout(timeout_s), self.watch(node) as samples:
+                async for sample in samples:
                     if wanted(sample):
                         return sample
         except TimeoutError:

@@ -79,8 +79,8 @@ async def next_victim(agents: Agents) -> str:
 async def recovered(agents: Agents, node: str, victim: str, epoch: int) -> tuple[float, int]:
     """(when the first complete sample of a later group without the victim came, incomplete ones before it)."""
     incomplete = 0
-    async with asyncio.timeout(60):
-        async for sample in agents.watch(node):
+    async with asyncio.timeout(60), agents.watch(node) as samples:
+        async for sample in samples:
             if sample.complete and sample.epoch > epoch and victim not in members_of(agents, sample.epoch):
                 return time.monotonic(), incomplete
             incomplete += not sample.complete

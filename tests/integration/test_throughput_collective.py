@@ -49,8 +49,8 @@ async def recovered(agents: Agents, node: str, ranks: int) -> tuple[float, int]:
     """(seconds until a complete sample of a later epoch, incomplete samples meanwhile)."""
     before = (await agents.sample(node)).epoch
     started, incomplete = time.monotonic(), 0
-    async with asyncio.timeout(30):
-        async for sample in agents.watch(node):
+    async with asyncio.timeout(30), agents.watch(node) as samples:
+        async for sample in samples:
             incomplete += not sample.complete
             if sample.complete and sample.epoch > before and sample.ranks == ranks:
                 return time.monotonic() - started, incomplete

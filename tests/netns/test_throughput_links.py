@@ -43,8 +43,8 @@ async def start(agents: Agents, host: Host) -> None:
 async def recovered(agents: Agents, node: str, ranks: int, timeout_s: float = 60.0) -> tuple[float, int]:
     """(seconds until a complete sample of so many ranks, incomplete samples meanwhile)."""
     started, incomplete, before = time.monotonic(), 0, (await agents.sample(node)).epoch
-    async with asyncio.timeout(timeout_s):
-        async for sample in agents.watch(node):
+    async with asyncio.timeout(timeout_s), agents.watch(node) as samples:
+        async for sample in samples:
             if sample.complete and sample.ranks == ranks and sample.epoch > before:
                 break
             incomplete += not sample.complete
