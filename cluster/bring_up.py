@@ -26,7 +26,7 @@ from cluster.progress import Progress
 from cluster.runtime_dirs import cluster_directory, runtime_root, state_directory
 from cluster.spec import ClusterSpec
 
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 300.0
 LOG_TAIL_LINES = 15
 
 

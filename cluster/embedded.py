@@ -14,17 +14,23 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.guard import descendants, send
 from cluster.launches import LOOPBACK
 from cluster.spec import ClusterSpec
 from megatoken.process import PR_SET_PDEATHSIG, read_arguments, report_ready
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 WATCH_S = 5.0
+RAY_ATTEMPTS = 3
+RAY_GAVE_UP = "timed out during startup"  # ray/_private/node.py, where the 30 s are a constant
+
+logger = logging.getLogger(__name__)
 
 
 class BringUp(BaseModel):
@@ -59,7 +65,7 @@ def main() -> int:
     except (KeyboardInterrupt, SystemExit):
         return 0
     except Exception as error:  # the entry point: one line for whoever waits, the rest in the log
-        logging.getLogger(__name__).exception("could not bring the cluster up")
+        logger.exception("could not bring the cluster up")
         report_ready(ready_fd, error=str(error) or type(error).__name__)
         return 1
 
@@ -105,20 +111,41 @@ def start_local_ray(config: BringUp) -> None:
     slots = spec.ray.cpu_devices
     if slots is None:
         slots = max(spec.width, len(os.sched_getaffinity(0)))
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        _node_ip_address=LOOPBACK,  # else Ray listens on the address of the machine's default route
-        num_cpus=0,
-        num_gpus=spec.ray.gpus,
-        resources={"cpu_device": slots} if slots else {},
-        labels={"node": "local"},
-        object_store_memory=spec.ray.object_store_mib << 20,
-        log_to_driver=False,
-        configure_logging=False,
-        logging_level=logging.WARNING,
-        _temp_dir=str(config.ray_temp_dir) if config.ray_temp_dir else None,
-    )
+
+    def begin() -> None:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            _node_ip_address=LOOPBACK,  # else Ray listens on the address of the machine's default route
+            num_cpus=0,
+            num_gpus=spec.ray.gpus,
+            resources={"cpu_device": slots} if slots else {},
+            labels={"node": "local"},
+            object_store_memory=spec.ray.object_store_mib << 20,
+            log_to_driver=False,
+            configure_logging=False,
+            logging_level=logging.WARNING,
+            _temp_dir=str(config.ray_temp_dir) if config.ray_temp_dir else None,
+        )
+
+    start_patiently(begin)
+
+
+def start_patiently(begin: Callable[[], None]) -> None:
+    """Calls `begin` again when Ray gave up on its own raylet: it does after a fixed 30 s, on a busy machine too.
+
+    What the failed attempt left below this process is killed first. Raises the last attempt's error.
+    """
+    for attempt in range(1, RAY_ATTEMPTS + 1):
+        try:
+            begin()
+            return
+        except Exception as error:  # Ray raises this one as a bare Exception
+            if RAY_GAVE_UP not in str(error) or attempt == RAY_ATTEMPTS:
+                raise
+            logger.warning("Ray did not start in its 30 s, attempt %d of %d", attempt, RAY_ATTEMPTS)
+            for pid in descendants(os.getpid()):
+                send(pid, signal.SIGKILL)
 
 
 def start_controller(config: BringUp) -> tuple[Any, str]:
