@@ -72,7 +72,7 @@ def test_the_kill_of_a_detached_clusters_owner_takes_everything_down(cluster: Ru
 
 def test_a_name_in_use_and_a_port_in_use_disturb_nothing(cluster: RunningCluster) -> None:
     cluster.up()
-    before = sorted(cluster.pids("-m", "worker"))
+    before = sorted(cluster.pids("-m", "router"))
     again = cluster.run("up", "-f", str(cluster.spec_file), "--detach", status=2)
     assert "a cluster of that name runs" in again
     port = cluster.address("router").rpartition(":")[2]
@@ -81,7 +81,7 @@ def test_a_name_in_use_and_a_port_in_use_disturb_nothing(cluster: RunningCluster
     assert f"routers.port: {port} is not allowed; it is in use on 127.0.0.1" in cluster.run(
         "up", "-f", str(other), status=2
     )
-    assert sorted(cluster.pids("-m", "worker")) == before
+    assert sorted(cluster.pids("-m", "router")) == before
     cluster.down()
     nothing_remains(cluster)
 
