@@ -121,6 +121,12 @@ class RunningCluster:
     def parent(self, pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
+    def kill_all(self) -> None:
+        """Kills every process that carries the marker."""
+        for pid in marked(self.mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def wait_nothing_left(self, timeout_s: float = 15.0) -> None:
         """Waits until no process carries the marker; kills what remains and raises LeftBehind."""
         deadline = time.monotonic() + timeout_s
@@ -144,6 +150,4 @@ def running(directory: Path, spec: Mapping[str, Any]) -> Iterator[RunningCluster
         cluster.down()
         cluster.wait_nothing_left()
     finally:
-        for pid in marked(cluster.mark):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        cluster.kill_all()

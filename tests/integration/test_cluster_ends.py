@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ SPEC = {
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> RunningCluster:
-    return RunningCluster(tmp_path, SPEC)
+def cluster(tmp_path: Path) -> Iterator[RunningCluster]:
+    started = RunningCluster(tmp_path, SPEC)
+    yield started
+    started.kill_all()  # of a test that failed halfway
 
 
 def nothing_remains(cluster: RunningCluster) -> None:
