@@ -19,6 +19,10 @@ from worker.engines.engine import EngineFacts, EngineRequest
 MAX_CHOICES: Final = 128  # OpenAI's own limit on n
 MAX_ID_CHARACTERS: Final = 256
 MAX_TOKEN_LIST: Final = 4096  # members of a token list in sampling; far above any real use
+MAX_EXTRA_DEPTH: Final = 32  # levels of extra_json; every process that it passes through recurses over them
+RESERVED: Final = "megatoken_"  # names beginning so are what a worker tells its own ranks
+# What steers an engine's connectors, to hosts that it names itself -> the engine argument that allows it.
+TRANSFERS: Final = {"kv_transfer_params": "kv_transfer_config", "ec_transfer_params": "ec_transfer_config"}
 
 # field -> (lowest, lowest is allowed, highest); the ranges of tokens.proto
 _RANGES: Final[dict[str, tuple[float, bool, float]]] = {
@@ -46,7 +50,7 @@ def check_request(request: columns.GenerateRequest, model: str, facts: EngineFac
         raise RequestError("prompt", f"{len(request.prompt)} bytes", str(error)) from None
     _check_prompt(prompt, request.resumed_tokens, facts)
     sampling = request.sampling
-    check_sampling(sampling, facts.vocab_size)
+    check_sampling(sampling, facts)
     room = facts.max_model_len - len(prompt)
     max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else room
     if max_tokens > room:
@@ -84,7 +88,7 @@ def _check_prompt(prompt: Any, resumed_tokens: int, facts: EngineFacts) -> None:
         raise RequestError("resumed_tokens", resumed_tokens, f"less than the prompt's {len(prompt)} tokens")
 
 
-def check_sampling(sampling: pb.SamplingParams, vocab_size: int) -> None:
+def check_sampling(sampling: pb.SamplingParams, facts: EngineFacts) -> None:
     """Checks each sampling field's own range and the token ids in it; raises RequestError."""
     for name, (lowest, inclusive, highest) in _RANGES.items():
         if sampling.HasField(name):
@@ -101,13 +105,13 @@ def check_sampling(sampling: pb.SamplingParams, vocab_size: int) -> None:
         if sampling.HasField(name) and getattr(sampling, name) < -1:
             raise RequestError(f"sampling.{name}", getattr(sampling, name), "0 or more, or -1 for the whole vocabulary")
     for name in ("stop_token_ids", "bad_words_token_ids", "allowed_token_ids", "logit_bias"):
-        _check_token_ids(name, getattr(sampling, name), vocab_size)
+        _check_token_ids(name, getattr(sampling, name), facts.vocab_size)
     for token, bias in sampling.logit_bias.items():
         if not -100 <= bias <= 100:
             raise RequestError(f"sampling.logit_bias[{token}]", bias, "-100 to 100")
     if sampling.HasField("structured_outputs"):
         _check_structured(sampling.structured_outputs)
-    read_extra(sampling)
+    _check_extra(read_extra(sampling), facts)
 
 
 def _check_range(name: str, value: float, lowest: float, inclusive: bool, highest: float) -> None:
@@ -139,6 +143,52 @@ def _check_structured(constraint: pb.StructuredOutputs) -> None:
             json.loads(text)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"sampling.structured_outputs.{kind}", text, f"JSON; {error}") from None
+
+
+def _check_extra(extra: dict[str, Any], facts: EngineFacts) -> None:
+    """Refuses what no engine can be sent, and what would be believed there without a check."""
+    if not extra:
+        return
+    _check_encodable(extra)
+    arguments = extra.get("extra_args")
+    if not isinstance(arguments, dict | None):
+        raise RequestError("sampling.extra_json.extra_args", arguments, "an object")
+    for field, names in (("sampling.extra_json", extra), ("sampling.extra_json.extra_args", arguments or {})):
+        for name, value in names.items():
+            if name.startswith(RESERVED):
+                raise RequestError(f"{field}.{name}", value, f"names beginning with {RESERVED} are the worker's own")
+            if name in TRANSFERS and value is not None and name not in facts.transfers:
+                allowed = f"only a replica whose engine_args have {TRANSFERS[name]} takes it"
+                raise RequestError(f"{field}.{name}", value, allowed)
+
+
+def _check_encodable(extra: dict[str, Any]) -> None:
+    """JSON holds integers and texts that the engine's own encoding does not."""
+    level: list[Any] = [extra]
+    for _ in range(MAX_EXTRA_DEPTH):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value.keys()
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+                raise RequestError("sampling.extra_json", value, "integers are -2**63 to 2**64 - 1")
+            elif isinstance(value, str) and not _is_unicode(value):
+                raise RequestError("sampling.extra_json", value, "texts are Unicode, without half of a surrogate pair")
+        if not below:
+            return
+        level = below
+    raise RequestError("sampling.extra_json", extra, f"at most {MAX_EXTRA_DEPTH} levels")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_extra(sampling: pb.SamplingParams) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class EngineFacts:
     block_size: int
     kv_cache_tokens: int
     loras: tuple[str, ...] = ()
+    transfers: tuple[str, ...] = ()  # parameters in extra_args that its connectors take: "kv_transfer_params"
 
 
 @dataclass(slots=True)

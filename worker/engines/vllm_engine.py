@@ -17,7 +17,8 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -41,10 +42,12 @@ from worker.engines.vllm_metrics import VllmMetrics
 from worker.engines.vllm_plugins import tie_forks
 from worker.engines.vllm_request import REFUSALS, as_request_error, choice_sampling, forbid_words, vllm_sampling
 from worker.engines.vllm_resume import carry_over, install
-from worker.engines.vllm_step import StepReader
+from worker.engines.vllm_step import INVALID_ARGUMENT, UNAVAILABLE, StepReader
+from worker.requests import TRANSFERS
 
 SUPPORTED_TASKS = ("generate",)
 ABORT_BATCH = 1024  # ids in one abort message
+UNSENDABLE: Final = (TypeError, ValueError, OverflowError, RecursionError)  # what its encoder raises for a request
 MAX_REASON = 600  # characters of vLLM's own text in an error of ours
 
 _log = logging.getLogger(__name__)
@@ -108,6 +111,7 @@ class VllmEngine:
             block_size=cache.block_size,
             kv_cache_tokens=int(cache.kv_cache_size_tokens or (cache.num_gpu_blocks or 0) * cache.block_size),
             loras=tuple(self._loras),
+            transfers=tuple(name for name, enabling in TRANSFERS.items() if self._config.engine_args.get(enabling)),
         )
 
     def check(self, request: EngineRequest) -> None:
@@ -142,7 +146,8 @@ class VllmEngine:
             own.request_id = f"{request.request_id[:64]}-{next(self._sequence):x}"
             own.sampling_params = choice_sampling(params, choice)
             self._steps.watch(own.request_id, slot)
-            self._send(self._engine_client().add_request_async(own))
+            sending = self._send(self._engine_client().add_request_async(own))
+            sending.add_done_callback(partial(self._note_sent, own.request_id))
 
     def abort(self, slots: Sequence[int]) -> None:
         """Tells the engine core to drop these; what it still sends for them is passed over."""
@@ -184,10 +189,21 @@ class VllmEngine:
         if not self._stopping:
             self._sink.on_engine_dead(reason)
 
-    def _send(self, sending: Any) -> None:
+    def _send(self, sending: Any) -> asyncio.Future[Any]:
         """Runs a client coroutine as a task; tasks start in order, so messages keep theirs."""
         task = asyncio.ensure_future(sending)
         task.add_done_callback(_note_failure)
+        return task
+
+    def _note_sent(self, identity: str, task: asyncio.Future[Any]) -> None:
+        """Ends the stream of a request that could not be sent: the engine core will never say a word about it."""
+        error = None if task.cancelled() else task.exception()
+        if error is None or isinstance(error, VllmEngineDeadError):  # a dead engine core is told by the reader
+            return
+        code = INVALID_ARGUMENT if isinstance(error, UNSENDABLE) else UNAVAILABLE
+        step = self._steps.lose(identity, f"the request could not be sent to the engine: {error!r}"[:MAX_REASON], code)
+        if step is not None:
+            self._sink.on_step(step)
 
     def _engine_client(self) -> AsyncMPClient:
         if self._client is None:
@@ -198,9 +214,8 @@ class VllmEngine:
         return self._loras[name] if name else None
 
 
-def _note_failure(task: asyncio.Task[Any]) -> None:
+def _note_failure(task: asyncio.Future[Any]) -> None:
     if not task.cancelled() and task.exception() is not None:
-        # A dead engine core is told by the reader, which ends every stream.
         _log.warning("sending to the engine core failed: %r", task.exception())
 
 

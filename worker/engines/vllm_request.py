@@ -74,7 +74,7 @@ def choice_sampling(params: SamplingParams, choice: int) -> SamplingParams:
     if choice == 0 or params.seed is None:
         return params
     own = params.clone()
-    own.seed = params.seed + choice
+    own.seed = (params.seed + choice + 2**63) % 2**64 - 2**63  # past the largest it goes on at the smallest
     return own
 
 

@@ -17,9 +17,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from worker.config import WorkerConfig
 from worker.engines.engine import EngineRequest
+from worker.requests import RESERVED
 
 RESUMED_KEY: Final = "megatoken_resumed_tokens"  # in SamplingParams.extra_args: how many prompt tokens were generated
 PENALTIES_KEY: Final = "megatoken_penalties"  # presence, frequency, repetition
+LARGEST_PENALTY: Final = 3.4e38  # what a rank's 32-bit floats hold; requests are held to less than that before
 PENALTIES_PROCESSOR: Final = "worker.engines.vllm_resumed_penalties:ResumedPenalties"
 
 SEEDED_NOTE: Final = "seeded sampling restarted its random numbers at the resume"
@@ -34,7 +36,9 @@ def penalties_carry_over(config: WorkerConfig) -> bool:
 
 
 def carry_over(request: EngineRequest, params: SamplingParams, config: WorkerConfig) -> None:
-    """Prepares the parameters of a resumed request and sets its note; leaves any other request alone."""
+    """Prepares the parameters of a resumed request and sets its note; takes names of ours from any other request."""
+    if params.extra_args:
+        params.extra_args = {name: value for name, value in params.extra_args.items() if not name.startswith(RESERVED)}
     if not request.resumed_tokens:
         return
     notes = []
@@ -55,6 +59,26 @@ def carry_over(request: EngineRequest, params: SamplingParams, config: WorkerCon
     request.resume_note = "; ".join(notes)
 
 
+def resumed_count(extra_args: dict[str, Any] | None, prompt_tokens: int) -> int:
+    """How many tokens at the prompt's end were generated before; 0 for what is no such count.
+
+    Where this runs an exception ends the engine, and with it everybody's requests: so it believes nothing.
+    """
+    count = (extra_args or {}).get(RESUMED_KEY)
+    return count if type(count) is int and 0 < count < prompt_tokens else 0
+
+
+def resumed_penalties(extra_args: dict[str, Any] | None) -> tuple[float, float, float] | None:
+    """Presence, frequency and repetition penalty of a marked request; None for what is no such thing."""
+    values = (extra_args or {}).get(PENALTIES_KEY)
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        return None
+    if not all(type(value) in (int, float) and abs(value) <= LARGEST_PENALTY for value in values):  # NaN fails it too
+        return None
+    presence, frequency, repetition = values
+    return (float(presence), float(frequency), float(repetition)) if repetition > 0 else None
+
+
 def install() -> None:
     """Has vLLM's grammars read a resumed request's earlier tokens. For the engine core; changes nothing for others."""
     original = StructuredOutputManager._create_grammar
@@ -63,7 +87,7 @@ def install() -> None:
 
     def create_grammar(self: Any, request: Any) -> Any:
         grammar = original(self, request)
-        resumed = (request.sampling_params.extra_args or {}).get(RESUMED_KEY, 0)
+        resumed = resumed_count(request.sampling_params.extra_args, len(request.prompt_token_ids or ()))
         if resumed and self.reasoner_cls is None:
             earlier = list(request.prompt_token_ids[-resumed:])
             if not grammar.accept_tokens(request.request_id, earlier):

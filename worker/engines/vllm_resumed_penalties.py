@@ -8,14 +8,13 @@ each rank, inside vLLM's sampler; a batch without such a request costs a truth t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.sample.ops.penalties import apply_all_penalties
 
-from worker.engines.vllm_resume import PENALTIES_KEY, RESUMED_KEY
+from worker.engines.vllm_resume import resumed_count, resumed_penalties
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +44,10 @@ class ResumedPenalties(LogitsProcessor):  # type: ignore[misc]
             self._rows.pop(index, None)
         for index, params, prompt, output in batch_update.added:
             self._rows.pop(index, None)
-            penalties = (params.extra_args or {}).get(PENALTIES_KEY)
-            if penalties is not None and prompt is not None:
-                self._rows[index] = self._row(prompt, output, params.extra_args[RESUMED_KEY], penalties)
+            penalties = resumed_penalties(params.extra_args)
+            resumed = resumed_count(params.extra_args, len(prompt or ()))
+            if penalties is not None and prompt is not None and resumed:
+                self._rows[index] = self._row(prompt, output, resumed, penalties)
         for one, other, direction in batch_update.moved:
             moved, displaced = self._rows.pop(one, None), self._rows.pop(other, None)
             if moved is not None:
@@ -55,8 +55,8 @@ class ResumedPenalties(LogitsProcessor):  # type: ignore[misc]
             if displaced is not None and direction == MoveDirectionality.SWAP:
                 self._rows[one] = displaced
 
-    def _row(self, prompt: list[int], output: list[int], resumed: int, penalties: Any) -> _Row:
-        values = tuple(torch.tensor([value], device=self._device) for value in penalties)
+    def _row(self, prompt: list[int], output: list[int], resumed: int, penalties: tuple[float, float, float]) -> _Row:
+        values = tuple(torch.tensor([value], dtype=torch.float32, device=self._device) for value in penalties)
         own = torch.tensor([prompt[:-resumed]], dtype=torch.int64, device=self._device)
         return _Row(own, prompt[-resumed:], output, values)  # type: ignore[arg-type]
 

@@ -19,6 +19,7 @@ REASONS: Final[dict[Any, int]] = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.REPETITION: pb.FINISH_REASON_REPETITION,
 }
+INVALID_ARGUMENT: Final[int] = grpc.StatusCode.INVALID_ARGUMENT.value[0]
 UNAVAILABLE: Final[int] = grpc.StatusCode.UNAVAILABLE.value[0]
 
 
@@ -41,6 +42,14 @@ class StepReader:
         for identity in identities:
             del self._slots[identity]
         return identities
+
+    def lose(self, identity: str, message: str, code: int) -> Step | None:
+        """A request never reached the engine core: the step that ends it, or None when nobody waits for it any more."""
+        slot = self._slots.get(identity)
+        if slot is None:
+            return None
+        self.forget((slot,))
+        return Step(EMPTY, EMPTY, ended=[Ended(slot, pb.FINISH_REASON_ERROR, code=code, message=message)])
 
     def read(self, outputs: EngineCoreOutputs) -> Step | None:
         """The step, or None when it made nothing for anyone."""

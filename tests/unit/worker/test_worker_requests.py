@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from worker.engines.engine import EngineFacts
 from worker.requests import check_request
 
 FACTS = EngineFacts("simulated", "1", 100, 1000, 8, 16, 10_000, loras=("french",))
+DEEP = "{" + '"extra_args": ' + "[" * 40 + "]" * 40 + "}"
 
 
 def message(prompt=(1, 2, 3), **fields) -> columns.GenerateRequest:
@@ -63,6 +66,22 @@ def test_limits_are_inclusive() -> None:
         ({"sampling": {"logit_bias": {4: 101.0}}}, "sampling.logit_bias[4]", "-100 to 100"),
         ({"sampling": {"extra_json": "{"}}, "sampling.extra_json", "one JSON object"),
         ({"sampling": {"extra_json": "[1]"}}, "sampling.extra_json", "one JSON object"),
+        ({"sampling": {"extra_json": '{"megatoken_x": 1}'}}, "sampling.extra_json.megatoken_x", "the worker's own"),
+        (
+            {"sampling": {"extra_json": '{"extra_args": {"megatoken_penalties": ["a", "b", "c"]}}'}},
+            "sampling.extra_json.extra_args.megatoken_penalties",
+            "the worker's own",
+        ),
+        (
+            {"sampling": {"extra_json": '{"extra_args": {"kv_transfer_params": {"remote_host": "h"}}}'}},
+            "sampling.extra_json.extra_args.kv_transfer_params",
+            "kv_transfer_config",
+        ),
+        ({"sampling": {"extra_json": '{"extra_args": [1]}'}}, "sampling.extra_json.extra_args", "an object"),
+        ({"sampling": {"extra_json": '{"extra_args": {"a": [18446744073709551616]}}'}}, "sampling.extra_json", "2**64"),
+        ({"sampling": {"extra_json": '{"seed": -9223372036854775809}'}}, "sampling.extra_json", "-2**63"),
+        ({"sampling": {"extra_json": '{"extra_args": {"a": "\\ud800"}}'}}, "sampling.extra_json", "Unicode"),
+        ({"sampling": {"extra_json": DEEP}}, "sampling.extra_json", "32 levels"),
         ({"sampling": {"structured_outputs": {}}}, "sampling.structured_outputs", "exactly one"),
         ({"sampling": {"structured_outputs": {"choice": {}}}}, "sampling.structured_outputs.choice", "at least one"),
         ({"sampling": {"structured_outputs": {"json_schema": "{"}}}, "sampling.structured_outputs.json_schema", "JSON"),
@@ -74,6 +93,12 @@ def test_a_wrong_request_names_field_and_what_is_allowed(fields: dict, field: st
     assert caught.value.field == field
     assert allowed in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_transfer_parameters_pass_where_the_engine_has_a_connector() -> None:
+    extra = '{"extra_args": {"kv_transfer_params": {"do_remote_decode": true}, "mine": 18446744073709551615}}'
+    facts = dataclasses.replace(FACTS, transfers=("kv_transfer_params",))
+    check_request(message(sampling={"extra_json": extra}), "m", facts)
 
 
 def test_an_unknown_model_or_adapter_is_not_found() -> None:
