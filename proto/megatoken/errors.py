@@ -4,6 +4,7 @@ MegatokenError
 ├── RequestError      the caller's fault; the same request fails again     INVALID_ARGUMENT   400
 │   └── NotFoundError what it names does not exist                         NOT_FOUND          404
 ├── AuthError         no key, or one that is not allowed this              UNAUTHENTICATED    401
+├── ForbiddenError    known, and not allowed this                          PERMISSION_DENIED  403
 ├── OverloadError     the system is full; the same request may pass later  RESOURCE_EXHAUSTED 429
 ├── DeadlineError     its deadline passed, or cannot be met                DEADLINE_EXCEEDED  504
 ├── UnavailableError  this replica or router cannot; another may           UNAVAILABLE        503
@@ -52,6 +53,13 @@ class AuthError(MegatokenError):
     http_code = 401
 
 
+class ForbiddenError(MegatokenError):
+    """The caller is known, and what it asks is for others."""
+
+    grpc_code = grpc.StatusCode.PERMISSION_DENIED
+    http_code = 403
+
+
 class OverloadError(MegatokenError):
     """The system is full. `retry_after_s` is when a place is likely."""
 
@@ -88,7 +96,7 @@ RETRY_AFTER_KEY = "retry-after-ms"  # trailing metadata beside RESOURCE_EXHAUSTE
 
 HTTP_OF_GRPC: dict[grpc.StatusCode, int] = {
     kind.grpc_code: kind.http_code
-    for kind in (RequestError, NotFoundError, AuthError, OverloadError, DeadlineError, UnavailableError)
+    for kind in (RequestError, NotFoundError, AuthError, ForbiddenError, OverloadError, DeadlineError, UnavailableError)
 }
 
 

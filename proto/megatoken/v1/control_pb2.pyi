@@ -256,3 +256,13 @@ class ShutdownRequest(_message.Message):
 class ShutdownResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class RotateTokensRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RotateTokensResponse(_message.Message):
+    __slots__ = ("operator_token",)
+    OPERATOR_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    operator_token: str
+    def __init__(self, operator_token: _Optional[str] = ...) -> None: ...

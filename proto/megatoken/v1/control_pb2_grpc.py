@@ -69,6 +69,11 @@ class ControlStub(object):
                 request_serializer=megatoken_dot_v1_dot_control__pb2.ShutdownRequest.SerializeToString,
                 response_deserializer=megatoken_dot_v1_dot_control__pb2.ShutdownResponse.FromString,
                 _registered_method=True)
+        self.RotateTokens = channel.unary_unary(
+                '/megatoken.v1.Control/RotateTokens',
+                request_serializer=megatoken_dot_v1_dot_control__pb2.RotateTokensRequest.SerializeToString,
+                response_deserializer=megatoken_dot_v1_dot_control__pb2.RotateTokensResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer(object):
@@ -121,6 +126,13 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateTokens(self, request, context):
+        """Makes every token of the cluster anew. The old ones end a minute after the answer; no stream is cut.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -158,6 +170,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Shutdown,
                     request_deserializer=megatoken_dot_v1_dot_control__pb2.ShutdownRequest.FromString,
                     response_serializer=megatoken_dot_v1_dot_control__pb2.ShutdownResponse.SerializeToString,
+            ),
+            'RotateTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateTokens,
+                    request_deserializer=megatoken_dot_v1_dot_control__pb2.RotateTokensRequest.FromString,
+                    response_serializer=megatoken_dot_v1_dot_control__pb2.RotateTokensResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -349,6 +366,33 @@ class Control(object):
             '/megatoken.v1.Control/Shutdown',
             megatoken_dot_v1_dot_control__pb2.ShutdownRequest.SerializeToString,
             megatoken_dot_v1_dot_control__pb2.ShutdownResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/megatoken.v1.Control/RotateTokens',
+            megatoken_dot_v1_dot_control__pb2.RotateTokensRequest.SerializeToString,
+            megatoken_dot_v1_dot_control__pb2.RotateTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from megatoken.v1 import tokens_pb2 as megatoken_dot_v1_dot_tokens__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n megatoken/v1/frame_columns.proto\x12\x14megatoken.v1.columns\x1a\x19megatoken/v1/tokens.proto\"\xa3\x01\n\x05\x46rame\x12\x0e\n\x06stream\x18\x01 \x01(\x0c\x12\r\n\x05\x63ount\x18\x02 \x01(\x0c\x12\r\n\x05token\x18\x03 \x01(\x0c\x12$\n\x06\x64\x65tail\x18\x04 \x03(\x0b\x32\x14.megatoken.v1.Detail\x12$\n\x06\x66inish\x18\x05 \x03(\x0b\x32\x14.megatoken.v1.Finish\x12 \n\x04load\x18\x06 \x01(\x0b\x32\x12.megatoken.v1.Load\"~\n\x10GenerateResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12$\n\x06\x64\x65tail\x18\x03 \x01(\x0b\x32\x14.megatoken.v1.Detail\x12$\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x14.megatoken.v1.Finish\"I\n\x0b\x43lientFrame\x12*\n\x05start\x18\x01 \x03(\x0b\x32\x1b.megatoken.v1.columns.Start\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x01(\x0c\"O\n\x05Start\x12\x0e\n\x06stream\x18\x01 \x01(\x07\x12\x36\n\x07request\x18\x02 \x01(\x0b\x32%.megatoken.v1.columns.GenerateRequest\"\xfe\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.megatoken.v1.SamplingParams\x12\x0c\n\x04lora\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x10\n\x08\x61\x66\x66inity\x18\x07 \x01(\t\x12(\n\x08\x64\x65livery\x18\x08 \x01(\x0e\x32\x16.megatoken.v1.Delivery\x12\x14\n\x0cmax_delay_ms\x18\t \x01(\r\x12$\n\x06resume\x18\n \x01(\x0e\x32\x14.megatoken.v1.Resume\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12\x12\n\ntimeout_ms\x18\x0c \x01(\r\x12\x16\n\x0eresumed_tokens\x18\r \x01(\r\x12\r\n\x05lease\x18\x0e \x01(\t\x12\x0c\n\x04site\x18\x0f \x01(\t\x12\x13\n\x0btraceparent\x18\x10 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n megatoken/v1/frame_columns.proto\x12\x14megatoken.v1.columns\x1a\x19megatoken/v1/tokens.proto\"\xcc\x01\n\x05\x46rame\x12\x0e\n\x06stream\x18\x01 \x01(\x0c\x12\r\n\x05\x63ount\x18\x02 \x01(\x0c\x12\r\n\x05token\x18\x03 \x01(\x0c\x12$\n\x06\x64\x65tail\x18\x04 \x03(\x0b\x32\x14.megatoken.v1.Detail\x12$\n\x06\x66inish\x18\x05 \x03(\x0b\x32\x14.megatoken.v1.Finish\x12 \n\x04load\x18\x06 \x01(\x0b\x32\x12.megatoken.v1.Load\x12\'\n\x05usage\x18\x07 \x03(\x0b\x32\x18.megatoken.v1.LeaseUsage\"~\n\x10GenerateResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12$\n\x06\x64\x65tail\x18\x03 \x01(\x0b\x32\x14.megatoken.v1.Detail\x12$\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x14.megatoken.v1.Finish\"I\n\x0b\x43lientFrame\x12*\n\x05start\x18\x01 \x03(\x0b\x32\x1b.megatoken.v1.columns.Start\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x01(\x0c\"O\n\x05Start\x12\x0e\n\x06stream\x18\x01 \x01(\x07\x12\x36\n\x07request\x18\x02 \x01(\x0b\x32%.megatoken.v1.columns.GenerateRequest\"\xfe\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.megatoken.v1.SamplingParams\x12\x0c\n\x04lora\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x10\n\x08\x61\x66\x66inity\x18\x07 \x01(\t\x12(\n\x08\x64\x65livery\x18\x08 \x01(\x0e\x32\x16.megatoken.v1.Delivery\x12\x14\n\x0cmax_delay_ms\x18\t \x01(\r\x12$\n\x06resume\x18\n \x01(\x0e\x32\x14.megatoken.v1.Resume\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12\x12\n\ntimeout_ms\x18\x0c \x01(\r\x12\x16\n\x0eresumed_tokens\x18\r \x01(\r\x12\r\n\x05lease\x18\x0e \x01(\t\x12\x0c\n\x04site\x18\x0f \x01(\t\x12\x13\n\x0btraceparent\x18\x10 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,13 +33,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'megatoken.v1.frame_columns_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FRAME']._serialized_start=86
-  _globals['_FRAME']._serialized_end=249
-  _globals['_GENERATERESPONSE']._serialized_start=251
-  _globals['_GENERATERESPONSE']._serialized_end=377
-  _globals['_CLIENTFRAME']._serialized_start=379
-  _globals['_CLIENTFRAME']._serialized_end=452
-  _globals['_START']._serialized_start=454
-  _globals['_START']._serialized_end=533
-  _globals['_GENERATEREQUEST']._serialized_start=536
-  _globals['_GENERATEREQUEST']._serialized_end=918
+  _globals['_FRAME']._serialized_end=290
+  _globals['_GENERATERESPONSE']._serialized_start=292
+  _globals['_GENERATERESPONSE']._serialized_end=418
+  _globals['_CLIENTFRAME']._serialized_start=420
+  _globals['_CLIENTFRAME']._serialized_end=493
+  _globals['_START']._serialized_start=495
+  _globals['_START']._serialized_end=574
+  _globals['_GENERATEREQUEST']._serialized_start=577
+  _globals['_GENERATEREQUEST']._serialized_end=959
 # @@protoc_insertion_point(module_scope)

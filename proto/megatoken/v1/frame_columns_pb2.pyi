@@ -8,20 +8,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("stream", "count", "token", "detail", "finish", "load")
+    __slots__ = ("stream", "count", "token", "detail", "finish", "load", "usage")
     STREAM_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
     stream: bytes
     count: bytes
     token: bytes
     detail: _containers.RepeatedCompositeFieldContainer[_tokens_pb2.Detail]
     finish: _containers.RepeatedCompositeFieldContainer[_tokens_pb2.Finish]
     load: _tokens_pb2.Load
-    def __init__(self, stream: _Optional[bytes] = ..., count: _Optional[bytes] = ..., token: _Optional[bytes] = ..., detail: _Optional[_Iterable[_Union[_tokens_pb2.Detail, _Mapping]]] = ..., finish: _Optional[_Iterable[_Union[_tokens_pb2.Finish, _Mapping]]] = ..., load: _Optional[_Union[_tokens_pb2.Load, _Mapping]] = ...) -> None: ...
+    usage: _containers.RepeatedCompositeFieldContainer[_tokens_pb2.LeaseUsage]
+    def __init__(self, stream: _Optional[bytes] = ..., count: _Optional[bytes] = ..., token: _Optional[bytes] = ..., detail: _Optional[_Iterable[_Union[_tokens_pb2.Detail, _Mapping]]] = ..., finish: _Optional[_Iterable[_Union[_tokens_pb2.Finish, _Mapping]]] = ..., load: _Optional[_Union[_tokens_pb2.Load, _Mapping]] = ..., usage: _Optional[_Iterable[_Union[_tokens_pb2.LeaseUsage, _Mapping]]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("tokens", "choice", "detail", "finish")

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AssignRequest(_message.Message):
-    __slots__ = ("model", "prompt_tokens", "max_tokens", "affinity", "lora", "site", "prefix_hashes")
+    __slots__ = ("model", "prompt_tokens", "max_tokens", "affinity", "lora", "site", "prefix_hashes", "request_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class AssignRequest(_message.Message):
     LORA_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HASHES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt_tokens: int
     max_tokens: int
@@ -22,21 +23,24 @@ class AssignRequest(_message.Message):
     lora: str
     site: str
     prefix_hashes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., affinity: _Optional[str] = ..., lora: _Optional[str] = ..., site: _Optional[str] = ..., prefix_hashes: _Optional[_Iterable[int]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., affinity: _Optional[str] = ..., lora: _Optional[str] = ..., site: _Optional[str] = ..., prefix_hashes: _Optional[_Iterable[int]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class AssignResponse(_message.Message):
-    __slots__ = ("lease", "replica", "address", "incarnation", "ttl_ms")
+    __slots__ = ("lease", "replica", "address", "incarnation", "ttl_ms", "request_id")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     lease: str
     replica: str
     address: str
     incarnation: int
     ttl_ms: int
-    def __init__(self, lease: _Optional[str] = ..., replica: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+    request_id: str
+    def __init__(self, lease: _Optional[str] = ..., replica: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("lease", "generated_tokens", "failed")

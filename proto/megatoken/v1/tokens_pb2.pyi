@@ -228,23 +228,25 @@ class Start(_message.Message):
     def __init__(self, stream: _Optional[int] = ..., request: _Optional[_Union[GenerateRequest, _Mapping]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("stream", "count", "token", "detail", "finish", "load")
+    __slots__ = ("stream", "count", "token", "detail", "finish", "load", "usage")
     STREAM_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
     stream: _containers.RepeatedScalarFieldContainer[int]
     count: _containers.RepeatedScalarFieldContainer[int]
     token: _containers.RepeatedScalarFieldContainer[int]
     detail: _containers.RepeatedCompositeFieldContainer[Detail]
     finish: _containers.RepeatedCompositeFieldContainer[Finish]
     load: Load
-    def __init__(self, stream: _Optional[_Iterable[int]] = ..., count: _Optional[_Iterable[int]] = ..., token: _Optional[_Iterable[int]] = ..., detail: _Optional[_Iterable[_Union[Detail, _Mapping]]] = ..., finish: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    usage: _containers.RepeatedCompositeFieldContainer[LeaseUsage]
+    def __init__(self, stream: _Optional[_Iterable[int]] = ..., count: _Optional[_Iterable[int]] = ..., token: _Optional[_Iterable[int]] = ..., detail: _Optional[_Iterable[_Union[Detail, _Mapping]]] = ..., finish: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., usage: _Optional[_Iterable[_Union[LeaseUsage, _Mapping]]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "prompt_tokens", "generated_tokens", "cached_tokens", "busy_us")
+    __slots__ = ("running", "waiting", "kv_usage", "prompt_tokens", "generated_tokens", "cached_tokens", "busy_us", "steps")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -252,6 +254,7 @@ class Load(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BUSY_US_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_usage: float
@@ -259,4 +262,15 @@ class Load(_message.Message):
     generated_tokens: int
     cached_tokens: int
     busy_us: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., busy_us: _Optional[int] = ...) -> None: ...
+    steps: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., busy_us: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class LeaseUsage(_message.Message):
+    __slots__ = ("lease_id", "prompt_tokens", "generated_tokens")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    prompt_tokens: int
+    generated_tokens: int
+    def __init__(self, lease_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ...) -> None: ...

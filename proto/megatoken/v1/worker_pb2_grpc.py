@@ -45,6 +45,11 @@ class WorkerStub(object):
                 request_serializer=megatoken_dot_v1_dot_worker__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=megatoken_dot_v1_dot_tokens__pb2.Load.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/megatoken.v1.Worker/Renew',
+                request_serializer=megatoken_dot_v1_dot_worker__pb2.RenewRequest.SerializeToString,
+                response_deserializer=megatoken_dot_v1_dot_worker__pb2.RenewResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/megatoken.v1.Worker/Drain',
                 request_serializer=megatoken_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
@@ -73,6 +78,14 @@ class WorkerServicer(object):
 
     def GetLoad(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """Lets the worker serve for lease_s from a moment of its own clock that it told before. A worker whose time is over
+        fences itself: it ends, so that its replacement is alone.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -110,6 +123,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=megatoken_dot_v1_dot_worker__pb2.GetLoadRequest.FromString,
                     response_serializer=megatoken_dot_v1_dot_tokens__pb2.Load.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=megatoken_dot_v1_dot_worker__pb2.RenewRequest.FromString,
+                    response_serializer=megatoken_dot_v1_dot_worker__pb2.RenewResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -181,6 +199,33 @@ class Worker(object):
             '/megatoken.v1.Worker/GetLoad',
             megatoken_dot_v1_dot_worker__pb2.GetLoadRequest.SerializeToString,
             megatoken_dot_v1_dot_tokens__pb2.Load.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/megatoken.v1.Worker/Renew',
+            megatoken_dot_v1_dot_worker__pb2.RenewRequest.SerializeToString,
+            megatoken_dot_v1_dot_worker__pb2.RenewResponse.FromString,
             options,
             channel_credentials,
             insecure,
