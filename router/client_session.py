@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from megatoken.errors import MegatokenError, RequestError
 from megatoken.frames import MalformedFrame, column
 from megatoken.v1.frame_columns_pb2 import ClientFrame, Start
+from router import wire
 from router.config import RouterConfig
 from router.door import Caller
 from router.ending import error_finish
@@ -25,6 +26,8 @@ from router.sink import SessionSink
 from router.state import RouterState
 from router.submission import cancel, submit
 
+STARTS_AT_ONCE: Final = 64  # requests taken on before the other callers have their turn
+MAX_REFUSALS: Final = 8192  # that wait for the client; with more it is not read from. Some 128 bytes each
 _URGENT_S = 0.001  # least time between messages when one holds a first token or an end
 
 
@@ -38,6 +41,7 @@ class ClientSession(SessionSink):
         self._caller = caller
         self._something = asyncio.Event()
         self._urgent = asyncio.Event()
+        self._caught_up = asyncio.Event()  # the client has read what it was refused
         self._closing = False
 
     def wake(self) -> None:
@@ -84,22 +88,40 @@ class ClientSession(SessionSink):
             if raw is EOF:
                 return
             now = time.monotonic()
+            most = self._config.limits.max_streams_per_session
+            if not wire.fields_at_most(raw, most + 1):  # before a decoder makes an object of each; cancels are one
+                raise MalformedFrame(f"{len(raw)} bytes with more than is allowed: at most {most} requests a message")
             try:
                 frame = ClientFrame.FromString(raw)
             except DecodeError:
                 raise MalformedFrame(f"{len(raw)} bytes that are not a ClientFrame") from None
-            for start in frame.start:
+            for position, start in enumerate(frame.start, start=1):
                 self._start(start, now)
+                if position % STARTS_AT_ONCE == 0:
+                    await self._give_way()
             if frame.cancel:
                 for stream in column(frame.cancel).tolist():
                     request = self.requests.get(stream)
                     if request is not None:
                         cancel(self._state, request, now)
+            if self.outbox.refusals > MAX_REFUSALS:
+                await self._give_way()
+
+    async def _give_way(self) -> None:
+        """Lets the loop go on, and a client that reads no answers wait: its writer cuts it off when it never does."""
+        await asyncio.sleep(0)
+        while self.outbox.refusals > MAX_REFUSALS:
+            self._caught_up.clear()
+            await self._caught_up.wait()
 
     def _start(self, start: Start, now: float) -> None:
         message = start.request
+        choices = max(1, message.sampling.n)
         try:
-            taken = range(start.stream, start.stream + max(1, message.sampling.n))
+            if choices > self._config.limits.max_n:
+                choices, asked = 1, choices  # it has no further numbers that an answer could be for
+                raise RequestError("n", asked, f"1 to {self._config.limits.max_n}")
+            taken = range(start.stream, start.stream + choices)
             if len(self.requests) + len(taken) > self._config.limits.max_streams_per_session:
                 bound = self._config.limits.max_streams_per_session
                 raise RequestError("stream", start.stream, f"at most {bound} at once in a session")
@@ -109,16 +131,17 @@ class ClientSession(SessionSink):
             submit(self._state, self, self.index, start.stream, message, self._caller, deadline_s, now, self.own)
         except MegatokenError as error:
             self._state.count_refusal(message.model, error)
-            self.refuse(start.stream, max(1, message.sampling.n), error)
+            self.refuse(start.stream, choices, error)
 
     def own(self, requests: list[Request]) -> None:
         for request in requests:
             self.requests[request.stream] = request
 
     def refuse(self, stream: int, choices: int, error: MegatokenError) -> None:
-        for number in range(stream, stream + min(choices, self._config.limits.max_n)):
-            if number not in self.requests:
-                self.outbox.add_finish(error_finish(number, error).SerializeToString())
+        """Ends each number that the request could have had. Its text is encoded once for all of them."""
+        encoded = error_finish(0, error).SerializeToString()
+        numbers = (number for number in range(stream, min(stream + choices, 1 << 32)) if number not in self.requests)
+        self.outbox.add_refusals([wire.finish_of(number, encoded) for number in numbers])
         self.wake()
 
     async def _write(self, context: Any) -> None:
@@ -139,6 +162,8 @@ class ClientSession(SessionSink):
                 continue
             sent_at = time.monotonic()
             await asyncio.wait_for(context.write(outbox.take()), stall_s)
+            if not outbox.refusals:
+                self._caught_up.set()
 
     async def _pause(self, wait_s: float, *, urgent: bool) -> None:
         """Waits, but no longer than until a first token comes."""

@@ -44,6 +44,7 @@ class FrameOutbox:
     def __init__(self) -> None:
         self._parts: deque[Part] = deque()
         self._loose = 0  # parts at the end that are still views of received memory
+        self.refusals = 0  # ends of requests that were never taken on: nothing else bounds them
         self.urgent = False  # holds a first token or a finish: do not wait
 
     def __bool__(self) -> bool:
@@ -62,8 +63,15 @@ class FrameOutbox:
         self.add_part(Part(None, None, None, _NONE, [finish]))
         self.urgent = True
 
+    def add_refusals(self, finishes: list[bytes]) -> None:
+        if finishes:
+            self.add_part(Part(None, None, None, _NONE, finishes))
+            self.refusals += len(finishes)
+            self.urgent = True
+
     def clear(self) -> None:
         self._parts.clear()
+        self.refusals = 0
         self._loose = 0
         self.urgent = False
 
@@ -94,6 +102,7 @@ class FrameOutbox:
             parts.append(self._parts.popleft())
         self._loose = min(self._loose, len(self._parts))
         if not self._parts:
+            self.refusals = 0
             self.urgent = False
         return encode_frame(parts)
 
