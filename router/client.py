@@ -27,7 +27,7 @@ from megatoken.tls import ClientTls
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
 from router.columns import ColumnSession, error_of
 from router.secure import channel_to
-from router.wire import DRAINING
+from router.wire import DRAINING, MAX_REQUEST_BYTES, too_large
 
 Finish = tokens_pb2.Finish
 UNAVAILABLE = 14  # gRPC
@@ -176,7 +176,10 @@ class TokenClient:
             request.sampling.CopyFrom(sampling)
         if sampling_fields:
             request.sampling.MergeFrom(tokens_pb2.SamplingParams(**sampling_fields))
-        stream = TokenStream(self, request.SerializeToString(), max(1, request.sampling.n))
+        encoded = request.SerializeToString()
+        if len(encoded) > MAX_REQUEST_BYTES:  # before it waits for a session, which it would end for all others
+            raise too_large(len(encoded), MAX_REQUEST_BYTES)
+        stream = TokenStream(self, encoded, max(1, request.sampling.n))
         self._submit(stream)
         return stream
 
@@ -290,7 +293,11 @@ class TokenClient:
                 number = int(each[first])
                 entry = live.get(number)
                 if entry is not None:
-                    entry[0].push(_delta(values[first:last], entry[1], details.get(number)))
+                    entry[0].push(_delta(values[first:last], entry[1], details.pop(number, None)))
+        for number, early in details.items():  # a long prompt's log probabilities come before its first token
+            entry = live.get(number)
+            if entry is not None:
+                entry[0].push(_delta([], entry[1], early))
         for finish in frame.finish:
             entry = live.pop(finish.stream, None)
             if entry is None:
@@ -307,12 +314,10 @@ def _delta(tokens: list[int], choice: int, details: list[tokens_pb2.Detail] | No
         return Delta(tokens, choice)
     joined = tokens_pb2.Detail()
     for detail in details:
-        joined.logprobs.token.extend(detail.logprobs.token)
-        joined.logprobs.logprob.extend(detail.logprobs.logprob)
-        joined.logprobs.rank.extend(detail.logprobs.rank)
-        joined.logprobs.width = detail.logprobs.width or joined.logprobs.width
+        if detail.HasField("logprobs"):
+            joined.logprobs.MergeFrom(detail.logprobs)  # rows after rows
         if detail.HasField("prompt_logprobs"):
-            joined.prompt_logprobs.CopyFrom(detail.prompt_logprobs)
+            joined.prompt_logprobs.MergeFrom(detail.prompt_logprobs)
     return Delta(
         tokens,
         choice,

@@ -95,8 +95,9 @@ class ClientSession(SessionSink):
                 frame = ClientFrame.FromString(raw)
             except DecodeError:
                 raise MalformedFrame(f"{len(raw)} bytes that are not a ClientFrame") from None
+            large = len(raw) > self._config.limits.max_request_bytes
             for position, start in enumerate(frame.start, start=1):
-                self._start(start, now)
+                self._start(start, now, start.request.ByteSize() if large else 0)
                 if position % STARTS_AT_ONCE == 0:
                     await self._give_way()
             if frame.cancel:
@@ -114,16 +115,19 @@ class ClientSession(SessionSink):
             self._caught_up.clear()
             await self._caught_up.wait()
 
-    def _start(self, start: Start, now: float) -> None:
+    def _start(self, start: Start, now: float, size_bytes: int) -> None:
         message = start.request
         choices = max(1, message.sampling.n)
+        limits = self._config.limits
         try:
-            if choices > self._config.limits.max_n:
+            if size_bytes > limits.max_request_bytes:
+                raise wire.too_large(size_bytes, limits.max_request_bytes)
+            if choices > limits.max_n:
                 choices, asked = 1, choices  # it has no further numbers that an answer could be for
-                raise RequestError("n", asked, f"1 to {self._config.limits.max_n}")
+                raise RequestError("n", asked, f"1 to {limits.max_n}")
             taken = range(start.stream, start.stream + choices)
-            if len(self.requests) + len(taken) > self._config.limits.max_streams_per_session:
-                bound = self._config.limits.max_streams_per_session
+            if len(self.requests) + len(taken) > limits.max_streams_per_session:
+                bound = limits.max_streams_per_session
                 raise RequestError("stream", start.stream, f"at most {bound} at once in a session")
             if any(stream in self.requests for stream in taken) or taken[-1] >= 1 << 32:
                 raise RequestError("stream", start.stream, "numbers that no running request has, below 2**32")

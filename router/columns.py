@@ -62,7 +62,14 @@ def error_of(code: int, message: str, retry_after_ms: int = 0) -> MegatokenError
 class ColumnSession:
     """`open`, `submit` and `cancel` as often as you like, `frames` in one task, `close`."""
 
-    def __init__(self, address: str, metadata: tuple[tuple[str, str], ...] = (), tls: ClientTls | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        metadata: tuple[tuple[str, str], ...] = (),
+        tls: ClientTls | None = None,
+        max_request_bytes: int = wire.MAX_REQUEST_BYTES,
+    ) -> None:
+        self._max_request_bytes = max_request_bytes
         self.address = address
         self._metadata = metadata
         self._tls = tls
@@ -88,8 +95,11 @@ class ColumnSession:
     def submit(self, request: bytes, choices: int = 1) -> int:
         """Sends an encoded GenerateRequest; returns its stream number, the first of `choices` in a row.
 
-        Numbers are not used again until 2**32 have been.
+        Numbers are not used again until 2**32 have been. Raises RequestError for one that is larger than routers take,
+        since a message over their limit would end the session for all its requests.
         """
+        if len(request) > self._max_request_bytes:
+            raise wire.too_large(len(request), self._max_request_bytes)
         stream = self._next
         if stream + choices > 1 << 32:
             stream = 1

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatoken.tls import ClientTls, ServerTls
+from router.wire import MAX_REQUEST_BYTES
 
 
 class _Part(BaseModel):
@@ -59,7 +60,10 @@ class BreakerConfig(_Part):
 class LimitsConfig(_Part):
     """What one caller may ask of the process."""
 
-    max_message_bytes: int = Field(default=16 << 20, ge=1024)
+    max_message_bytes: int = Field(default=16 << 20, ge=1024, description="a larger one ends its session or call")
+    max_request_bytes: int = Field(
+        default=MAX_REQUEST_BYTES, ge=1024, le=32 << 20, description="one request; a larger one is refused alone"
+    )
     max_prompt_tokens: int = Field(default=1_000_000, ge=1)
     max_streams_per_session: int = Field(default=32_768, ge=1)
     max_connections_streams: int = Field(default=4096, ge=1, description="concurrent gRPC calls a connection may have")

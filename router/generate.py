@@ -21,11 +21,13 @@ from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest, GenerateResponse
 from router.cork import Connection, Corks
 from router.ending import ERROR, error_finish
+from router.outbox import MAX_FRAME_BYTES
+from router.pieces import prompt_pieces, token_rows
 from router.request import Request
 from router.slots import DIRECT
 from router.state import RouterState
 from router.submission import cancel, submit
-from router.wire import varint
+from router.wire import too_large, varint
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -89,16 +91,38 @@ class GenerateSink:
             self.done.set()
 
     def _message(self, choice: int, packed: bytes) -> bytes:
+        details = self._details.pop(choice, [])
+        if sum(map(len, details)) > MAX_FRAME_BYTES:
+            packed, details = self._put_back(choice, packed, details)
         message = GenerateResponse(tokens=packed, choice=choice)
-        for raw in self._details.pop(choice, ()):
+        for raw in details:
             detail = tokens_pb2.Detail.FromString(raw)
             detail.stream = 0
             message.detail.MergeFrom(detail)
+        if choice in self._pending:  # the rest comes in messages of its own, and the end in the last
+            return message.SerializeToString()
         finish = self._finishes.pop(choice, None)
         if finish is not None:
             message.finish.CopyFrom(finish)
         encoded: bytes = message.SerializeToString()
         return encoded
+
+    def _put_back(self, choice: int, packed: bytes, details: list[bytes]) -> tuple[bytes, list[bytes]]:
+        """(tokens, details) that fit one message; what follows them is pending again."""
+        smaller: list[bytes] = []
+        for encoded in details:
+            pieces, rest = prompt_pieces(encoded)
+            smaller += [*pieces, rest] if rest else pieces
+        taken, size, rows = 0, 0, 0
+        for encoded in smaller:
+            if taken and size + len(encoded) > MAX_FRAME_BYTES:
+                break
+            taken, size, rows = taken + 1, size + len(encoded), rows + token_rows(encoded)
+        if taken < len(smaller):
+            self._details[choice] = smaller[taken:]
+            self._pending[choice] = [packed[4 * rows :]]
+            packed = packed[: 4 * rows]
+        return packed, smaller[:taken]
 
     def _write(self, message: bytes) -> None:
         self._corks.hold(self._connection)
@@ -148,6 +172,8 @@ def submit_call(state: RouterState, sink: GenerateSink, raw: bytes, context: Any
         except DecodeError:
             raise RequestError("request", f"{len(raw)} bytes", "an encoded GenerateRequest") from None
         model = message.model
+        if len(raw) > state.config.limits.max_request_bytes:
+            raise too_large(len(raw), state.config.limits.max_request_bytes)
         now = time.monotonic()
         left_s = context.time_remaining()
         caller = state.door.identify(context.invocation_metadata())

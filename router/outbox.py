@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from megatoken.frames import U32
 from router import wire
+from router.pieces import detail_stream, prompt_pieces, token_rows
 
 U32Column = npt.NDArray[np.uint32]
 _LOOSE: Final = 64
@@ -96,6 +97,10 @@ class FrameOutbox:
         size = 0
         while self._parts:
             following = self._parts[0].size_bytes()
+            if following > MAX_FRAME_BYTES and self._parts[0].details:
+                smaller = divided(self._parts.popleft())
+                self._parts.extendleft(reversed(smaller))
+                following = smaller[0].size_bytes()
             if parts and size + following > MAX_FRAME_BYTES:
                 break
             size += following
@@ -105,6 +110,60 @@ class FrameOutbox:
             self.refusals = 0
             self.urgent = False
         return encode_frame(parts)
+
+
+def divided(part: Part) -> list[Part]:
+    """Parts of at most about a frame each, in order; a stream's details stay with the tokens that they belong to."""
+    parts: list[Part] = []
+    details: dict[int, deque[bytes]] = {}
+    for encoded in part.details:
+        pieces, rest = prompt_pieces(encoded)
+        parts += [Part(None, None, None, [piece], _NONE) for piece in pieces]
+        if rest:
+            details.setdefault(detail_stream(rest), deque()).append(rest)
+    if part.stream is not None and part.token is not None:
+        parts += _entry_parts(
+            part.stream, _ones(part.stream) if part.counts is None else part.counts, part.token, details
+        )
+    left = [encoded for queue in details.values() for encoded in queue]
+    if left or part.finishes or not parts:
+        parts.append(Part(None, None, None, left, part.finishes))
+    return parts
+
+
+def _entry_parts(
+    stream: U32Column, counts: U32Column, token: U32Column, details: dict[int, deque[bytes]]
+) -> list[Part]:
+    """Entry after entry, with as many of its stream's details as have rows for its tokens."""
+    parts: list[Part] = []
+    entries: list[tuple[int, int]] = []
+    taken: list[bytes] = []
+    begin = at = size = 0
+
+    def close() -> None:
+        nonlocal entries, taken, begin, size
+        if entries:
+            columns = np.array(entries, U32)
+            parts.append(Part(columns[:, 0], columns[:, 1], token[begin:at], taken, _NONE))
+        entries, taken, begin, size = [], [], at, 0
+
+    for number, count in zip(stream.tolist(), counts.tolist(), strict=True):
+        queue = details.get(number)
+        left = count
+        while left:
+            covered = left
+            if queue:
+                size += len(queue[0])
+                if size > MAX_FRAME_BYTES:
+                    close()
+                    size = len(queue[0])
+                taken.append(queue.popleft())
+                covered = max(1, min(left, token_rows(taken[-1])))
+            entries.append((number, covered))
+            at += covered
+            left -= covered
+    close()
+    return parts
 
 
 def tied(parts: list[Part]) -> Part:

@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
+from megatoken.errors import RequestError
+
 _U32: Final = struct.Struct("<I")
 
 # The message of an UNAVAILABLE that means: this router takes nothing new, another may. Clients open a new session.
@@ -23,6 +25,14 @@ TAG_FRAME_TOKEN: Final = b"\x1a"
 TAG_FRAME_DETAIL: Final = b"\x22"
 TAG_FRAME_FINISH: Final = b"\x2a"
 TAG_RESPONSE_TOKENS: Final = b"\x0a"  # GenerateResponse.tokens = 1, packed
+
+
+MAX_REQUEST_BYTES: Final = 8 << 20  # an encoded GenerateRequest; a prompt of a million tokens has half of it
+
+
+def too_large(size: int, most: int) -> RequestError:
+    """One request that no message of a session could hold beside others: it is refused, and touches nobody else's."""
+    return RequestError("request", f"{size} bytes", f"at most {most} bytes, prompt, schema and cache_salt included")
 
 
 def varint(value: int) -> bytes:

@@ -20,6 +20,7 @@ MAX_CHOICES: Final = 128  # OpenAI's own limit on n
 MAX_ID_CHARACTERS: Final = 256
 MAX_TOKEN_LIST: Final = 4096  # members of a token list in sampling; far above any real use
 MAX_EXTRA_DEPTH: Final = 32  # levels of extra_json; every process that it passes through recurses over them
+MAX_PROMPT_LOGPROBS_BYTES: Final = 64 << 20  # of one request: they come at once, and each hop holds them whole
 RESERVED: Final = "megatoken_"  # names beginning so are what a worker tells its own ranks
 # What steers an engine's connectors, to hosts that it names itself -> the engine argument that allows it.
 TRANSFERS: Final = {"kv_transfer_params": "kv_transfer_config", "ec_transfer_params": "ec_transfer_config"}
@@ -59,6 +60,7 @@ def check_request(request: columns.GenerateRequest, model: str, facts: EngineFac
             max_tokens,
             f"a prompt of {len(prompt)} tokens leaves 1 to {room} of the context of {facts.max_model_len}",
         )
+    _check_prompt_logprobs(sampling, len(prompt), facts)
     if sampling.min_tokens > max_tokens:
         raise RequestError("sampling.min_tokens", sampling.min_tokens, f"at most max_tokens, which is {max_tokens}")
     return EngineRequest(
@@ -112,6 +114,16 @@ def check_sampling(sampling: pb.SamplingParams, facts: EngineFacts) -> None:
     if sampling.HasField("structured_outputs"):
         _check_structured(sampling.structured_outputs)
     _check_extra(read_extra(sampling), facts)
+
+
+def _check_prompt_logprobs(sampling: pb.SamplingParams, prompt_tokens: int, facts: EngineFacts) -> None:
+    if not sampling.HasField("prompt_logprobs"):
+        return
+    alternatives = sampling.prompt_logprobs if sampling.prompt_logprobs >= 0 else facts.vocab_size
+    largest = (MAX_PROMPT_LOGPROBS_BYTES // prompt_tokens - 4) // 8 - 1  # a row is 8 bytes a column, and 4 for its rank
+    if alternatives > largest:
+        allowed = f"0 to {largest} alternatives a token for a prompt of {prompt_tokens} tokens"
+        raise RequestError("sampling.prompt_logprobs", sampling.prompt_logprobs, allowed)
 
 
 def _check_range(name: str, value: float, lowest: float, inclusive: bool, highest: float) -> None:

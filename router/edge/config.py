@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatoken.tls import ClientTls, ServerTls
+from router.wire import MAX_REQUEST_BYTES
 
 
 class _Part(BaseModel):
@@ -44,7 +45,10 @@ class LimitsConfig(_Part):
     """What one edge takes on."""
 
     max_requests: int = Field(default=16_384, ge=1, description="requests running at once; more get 429")
-    max_body_bytes: int = Field(default=64 << 20, ge=1024, description="largest HTTP request body; more gets 413")
+    max_body_bytes: int = Field(default=16 << 20, ge=1024, description="largest HTTP request body; more gets 413")
+    max_request_bytes: int = Field(
+        default=MAX_REQUEST_BYTES, ge=1024, le=32 << 20, description="as the router has it; a larger request gets 400"
+    )
     request_timeout_s: float = Field(default=0.0, ge=0, description="deadline given to each request; 0: none")
     connect_timeout_s: float = Field(default=10.0, gt=0, description="wait for the router before a request gets 503")
     drain_s: float = Field(default=30.0, ge=0, description="how long running requests may still take after SIGTERM")

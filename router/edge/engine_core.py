@@ -54,19 +54,25 @@ class CoreReceiver:
     `handed` counts tokens that were given to vLLM's output processor, whether or not it has taken them yet.
     """
 
-    __slots__ = ("core", "detokenizer", "handed", "prompt_tokens", "request_id", "writer", "written")
+    __slots__ = ("core", "detokenizer", "early", "handed", "prompt_tokens", "request_id", "writer", "written")
 
     def __init__(self, core: RouterEngineCore, request_id: str, prompt_tokens: int) -> None:
         self.core = core
         self.request_id = request_id
         self.prompt_tokens = prompt_tokens
         self.handed = 0
+        self.early: list[Detail] = []
         self.writer: DirectWriter | None = None
         self.detokenizer: Any = None
         self.written = 0  # tokens that went past vLLM's generator; it still has to count them
 
     def feed(self, tokens: list[int], details: list[Detail] | None, finish: Finish | None) -> None:
         """One frame's share of this request."""
+        if details and not tokens and finish is None:  # a long prompt's log probabilities, before its first token
+            self.early += details
+            return
+        if self.early:
+            details, self.early = [*self.early, *(details or ())], []
         if finish is None and details is None:
             writer = self.writer
             if writer is not None and writer.keeps_up:

@@ -18,6 +18,7 @@ from megatoken.log import log_event
 from megatoken.tls import ClientTls
 from megatoken.v1.frame_columns_pb2 import Frame
 from router.columns import ColumnSession
+from router.wire import MAX_REQUEST_BYTES
 
 CONNECT_TIMEOUT_S: Final = 2.0
 RECONNECT_FIRST_S: Final = 0.05
@@ -36,11 +37,13 @@ class RouterLink:
         on_lost: Callable[[str], None],
         tls: ClientTls | None = None,
         key: str | None = None,
+        max_request_bytes: int = MAX_REQUEST_BYTES,
     ) -> None:
         self.address = address
         self._on_frame = on_frame
         self._on_lost = on_lost
         self._tls = tls
+        self._max_request_bytes = max_request_bytes
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         self._connected = asyncio.Event()
         self._session: ColumnSession | None = None
@@ -89,7 +92,7 @@ class RouterLink:
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
-            session = ColumnSession(self.address, self._metadata, self._tls)
+            session = ColumnSession(self.address, self._metadata, self._tls, self._max_request_bytes)
             try:
                 await session.open(CONNECT_TIMEOUT_S)
                 self._session = session

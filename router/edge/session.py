@@ -87,7 +87,7 @@ class Session:
             raise UnavailableError(self._link.problem if self._link else "the edge is not connected to a router")
 
     def open(self, receiver: Receiver, request: GenerateRequest) -> None:
-        """Sends a request. Raises UnavailableError without a router."""
+        """Sends a request. Raises UnavailableError without a router, RequestError for one that is too large for it."""
         if self._link is None:
             raise UnavailableError("the edge is not connected to a router")
         number = self._link.submit(request.SerializeToString())

@@ -88,7 +88,9 @@ class Sessions:
     def _connect(self, key: str | None) -> tuple[Session, RouterLink]:
         config = self._config
         session = Session(config.limits.connect_timeout_s, self._observer, time.monotonic, self.after_frame)
-        link = RouterLink(config.router, session.on_frame, session.on_lost, config.router_tls, key)
+        link = RouterLink(
+            config.router, session.on_frame, session.on_lost, config.router_tls, key, config.limits.max_request_bytes
+        )
         session.attach(link)
         link.start()
         return session, link

@@ -131,3 +131,13 @@ def test_counting_fields_stops_at_what_is_no_message() -> None:
 def test_a_finish_is_encoded_once_for_many_streams() -> None:
     encoded = tokens_pb2.Finish(stream=7, code=3, message="no").SerializeToString()
     assert tokens_pb2.Finish.FromString(wire.finish_of(9, encoded)) == tokens_pb2.Finish(stream=9, code=3, message="no")
+
+
+async def test_a_request_that_is_too_large_is_refused_alone() -> None:
+    message = ClientFrame()
+    message.start.add(stream=1, request=GenerateRequest(model="m", prompt=[1], cache_salt="s" * 3000))
+    message.start.add(stream=2, request=GenerateRequest(model="m", prompt=[1]))
+    context = Context(message.SerializeToString())
+    await session(limits={"max_request_bytes": 2000}).serve(context)
+    assert [(finish.stream, finish.code) for finish in context.finishes()] == [(1, INVALID_ARGUMENT), (2, NOT_FOUND)]
+    assert "request: '30" in context.finishes()[0].message

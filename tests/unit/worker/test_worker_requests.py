@@ -81,6 +81,7 @@ def test_limits_are_inclusive() -> None:
         ({"sampling": {"extra_json": '{"extra_args": {"a": [18446744073709551616]}}'}}, "sampling.extra_json", "2**64"),
         ({"sampling": {"extra_json": '{"seed": -9223372036854775809}'}}, "sampling.extra_json", "-2**63"),
         ({"sampling": {"extra_json": '{"extra_args": {"a": "\\ud800"}}'}}, "sampling.extra_json", "Unicode"),
+        ({"sampling": {"prompt_logprobs": 5_000_000}}, "sampling.prompt_logprobs", "0 to 2796201 alternatives"),
         ({"sampling": {"extra_json": DEEP}}, "sampling.extra_json", "32 levels"),
         ({"sampling": {"structured_outputs": {}}}, "sampling.structured_outputs", "exactly one"),
         ({"sampling": {"structured_outputs": {"choice": {}}}}, "sampling.structured_outputs.choice", "at least one"),
