@@ -13,6 +13,9 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from megatoken.access.channel import presenting
+from megatoken.access.opening import credentials_of, gate_of
+from megatoken.access.table import Program
 from megatoken.counters import CounterWriter
 from megatoken.tls import bind
 from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, throughput_pb2, throughput_pb2_grpc, tokens_pb2
@@ -59,7 +62,18 @@ class RouterApp:
         self.keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
         self.state.door = Door(self.keys)
         self.leases = Leases(self.state)
-        self.throughput = ThroughputRelay(self.state.door.identify)
+        self._credentials = credentials_of(config.credentials_file)
+        self._gate = gate_of(
+            Program.ROUTER,
+            self._credentials,
+            config.host,
+            unguarded=config.unguarded,
+            certificates=config.tls is not None and config.tls.client_ca_file is not None,
+            is_client=self.state.door.identify,
+        )
+        # Where there is a gate it has asked for the key already, and let in those who need none.
+        self._ask_key = self.state.door.identify if self._gate is None else lambda _metadata: None
+        self.throughput = ThroughputRelay(self._ask_key)
         if config.request_log:
             self.state.on_finished = log_request
         self._inbox = Inbox(self.state)
@@ -75,9 +89,10 @@ class RouterApp:
     async def start(self) -> None:
         config = self.config
         options = server_options(config)
-        server = aio.server(options=options, maximum_concurrent_rpcs=None)
+        interceptors = [self._gate] if self._gate is not None else None
+        server = aio.server(options=options, interceptors=interceptors, maximum_concurrent_rpcs=None)
         server.add_generic_rpc_handlers((tokens_handler(self.state, config),))
-        router_pb2_grpc.add_RouterServicer_to_server(RouterService(self.state, self.leases), server)
+        router_pb2_grpc.add_RouterServicer_to_server(RouterService(self.state, self.leases, self._ask_key), server)
         throughput_pb2_grpc.add_ThroughputServicer_to_server(self.throughput, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (
@@ -115,7 +130,8 @@ class RouterApp:
         gc.set_threshold(50_000, 20, 50)
 
     def _channel(self, address: str) -> aio.Channel:
-        return channel_to(address, self.config.worker_tls)
+        present = self._credentials.metadata if self._credentials is not None else None
+        return presenting(channel_to(address, self.config.worker_tls), present)
 
     def _connected(self, up: bool) -> None:
         self.state.membership_connected = up

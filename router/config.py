@@ -116,6 +116,10 @@ class RouterConfig(_Part):
     tls: ServerTls | None = Field(default=None, description="unset: plain text")
     worker_tls: ClientTls | None = Field(default=None, description="towards workers, controllers, the agent")
     api_keys_file: Path | None = Field(default=None, description="JSON; see docs/router.md. Null: no key is asked for")
+    credentials_file: Path | None = Field(
+        default=None, description="mode 600, from the control plane: what it shows and accepts; unset: no gate"
+    )
+    unguarded: bool = Field(default=False, description="without credentials_file: let everybody in who reaches host")
     throughput_agent: str | None = Field(default=None, description="host:port of the node's throughput agent")
     drain_s: float = Field(default=30.0, ge=0, description="how long running requests may still take after SIGTERM")
     request_log: bool = Field(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 
+from megatoken.access.gate import CallMetadata
 from megatoken.errors import MegatokenError
 from megatoken.v1 import router_pb2, router_pb2_grpc
 from router.client_session import ClientSession
@@ -44,15 +46,16 @@ def tokens_handler(state: RouterState, config: RouterConfig) -> Any:
 
 
 class RouterService(router_pb2_grpc.RouterServicer):
-    """Everything beside Tokens."""
+    """Everything beside Tokens. `ask_key(metadata)` raises AuthError for a caller without a key where one is needed."""
 
-    def __init__(self, state: RouterState, leases: Leases) -> None:
+    def __init__(self, state: RouterState, leases: Leases, ask_key: Callable[[CallMetadata], object]) -> None:
         self._state = state
         self._leases = leases
+        self._ask_key = ask_key
 
     async def _identify(self, context: Any) -> None:
         try:
-            self._state.door.identify(context.invocation_metadata())
+            self._ask_key(context.invocation_metadata())
         except MegatokenError as error:
             await refuse(context, error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -22,9 +23,19 @@ class Authority:
         self.ca_file = folder / "ca.pem"
         self.ca_file.write_bytes(self._sign(self.name, self.key.public_key(), authority=True))
 
-    def _sign(self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, authority: bool) -> bytes:
+    def _sign(
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePublicKey,
+        *,
+        authority: bool,
+        roles: Sequence[str] = (),
+        hosts: Sequence[str] = ("127.0.0.1",),
+    ) -> bytes:
         now = datetime.datetime.now(datetime.UTC)
-        names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        addresses = [x509.IPAddress(ipaddress.ip_address(host)) for host in hosts]
+        uris = [x509.UniformResourceIdentifier(f"megatoken://role/{role}") for role in roles]
+        names = x509.SubjectAlternativeName([*addresses, *uris])
         certificate = (
             x509.CertificateBuilder()
             .subject_name(subject)
@@ -39,11 +50,12 @@ class Authority:
         )
         return certificate.public_bytes(serialization.Encoding.PEM)
 
-    def issue(self, name: str) -> tuple[Path, Path]:
+    def issue(self, name: str, *roles: str, hosts: Sequence[str] = ("127.0.0.1",)) -> tuple[Path, Path]:
+        """(certificate, key) files, replaced when they are there; `roles` as the gate reads them."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         cert_file, key_file = self.folder / f"{name}.pem", self.folder / f"{name}.key"
-        cert_file.write_bytes(self._sign(subject, key.public_key(), authority=False))
+        cert_file.write_bytes(self._sign(subject, key.public_key(), authority=False, roles=roles, hosts=hosts))
         key_file.write_bytes(
             key.private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

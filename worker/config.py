@@ -123,6 +123,10 @@ class WorkerConfig(BaseModel):
     start_timeout_s: float = Field(default=900.0, gt=0, description="limit on the engine's start")
     stop_timeout_s: float = Field(default=5.0, ge=0, description="on SIGTERM, how long running requests may go on")
     tls: TlsConfig | None = Field(default=None, description="unset: plain text")
+    credentials_file: Path | None = Field(
+        default=None, description="mode 600, from the control plane: what it shows and accepts; unset: no gate"
+    )
+    unguarded: bool = Field(default=False, description="without credentials_file: let everybody in who reaches host")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="of this process and its engine"
     )

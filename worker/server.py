@@ -8,6 +8,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from megatoken.access.opening import credentials_of, gate_of
+from megatoken.access.table import Program
 from megatoken.errors import RequestError
 from megatoken.v1 import tokens_pb2, worker_pb2, worker_pb2_grpc
 from worker.config import TlsConfig, WorkerConfig
@@ -22,13 +24,23 @@ KEEPALIVE_MS: Final = 20_000  # a dead peer is noticed within twice this
 
 
 class WorkerServer:
-    """The bound server of one replica. `start` binds and serves, `stop` ends every call."""
+    """The bound server of one replica. `start` binds and serves, `stop` ends every call.
+
+    Raises RequestError for credentials that cannot be used, or that are missing where others reach the host.
+    """
 
     def __init__(self, config: WorkerConfig, replica: Replica) -> None:
         self._config = config
         self._replica = replica
         self._health: Any = vars(health)["aio"].HealthServicer()  # missing from the published stubs
-        self._server = grpc.aio.server(options=_options(config))
+        gate = gate_of(
+            Program.WORKER,
+            credentials_of(config.credentials_file),
+            config.host,
+            unguarded=config.unguarded,
+            certificates=config.tls is not None and config.tls.ca_file is not None,
+        )
+        self._server = grpc.aio.server(options=_options(config), interceptors=[gate] if gate is not None else None)
         self._server.add_generic_rpc_handlers((tokens_handler(replica),))
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(replica), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

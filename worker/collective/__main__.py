@@ -12,6 +12,9 @@ import sys
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from megatoken.access.opening import credentials_of, gate_of
+from megatoken.access.table import Program
+from megatoken.errors import RequestError
 from megatoken.log import setup_logging
 from megatoken.metrics import serve_metrics
 from megatoken.process import read_arguments, report_ready
@@ -32,7 +35,7 @@ def main() -> None:
     setup_logging("agent", config.agent, config.log_level)
     try:
         asyncio.run(serve(config, ready_fd))
-    except (OSError, ValueError, ReduceFailure) as error:
+    except (OSError, ValueError, RequestError, ReduceFailure) as error:
         print(f"python -m {PROGRAM}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
@@ -49,12 +52,17 @@ async def serve(config: AgentConfig, ready_fd: int | None) -> None:
         await nursery.start()
         stack.push_async_callback(nursery.stop)
         backends = choose_backends(config.backend, nursery.backends)
-        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        credentials = credentials_of(config.credentials_file)
+        mutual = config.tls is not None and config.tls.client_ca_file is not None
+        gate = gate_of(Program.AGENT, credentials, config.host, unguarded=config.unguarded, certificates=mutual)
+        interceptors = [gate] if gate is not None else None
+        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),), interceptors=interceptors)
         port = bind_server(server, config)
         host = url_host(config.reachable_host)
         store_address = f"{host}:{listener.getsockname()[1]}"
         metrics = AgentMetrics()
-        agent = Agent(config, nursery, backends, f"{host}:{port}", store_address, metrics)
+        present = credentials.metadata if credentials is not None else None
+        agent = Agent(config, nursery, backends, f"{host}:{port}", store_address, metrics, present)
         metrics.registry.register(ThroughputCollector(agent.rows, agent.throughput_state))
         metrics_address = None
         if config.metrics_port is not None:

@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from megatoken.access.channel import Present
 from megatoken.log import log_event
 from megatoken.v1 import membership_pb2, throughput_pb2
 from worker.collective.board import Board, Outcome
@@ -83,6 +84,7 @@ class Agent:
         address: str,
         store_address: str,
         metrics: AgentMetrics,
+        present: Present | None = None,
     ) -> None:
         directory = Path(config.counters_path)
         self._loop = asyncio.get_running_loop()
@@ -120,6 +122,7 @@ class Agent:
             self._on_snapshot,
             self._on_refused,
             config.controller_tls,
+            present,
         )
 
     async def run(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -46,6 +47,10 @@ class AgentConfig(BaseModel):
     )
     tls: ServerTls | None = Field(None, description="of the Throughput service; unset: plain text")
     controller_tls: ClientTls | None = Field(None, description="towards the controllers; unset: plain text")
+    credentials_file: Path | None = Field(
+        default=None, description="mode 600, from the control plane: what it shows and accepts; unset: no gate"
+    )
+    unguarded: bool = Field(default=False, description="without credentials_file: let everybody in who reaches host")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 
     @field_validator("controllers")

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import grpc
 
+from megatoken.access.channel import Present, presenting
 from megatoken.log import log_event
 from megatoken.tls import ClientTls, Options, open_channel
 from megatoken.v1 import membership_pb2, membership_pb2_grpc, throughput_pb2, throughput_pb2_grpc
@@ -61,10 +62,11 @@ class ControllerLink:
         on_snapshot: Callable[[membership_pb2.Snapshot], None],
         on_refused: Callable[[str], None],
         tls: ClientTls | None = None,
+        present: Present | None = None,
     ) -> None:
         self._addresses, self._watcher, self._attend_s = itertools.cycle(controllers), watcher, attend_s
         self._attendance, self._on_snapshot, self._on_refused = attendance, on_snapshot, on_refused
-        self._tls = tls
+        self._tls, self._present = tls, present
         self._patience_s = attend_s + ANSWER_TIMEOUT_S
         self._hurry = asyncio.Event()
         self._version = (0, 0)
@@ -124,7 +126,8 @@ class ControllerLink:
 
     async def _run_session(self, session: _Session) -> None:
         """Both streams, until one ends. Raises what ended it."""
-        async with open_channel(session.address, self._tls, list(CHANNEL_OPTIONS)) as channel:
+        opened = open_channel(session.address, self._tls, list(CHANNEL_OPTIONS))
+        async with presenting(opened, self._present) as channel:
             streams = [asyncio.create_task(work) for work in (self._attend(channel, session), self._watch(channel))]
             try:
                 await asyncio.wait(streams, return_when=asyncio.FIRST_COMPLETED)
