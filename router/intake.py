@@ -18,7 +18,7 @@ from router.fleet import Pool, Replica
 from router.load import take_load
 from router.outbox import Part
 from router.placement import pump
-from router.recovery import lose
+from router.recovery import lose, lose_replica
 from router.request import Request
 from router.state import RouterState
 
@@ -47,7 +47,7 @@ def on_frame(state: RouterState, replica: Replica, raw: bytes, now: float) -> No
 
 
 def on_frames(state: RouterState, batch: list[tuple[Replica, bytes]], now: float) -> None:
-    """Takes encoded Frames in, oldest first. The session of a worker that sends a malformed one is cut.
+    """Takes encoded Frames in, oldest first. The session of a worker that sends a malformed one ends with it.
 
     Frames of different replicas are sorted together, since numpy's cost is per call; a second frame of the same
     replica begins a new group, which keeps every stream's order.
@@ -62,7 +62,7 @@ def on_frames(state: RouterState, batch: list[tuple[Replica, bytes]], now: float
         except MalformedFrame as error:
             _take_group(state, group, now)
             senders.clear()
-            _cut(replica, error)
+            give_up(state, replica, f"replica {replica.name} sent a malformed frame: {error}", now)
             continue
         if replica.index in senders:
             _take_group(state, group, now)
@@ -83,9 +83,15 @@ def _decode(state: RouterState, replica: Replica, raw: bytes) -> _Arrived:
     return _Arrived(replica, frame, stream, count, token)
 
 
-def _cut(replica: Replica, error: MalformedFrame) -> None:
-    if replica.link is not None:
-        replica.link.cut(f"replica {replica.name} sent a malformed frame: {error}")
+def give_up(state: RouterState, replica: Replica, why: str, now: float) -> None:
+    """Ends the replica's session here and now: a frame of it is missing, so no later one may be taken in.
+
+    Its requests go on from the tokens that were recorded before; the link hears of it and opens a new session.
+    """
+    link = replica.link
+    if link is not None:
+        link.cut(why)
+    lose_replica(state, replica, why, now)
 
 
 def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:

@@ -239,9 +239,10 @@ def test_a_malformed_frame_cuts_the_session_and_nobody_else() -> None:
     fleet = CoreFleet(replicas=2, max_running=1, admission={"replica_slack": 1.0})
     a, b = fleet.submit(), fleet.submit()
     bad, good = fleet.replica_of(a), fleet.replica_of(b)
+    link = fleet.link(bad)
     frame = tokens_pb2.Frame(stream=[b.slot], token=[9]).SerializeToString()
     on_frames(fleet.state, [(bad, b"\xff\xff"), (good, frame)], fleet.now)
-    assert "malformed" in fleet.link(bad).cuts[0]
+    assert "malformed" in link.cuts[0]
     assert fleet.received(b) == [9]
 
 

@@ -9,6 +9,8 @@ import pytest
 from megatoken.v1 import tokens_pb2
 from router import upkeep
 from router.circuit import CircuitState
+from router.fleet import Replica
+from router.intake import on_frames
 from router.lifecycle import State
 from tests.router_core import ERROR, LENGTH, CoreFleet
 
@@ -298,3 +300,25 @@ def test_a_worker_that_never_confirms_a_cancel_is_cut_off() -> None:
     assert not any("confirm" in cut for cut in fleet.link(replica).cuts)
     upkeep.slow_tick(fleet.state, fleet.now + 121)
     assert "did not confirm" in fleet.link(replica).cuts[-1]
+
+
+def test_nothing_is_taken_after_a_malformed_frame_and_the_stream_goes_on_without_a_gap() -> None:
+    fleet = CoreFleet()
+    request = fleet.submit(prompt=(7,), max_tokens=10)
+    broken = fleet.replica_of(request)
+    link, slot = fleet.link(broken), request.slot
+
+    def frame(*tokens: int, counts: int | None = None) -> tuple[Replica, bytes]:
+        count = [len(tokens) if counts is None else counts]
+        return broken, tokens_pb2.Frame(stream=[slot], count=count, token=tokens).SerializeToString()
+
+    on_frames(fleet.state, [frame(1, 2), frame(3, counts=9), frame(4, 5)], fleet.now)
+    assert "malformed" in link.cuts[0]
+    assert (broken.connected, fleet.replica_of(request) is broken) == (False, False)
+    assert list(fleet.started(request).prompt) == [7, 1, 2]
+    on_frames(fleet.state, [frame(6)], fleet.now)  # was on its way when the session was cut
+    fleet.tokens(request, 3, 4)
+    fleet.finish(request)
+    assert fleet.received(request) == [1, 2, 3, 4]
+    fleet.connect(broken)
+    fleet.check_idle()
