@@ -141,6 +141,8 @@ class RouterApp:
         change = apply_snapshot(self.state.fleet, snapshot, self.state.policy_of, now)
         if change is None:
             return
+        for problem in change.problems:
+            log.error("%s", problem)
         for replica in change.added:
             link = WorkerLink(self.state, self._inbox, replica, self._channel)
             self._links[replica] = link

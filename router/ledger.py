@@ -17,6 +17,7 @@ class Ledger:
         self.refused = 0
         self.resumes = 0
         self.delivered_tokens = 0  # to clients, each once
+        self.connection_faults = 0  # of our own, on the way to a worker; a worker that is away is none
         self.foreign_tokens = 0  # came for streams that their worker does not have
 
     def __getitem__(self, name: str) -> int:

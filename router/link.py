@@ -75,16 +75,25 @@ class WorkerLink:
         while True:
             began = time.monotonic()
             try:
-                await self._connect_and_serve()
-            finally:
-                if self._replica.connected:
-                    self._inbox.drain()
-                    why = self._why or f"lost the session to replica {self._replica.name}"
-                    recovery.lose_replica(self._state, self._replica, why, time.monotonic())
-                self._call = None
-                self._why = ""
+                try:
+                    await self._connect_and_serve()
+                finally:
+                    self._let_go()
+            except Exception:  # a certificate that cannot be read just now, say: the next attempt may find it mended
+                self._state.ledger.connection_faults += 1
+                log.exception("the link to replica %s failed, and goes on", self._replica.name)
             failures = 0 if time.monotonic() - began > 5 else failures + 1
             await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1] if failures else _BACKOFF_S[0])
+
+    def _let_go(self) -> None:
+        """The session is over, however it came to that."""
+        why, self._why, self._call = self._why, "", None
+        if self._replica.connected:
+            try:
+                self._inbox.drain()
+            finally:  # what is wrong with a frame must not keep requests on a replica that is gone
+                why = why or f"lost the session to replica {self._replica.name}"
+                recovery.lose_replica(self._state, self._replica, why, time.monotonic())
 
     async def _connect_and_serve(self) -> None:
         """One session, from connecting to its end. Errors of the connection end it quietly: the caller reopens."""

@@ -21,6 +21,7 @@ class Change:
     added: list[Replica] = field(default_factory=list)
     removed: list[Replica] = field(default_factory=list)
     drained: list[Replica] = field(default_factory=list)  # started to drain now
+    problems: list[str] = field(default_factory=list)  # what of it could not be done, one sentence each
 
 
 def member_of(message: membership_pb2.ReplicaMember) -> Member:
@@ -54,7 +55,7 @@ def apply_snapshot(
         return None
     fleet.epoch, fleet.version = snapshot.epoch, snapshot.version
     change = Change()
-    _apply_models(fleet, snapshot, policy_of)
+    _apply_models(fleet, snapshot, policy_of, change)
     wanted: set[tuple[str, int]] = set()
     for message in snapshot.replicas:
         member = member_of(message)
@@ -81,14 +82,21 @@ def apply_snapshot(
     return change
 
 
-def _apply_models(fleet: Fleet, snapshot: membership_pb2.Snapshot, policy_of: Callable[[str], Policy]) -> None:
+def _apply_models(
+    fleet: Fleet, snapshot: membership_pb2.Snapshot, policy_of: Callable[[str], Policy], change: Change
+) -> None:
     for pool in fleet.pools.values():
         pool.known = False
         pool.wanted = 0
         pool.blocked = ""
     for model in snapshot.models:
-        pool = fleet.pools.get(model.model) or fleet.add_pool(model.model, policy_of(model.policy))
-        policy = policy_of(model.policy)
+        present = fleet.pools.get(model.model)
+        try:
+            policy = policy_of(model.policy)
+        except ValueError as error:  # of a newer controller, say: requests go on by the policy that there is
+            policy = policy_of("") if present is None else present.policy
+            change.problems.append(f"model {model.model}: {error}; {policy.name} stays in force")
+        pool = present or fleet.add_pool(model.model, policy)
         if type(policy) is not type(pool.policy):
             pool.policy = policy
         pool.known = True

@@ -105,6 +105,7 @@ class StateCollector(Collector):
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
         for name, text, total in (
             ("delivered_tokens", "Tokens passed on to clients, each once.", state.ledger.delivered_tokens),
+            ("connection_faults", "Links to workers that failed inside the router.", state.ledger.connection_faults),
             ("foreign_tokens", "Tokens for streams that their replica does not have.", state.ledger.foreign_tokens),
         ):
             family = CounterMetricFamily(PREFIX + name, text)

@@ -25,12 +25,17 @@ async def watch_membership(
     apply: Callable[[membership_pb2.Snapshot], None],
     connected: Callable[[bool], None] = lambda _up: None,
 ) -> None:
-    """Until cancelled: tries the controllers in turn, applies every snapshot. Never raises for one that is away."""
+    """Until cancelled: tries the controllers in turn, applies every snapshot. Never raises."""
     pause_s = _FIRST_PAUSE_S
     turn = 0
     while True:
         address = controllers[turn % len(controllers)]
-        got = await _watch_once(address, watcher, open_channel, apply, connected)
+        try:
+            got = await _watch_once(address, watcher, open_channel, apply, connected)
+        except Exception:  # an unreadable certificate, a snapshot that does not apply: the next one may
+            log.exception("watching membership at %s failed, and goes on", address)
+            connected(False)
+            got = False
         if got:
             pause_s = _FIRST_PAUSE_S
             continue

@@ -49,6 +49,7 @@ class RouterLink:
         self._session: ColumnSession | None = None
         self._task: asyncio.Task[None] | None = None
         self.problem = f"router {address} does not answer"
+        self.faults = 0  # failures of our own on the way to the router; one that is away is none
 
     @property
     def connected(self) -> bool:
@@ -92,27 +93,39 @@ class RouterLink:
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
-            session = ColumnSession(self.address, self._metadata, self._tls, self._max_request_bytes)
             try:
-                await session.open(CONNECT_TIMEOUT_S)
-                self._session = session
-                self._connected.set()
-                async for frame in session.frames():
-                    self._on_frame(frame)
-                self.problem = f"router {self.address} ended the session"
-            except MegatokenError as error:
-                self.problem = str(error)
-                if type(error) is MegatokenError:  # a fault inside the router: for our log, not for its clients' eyes
-                    logger.error("%s", error)
-                    self.problem = f"router {self.address} failed"
-            except MalformedFrame as error:
-                self.problem = f"router {self.address} sent a malformed frame: {error}"
-            finally:
-                lost, self._session = self._session is not None, None
-                self._connected.clear()
-                await session.close()
-            if lost:
-                log_event(logger, "edge.router_lost", self.problem, level=logging.WARNING, router=self.address)
-                self._on_lost(self.problem)
+                await self._one_session()
+            except Exception:  # a certificate that cannot be read just now, say: the next attempt may find it mended
+                self.faults += 1
+                logger.exception("the link to router %s failed, and goes on", self.address)
             pause_s = RECONNECT_FIRST_S if loop.time() - began > STABLE_S else min(pause_s * 2, RECONNECT_MAX_S)
             await asyncio.sleep(pause_s)
+
+    async def _one_session(self) -> None:
+        """From connecting to the end. However that comes, the session's requests are told."""
+        self.problem = f"the edge cannot connect to router {self.address}"
+        session = ColumnSession(self.address, self._metadata, self._tls, self._max_request_bytes)
+        try:
+            await session.open(CONNECT_TIMEOUT_S)
+            self._session = session
+            self._connected.set()
+            self.problem = f"the edge failed on what router {self.address} sent"
+            async for frame in session.frames():
+                self._on_frame(frame)
+            self.problem = f"router {self.address} ended the session"
+        except MegatokenError as error:
+            self.problem = str(error)
+            if type(error) is MegatokenError:  # a fault inside the router: for our log, not for its clients' eyes
+                logger.error("%s", error)
+                self.problem = f"router {self.address} failed"
+        except MalformedFrame as error:
+            self.problem = f"router {self.address} sent a malformed frame: {error}"
+        finally:
+            lost, self._session = self._session is not None, None
+            self._connected.clear()
+            try:
+                await session.close()
+            finally:
+                if lost:
+                    log_event(logger, "edge.router_lost", self.problem, level=logging.WARNING, router=self.address)
+                    self._on_lost(self.problem)
