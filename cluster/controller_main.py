@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import socket
+import random
 import threading
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
+from cluster.backend import Backend
 from cluster.control_server import ControlServer
 from cluster.controller import Controller, Settings, bind_host
 from cluster.metrics import ControllerMetrics
+from cluster.ports import find_ports
 from cluster.runtime_dirs import cluster_directory
 from cluster.service_discovery import serve_controller_metrics
 from cluster.spec import ClusterSpec
@@ -25,13 +28,20 @@ from megatoken.tls import ClientTls, ServerTls
 from worker.collective.attendance import AttendanceServicer
 
 logger = logging.getLogger(__name__)
+Bound = TypeVar("Bound")
 LOG_LINES = 2000
 SETTLED_PORTS = ("control.port", "routers.port", "edge.port", "agents.port", "control.metrics_port")
 RESTART_BIND_S = 5.0  # a restarted controller may find its port still held by the one that died
+PROBLEM_KEPT_S = 180.0  # whoever starts a new controller reads within this why it does not serve, and ends the actor
+EXIT_PAUSE_S = 1.0  # before Ray starts it again, so that a lasting fault does not keep a core busy
 
 
 class ControllerActor:
-    """The Ray actor `controller`: one thread runs the event loop; when that fails Ray restarts the actor."""
+    """The Ray actor `controller`: one thread runs the event loop, and the actor does not outlive it.
+
+    A controller that cannot serve, or fails later, ends its process, and Ray starts the actor again. A new one that
+    cannot serve first says what is wrong, for whoever brings the cluster up.
+    """
 
     def __init__(self, state_file: str, runtime_root: str, node_address: str, spec_json: str | None) -> None:
         self._ready = threading.Event()
@@ -40,7 +50,8 @@ class ControllerActor:
         self._problem = ""
         # Restarted by Ray, it carries on with what the state file says; new, it takes what it is given, also where an
         # earlier cluster of that name was lost and left its file.
-        given = None if was_restarted() else spec_json
+        self._restarted = was_restarted()
+        given = None if self._restarted else spec_json
         arguments = (Path(state_file), Path(runtime_root), node_address, given)
         threading.Thread(target=self._live, args=arguments, name="controller", daemon=True).start()
 
@@ -58,10 +69,12 @@ class ControllerActor:
             guest = asyncio.run(self._serve(state_file, runtime_root, node_address, spec_json))
         except BaseException as error:
             logger.exception("the controller failed")
-            if self._ready.is_set():
-                os._exit(1)  # Ray starts it again, and it carries on from the state file
-            self._problem = str(error) or type(error).__name__
-            self._ready.set()
+            if not (self._ready.is_set() or self._restarted):
+                self._problem = str(error) or type(error).__name__
+                self._ready.set()
+                time.sleep(PROBLEM_KEPT_S)
+            time.sleep(EXIT_PAUSE_S)
+            end_process()  # Ray starts it again, and it carries on from the state file
             return
         self._closed.set()
         if guest:
@@ -69,8 +82,6 @@ class ControllerActor:
 
     async def _serve(self, state_file: Path, runtime_root: Path, node_address: str, spec_json: str | None) -> bool:
         """Serves until the cluster was taken down; says whether Ray is not ours and stays."""
-        from cluster.ray_backend import RayBackend
-
         lines = collect_logs(runtime_root, state_file)
         store = StateStore(state_file)
         if spec_json is not None:
@@ -84,18 +95,23 @@ class ControllerActor:
         local = spec.ray.address == "local"
         advertise = node_address if host in ("0.0.0.0", "::") else host
         settings = Settings(spec.cluster, state_file, local, host, advertise, client_tls(spec))
-        controller = Controller(settings, store, lambda: RayBackend(spec.cluster, runtime_root))
+        controller = Controller(settings, store, lambda: ray_backend(spec.cluster, runtime_root))
         controller.log_lines = lines
         server = ControlServer(controller, server_tls(spec))
         attendance = AttendanceServicer(controller.set_throughput)
         attendance.attach(server.server)
         ports = store.ports()
-        port = await start_server(server, host, ports["control.port"])
-        controller.address = f"{advertise}:{port}"
-        await attendance.start()
-        metrics = start_metrics(
-            controller, host, advertise, ports["control.metrics_port"], "https" if spec.security.tls else "http"
+        port = await bind_patiently(
+            "control.port", ports["control.port"], host, lambda: server.start(host, ports["control.port"])
         )
+        controller.address = f"{advertise}:{port}"
+        scheme = "https" if spec.security.tls else "http"
+
+        async def bind_metrics() -> MetricsServer:
+            return start_metrics(controller, host, advertise, ports["control.metrics_port"], scheme)
+
+        metrics = await bind_patiently("control.metrics_port", ports["control.metrics_port"], host, bind_metrics)
+        await attendance.start()
         self._address = controller.address
         self._ready.set()
         try:
@@ -122,22 +138,38 @@ def end_own_actor() -> None:
     ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
-async def start_server(server: ControlServer, host: str, port: int) -> int:
-    """Binds, patiently: after a restart the port may be held for a moment."""
-    deadline = asyncio.get_running_loop().time() + RESTART_BIND_S
+def ray_backend(cluster: str, runtime_root: Path) -> Backend:
+    """The backend that is Ray, imported where Ray is."""
+    from cluster.ray_backend import RayBackend
+
+    return RayBackend(cluster, runtime_root)
+
+
+def end_process() -> None:
+    """Ends this process at once, whatever its threads do."""
+    os._exit(1)
+
+
+async def bind_patiently(name: str, port: int, host: str, bind: Callable[[], Awaitable[Bound]]) -> Bound:
+    """What `bind` returns; it is tried again while the port is held, as it may be for a moment after a restart.
+
+    Raises RuntimeError after RESTART_BIND_S.
+    """
+    deadline_s = time.monotonic() + RESTART_BIND_S
     while True:
         try:
-            return await server.start(host, port)
-        except RuntimeError:
-            if asyncio.get_running_loop().time() > deadline:
-                raise RuntimeError(f"control.port: {port} is not allowed; it is in use on {host}") from None
+            return await bind()
+        except (RuntimeError, OSError) as error:  # gRPC raises the first, a socket the second
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"{name}: {port} is not allowed; it is in use on {host}") from error
             await asyncio.sleep(0.2)
 
 
 def start_metrics(controller: Controller, host: str, advertise: str, port: int, edge_scheme: str) -> MetricsServer:
-    """/metrics and /sd of the controller."""
+    """/metrics and /sd of the controller. Raises OSError when the port is in use."""
     registry = new_registry("controller")
     metrics = ControllerMetrics(registry)
+    server = serve_controller_metrics(registry, lambda: metrics.status, host, port, advertise, edge_scheme)
 
     def on_tick(seconds: float, ok: bool) -> None:
         metrics.record_tick(seconds, ok)
@@ -145,7 +177,6 @@ def start_metrics(controller: Controller, host: str, advertise: str, port: int, 
 
     controller.on_tick = on_tick
     controller.on_event = metrics.record_event
-    server = serve_controller_metrics(registry, lambda: metrics.status, host, port, advertise, edge_scheme)
     controller.metrics_address = f"{advertise}:{server.port}"
     return server
 
@@ -154,15 +185,9 @@ def settle_ports(store: StateStore, spec: ClusterSpec, host: str) -> None:
     """Finds a free port for each service whose port the spec leaves open, once: a restart keeps it."""
     fixed: Mapping[str, int] = spec.ports
     settled = store.ports()
-    with contextlib.ExitStack() as held:  # all at once, so that no port is found twice
-        for name in SETTLED_PORTS:
-            asked = fixed.get(name, 0)
-            if asked:
-                settled[name] = asked
-            elif name not in settled:
-                listener = held.enter_context(socket.socket())
-                listener.bind((host, 0))
-                settled[name] = int(listener.getsockname()[1])
+    settled |= {name: fixed[name] for name in SETTLED_PORTS if fixed.get(name, 0)}
+    missing = [name for name in SETTLED_PORTS if name not in settled]
+    settled |= zip(missing, find_ports(len(missing), host, random.Random()), strict=True)
     store.put_ports(settled)
 
 
