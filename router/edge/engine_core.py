@@ -170,10 +170,10 @@ class RouterEngineCore(EngineCoreClient):
         try:
             exchange = EXCHANGE.get()
             message = self._to_contract(request, exchange.traceparent if exchange is not None else "")
-            session = self._sessions.of(exchange.secret if exchange is not None else "")
-            await session.wait_connected()
             receiver = CoreReceiver(self, request.request_id, len(request.prompt_token_ids or ()))
-            session.open(receiver, message)
+            with self._sessions.use(exchange.secret if exchange is not None else "") as session:
+                await session.wait_connected()
+                session.open(receiver, message)
             self._session_of[request.request_id] = session
             generation = GENERATION.get()
             if generation is not None:

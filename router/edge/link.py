@@ -7,7 +7,6 @@ session breaks, since its requests are gone. Knows streams by number only. Calle
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Final
@@ -23,6 +22,7 @@ from router.wire import MAX_REQUEST_BYTES
 CONNECT_TIMEOUT_S: Final = 2.0
 RECONNECT_FIRST_S: Final = 0.05
 RECONNECT_MAX_S: Final = 2.0
+CANCEL_AGAIN_S: Final = 1.0
 STABLE_S: Final = 5.0  # a session that lasted this long starts the reconnect pauses afresh
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class RouterLink:
         self._tls = tls
         self._max_request_bytes = max_request_bytes
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        self._closed = False
         self._connected = asyncio.Event()
         self._session: ColumnSession | None = None
         self._task: asyncio.Task[None] | None = None
@@ -82,16 +83,16 @@ class RouterLink:
             self._session.cancel((stream,))
 
     async def close(self) -> None:
-        """Ends the session and waits for it."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        """Ends the session and waits for it; requests that it still has are told."""
+        self._closed = True
+        while self._task is not None and not self._task.done():
+            self._task.cancel()  # again: asyncio.wait_for loses one that comes as what it waits for is done
+            await asyncio.wait((self._task,), timeout=CANCEL_AGAIN_S)
 
     async def _keep_connected(self) -> None:
         pause_s = RECONNECT_FIRST_S
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._closed:
             began = loop.time()
             try:
                 await self._one_session()
@@ -118,6 +119,9 @@ class RouterLink:
             if type(error) is MegatokenError:  # a fault inside the router: for our log, not for its clients' eyes
                 logger.error("%s", error)
                 self.problem = f"router {self.address} failed"
+        except asyncio.CancelledError:
+            self.problem = f"the edge closed its session with router {self.address}"
+            raise
         except MalformedFrame as error:
             self.problem = f"router {self.address} sent a malformed frame: {error}"
         finally:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import grpc
@@ -39,13 +40,14 @@ class Sessions:
         self._per_key = keys is not None and config.router_key is None
         self._open: dict[str, tuple[Session, RouterLink]] = {}
         self._used_s: dict[str, float] = {}
+        self._users: Counter[str] = Counter()  # that may yet open a request, by key
         self._channel = channel_to(config.router, config.router_tls)  # tells whether the router is there
         self._upkeep: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begins to connect. Call in the event loop."""
         if not self._per_key:
-            self.of(NO_KEY)
+            self._session(NO_KEY)
         self._channel.get_state(try_to_connect=True)
         self._upkeep = asyncio.create_task(self._keep_up(), name="edge-sessions")
 
@@ -61,18 +63,31 @@ class Sessions:
         """Requests at the router."""
         return sum(session.running for session, _ in self._open.values())
 
-    def of(self, secret: str) -> Session:
-        """The session for a caller's key. Raises OverloadError when the edge is full."""
+    @contextlib.contextmanager
+    def use(self, secret: str) -> Iterator[Session]:
+        """The session for a caller's key, kept open meanwhile: until a request runs on it nothing else tells that it
+        is needed. Raises OverloadError when the edge is full.
+        """
+        name = secret if self._per_key else NO_KEY
+        session = self._session(name)
+        self._users[name] += 1
+        try:
+            yield session
+        finally:
+            self._users[name] -= 1
+            if not self._users[name]:
+                del self._users[name]
+
+    def _session(self, name: str) -> Session:
         limits = self._config.limits
         if self.running >= limits.max_requests:
             raise OverloadError(f"this edge has {limits.max_requests} requests running; retry after 1 s", 1.0)
-        name = secret if self._per_key else NO_KEY
-        self._used_s[name] = time.monotonic()
         found = self._open.get(name)
         if found is None:
             if len(self._open) >= MAX_SESSIONS:
                 raise OverloadError(f"this edge has callers with {MAX_SESSIONS} keys; retry after 1 s", 1.0)
             found = self._open[name] = self._connect(name or self._config.router_key)
+        self._used_s[name] = time.monotonic()
         return found[0]
 
     async def close(self) -> None:
@@ -101,8 +116,11 @@ class Sessions:
             if self._keys is not None:
                 self._keys.refresh()
             now = time.monotonic()
-            for name in [name for name, (session, _) in self._open.items() if session.running]:
+            for name in [name for name, (session, _) in self._open.items() if session.running or self._users[name]]:
                 self._used_s[name] = now
-            for name in [name for name in self._open if name != NO_KEY and now - self._used_s[name] > IDLE_S]:
-                _, link = self._open.pop(name)
-                await link.close()
+            idle = [name for name in self._open if name != NO_KEY and now - self._used_s[name] > IDLE_S]
+            # All are let go before the first is waited for: until then a request may still take any of the others.
+            links = [self._open.pop(name)[1] for name in idle]
+            for name in idle:
+                del self._used_s[name]
+            await asyncio.gather(*(link.close() for link in links))

@@ -17,8 +17,8 @@ from megatoken.v1.tokens_pb2 import Detail, Finish
 from router.api_keys import KeyRing
 from router.edge import sessions as module
 from router.edge.config import EdgeConfig
+from router.edge.link import RouterLink
 from router.edge.metrics import EdgeMetrics
-from router.edge.session import Session
 from router.edge.sessions import Sessions
 from tests.fake_router import END, FakeRouter
 
@@ -37,10 +37,11 @@ class Collected:
             self.ended.set_result(finish)
 
 
-async def ask(session: Session, request_id: str) -> list[int]:
-    await session.wait_connected()
+async def ask(sessions: Sessions, secret: str, request_id: str) -> list[int]:
     receiver = Collected(request_id)
-    session.open(receiver, GenerateRequest(model="m", prompt=pack([1])))
+    with sessions.use(secret) as session:
+        await session.wait_connected()
+        session.open(receiver, GenerateRequest(model="m", prompt=pack([1])))
     await asyncio.wait_for(receiver.ended, 10)
     return receiver.tokens
 
@@ -62,8 +63,8 @@ async def test_without_keys_there_is_one_session() -> None:
         sessions = Sessions(config(router.address), EdgeMetrics(), None)
         sessions.start()
         try:
-            assert await ask(sessions.of("anything"), "a") == [7]
-            assert await ask(sessions.of(""), "b") == [7]
+            assert await ask(sessions, "anything", "a") == [7]
+            assert await ask(sessions, "", "b") == [7]
             assert sessions.connected
             assert router.keys == [None]
         finally:
@@ -77,11 +78,11 @@ async def test_each_key_goes_on_to_the_router(tmp_path: Path, monkeypatch: pytes
         sessions = Sessions(config(router.address), EdgeMetrics(), ring(tmp_path / "keys.json"))
         sessions.start()
         try:
-            assert await ask(sessions.of("one"), "a") == [7]
-            assert await ask(sessions.of("two"), "b") == [7]
+            assert await ask(sessions, "one", "a") == [7]
+            assert await ask(sessions, "two", "b") == [7]
             assert sorted(str(key) for key in router.keys) == ["Bearer one", "Bearer two"]
             await asyncio.sleep(0.2)  # idle for longer than they are kept
-            assert await ask(sessions.of("one"), "c") == [7]
+            assert await ask(sessions, "one", "c") == [7]
             assert router.keys[2:] == ["Bearer one"]
             assert sessions.connected
         finally:
@@ -94,8 +95,8 @@ async def test_an_edge_with_its_own_key_has_one_session(tmp_path: Path) -> None:
         sessions = Sessions(made, EdgeMetrics(), ring(tmp_path / "keys.json"))
         sessions.start()
         try:
-            await ask(sessions.of("one"), "a")
-            await ask(sessions.of("two"), "b")
+            await ask(sessions, "one", "a")
+            await ask(sessions, "two", "b")
             assert router.keys == ["Bearer edge-key"]
         finally:
             await sessions.close()
@@ -107,16 +108,16 @@ async def test_the_bound_on_running_requests() -> None:
         sessions = Sessions(config(router.address), EdgeMetrics(), None)
         sessions.start()
         try:
-            running = [asyncio.create_task(ask(sessions.of(""), name)) for name in ("a", "b")]
+            running = [asyncio.create_task(ask(sessions, "", name)) for name in ("a", "b")]
             async with asyncio.timeout(10):
                 while len(router.requests) < 2:  # noqa: ASYNC110 (the router is another party)
                     await asyncio.sleep(0.01)
             with pytest.raises(OverloadError, match="2 requests running"):
-                sessions.of("")
+                await ask(sessions, "", "c")
             router.gate.set()
             await asyncio.gather(*running)
             assert sessions.running == 0
-            sessions.of("")
+            assert await ask(sessions, "", "d") == [7]
         finally:
             await sessions.close()
 
@@ -127,7 +128,62 @@ async def test_no_router_is_said_in_time() -> None:
     sessions.start()
     try:
         with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9"):
-            await sessions.of("").wait_connected()
+            await ask(sessions, "", "a")
         assert not sessions.connected
     finally:
         await sessions.close()
+
+
+async def test_a_session_is_kept_while_somebody_is_about_to_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "UPKEEP_S", 0.005)
+    monkeypatch.setattr(module, "IDLE_S", 0.0)
+    async with FakeRouter(lambda _: [7, END]) as router:
+        sessions = Sessions(config(router.address), EdgeMetrics(), ring(tmp_path / "keys.json"))
+        sessions.start()
+        try:
+            receiver = Collected("a")
+            with sessions.use("one") as session:
+                await session.wait_connected()
+                await asyncio.sleep(0.1)  # many upkeeps
+                session.open(receiver, GenerateRequest(model="m", prompt=pack([1])))
+            await asyncio.wait_for(receiver.ended, 5)
+            assert receiver.tokens == [7]
+        finally:
+            await sessions.close()
+
+
+async def test_requests_of_a_closed_session_are_told(tmp_path: Path) -> None:
+    async with FakeRouter(lambda _: [7, END]) as router:
+        router.gate.clear()
+        sessions = Sessions(config(router.address), EdgeMetrics(), ring(tmp_path / "keys.json"))
+        sessions.start()
+        receiver = Collected("a")
+        with sessions.use("one") as session:
+            await session.wait_connected()
+            session.open(receiver, GenerateRequest(model="m", prompt=pack([1])))
+        await asyncio.wait_for(sessions.close(), 10)
+        finish = await asyncio.wait_for(receiver.ended, 5)
+        assert (finish.code, finish.message) == (14, f"the edge closed its session with router {router.address}")
+
+
+async def test_a_link_closes_although_one_cancel_is_lost() -> None:
+    async with FakeRouter(lambda _: [7, END]) as router:
+        link = RouterLink(router.address, lambda _: None, lambda _: None)
+        once = link._one_session
+        began = asyncio.Event()
+
+        async def deaf() -> None:
+            began.set()
+            try:
+                await asyncio.sleep(5)
+            except asyncio.CancelledError:
+                await once()
+
+        link._one_session = deaf  # type: ignore[method-assign]
+        link.start()
+        await began.wait()
+        closing = asyncio.create_task(link.close())
+        done, _ = await asyncio.wait((closing,), timeout=5)
+        assert closing in done
