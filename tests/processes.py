@@ -11,6 +11,7 @@ when it was adopted by init. Leaving the block stops all of them, newest first, 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -110,6 +111,7 @@ class Processes:
         self.directory = Path(self._own.name) if self._own is not None else Path(str(directory))
         self.directory.mkdir(parents=True, exist_ok=True)
         self.started: list[Started] = []
+        self._numbers = itertools.count()  # next() is atomic: starts may come from several threads
 
     def start(
         self,
@@ -121,10 +123,8 @@ class Processes:
         prefix: tuple[str, ...] = (),
     ) -> Started:
         """Runs `python -m module` on `config` and waits for its ready line. `prefix` may be e.g. ip netns exec."""
-        name = f"{module}-{len(self.started)}"
-        config_file = self.directory / f"{name}.json"
-        config_file.write_text(json.dumps(dict(config)))
-        config_file.chmod(0o600)
+        config_file = self._write_config(module, config)
+        name = config_file.stem
         log = self.directory / f"{name}.log"
         mark = uuid.uuid4().hex
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {}), MARKER: mark}
@@ -150,6 +150,18 @@ class Processes:
         finally:
             os.close(reader)
         return started
+
+    def _write_config(self, module: str, config: Mapping[str, Any]) -> Path:
+        """A file that no other start has, from whichever thread."""
+        while True:
+            config_file = self.directory / f"{module}-{next(self._numbers)}.json"
+            try:
+                descriptor = os.open(config_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            except FileExistsError:  # the directory is shared with other Processes
+                continue
+            with open(descriptor, "w") as file:
+                json.dump(dict(config), file)
+            return config_file
 
     def stop(self) -> None:
         """Stops all, newest first; raises the first LeftBehind after all were stopped."""
