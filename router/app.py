@@ -7,6 +7,7 @@ import gc
 import logging
 import random
 import time
+from collections.abc import Callable
 
 from google.protobuf import json_format
 from grpc import aio
@@ -17,6 +18,7 @@ from megatoken.access.channel import presenting
 from megatoken.access.opening import credentials_of, gate_of
 from megatoken.access.table import Program
 from megatoken.counters import CounterWriter
+from megatoken.supervise import FaultLog, Faults, every
 from megatoken.tls import bind
 from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, throughput_pb2, throughput_pb2_grpc, tokens_pb2
 from router import recovery, upkeep
@@ -41,6 +43,7 @@ from router.watch import watch_membership
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
+SLOW_TICK_S = 1.0
 HOLD_TICK_S = 0.005
 SERVICES = ("megatoken.v1.Tokens", "megatoken.v1.Router")
 
@@ -61,6 +64,7 @@ class RouterApp:
         )
         self.keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
         self.state.door = Door(self.keys)
+        self.state.faults = Faults(FaultLog())
         self.leases = Leases(self.state)
         self._credentials = credentials_of(config.credentials_file)
         self._gate = gate_of(
@@ -123,8 +127,11 @@ class RouterApp:
         if config.throughput_agent is not None:
             following = self.throughput.follow(config.throughput_agent, self._channel)
             self._tasks.append(asyncio.create_task(following))
-        self._tasks.append(asyncio.create_task(self._tick()))
-        self._tasks.append(asyncio.create_task(self._hold_tick()))
+        self._keep_up(TICK_S, self._tick, "upkeep")
+        self._keep_up(SLOW_TICK_S, self._slow_tick, "slow upkeep")
+        self._keep_up(self._hold_pause_s, self._hold_tick, "held delivery")
+        if self.keys is not None:
+            self._keep_up(SLOW_TICK_S, self.keys.refresh, "keys")
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
@@ -160,24 +167,24 @@ class RouterApp:
         if replica in self.state.fleet.live():  # it was not connected: nothing else lets go of its place
             recovery.lose_replica(self.state, replica, f"replica {replica.name} was removed", time.monotonic())
 
-    async def _tick(self) -> None:
-        turn = 0
-        while True:
-            await asyncio.sleep(TICK_S)
-            now = time.monotonic()
-            upkeep.tick(self.state, now, time.time())
-            turn += 1
-            if turn % 10 == 0:
-                upkeep.slow_tick(self.state, now)
-                self.leases.expire(now)
-                if self.keys is not None:
-                    self.keys.refresh()
+    def _tick(self) -> None:
+        upkeep.tick(self.state, time.monotonic(), time.time())
 
-    async def _hold_tick(self) -> None:
-        while True:
-            await asyncio.sleep(HOLD_TICK_S if self.state.holds or self.state.held else TICK_S / 4)
-            if self.state.holds:
-                upkeep.flush_due(self.state, time.monotonic())
+    def _slow_tick(self) -> None:
+        now = time.monotonic()
+        upkeep.slow_tick(self.state, now)
+        self.leases.expire(now)
+
+    def _hold_tick(self) -> None:
+        if self.state.holds:
+            upkeep.flush_due(self.state, time.monotonic())
+
+    def _hold_pause_s(self) -> float:
+        return HOLD_TICK_S if self.state.holds or self.state.held else TICK_S / 4
+
+    def _keep_up(self, period_s: float | Callable[[], float], step: Callable[[], None], name: str) -> None:
+        """Goes on until `stop`, whatever comes."""
+        self._tasks.append(asyncio.create_task(every(period_s, step, name, self.state.faults.caught), name=name))
 
     async def _set_serving(self, serving: bool) -> None:
         kind = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING

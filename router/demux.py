@@ -47,6 +47,7 @@ def sort_frame(
     """Sorts the tokens of one frame, or of frames from different replicas put together, by where they go.
 
     `replica` is the sender's index, or that of each entry. Raises MalformedFrame for a stream number out of range.
+    All or nothing: when it raises, history and `generated` are as they were.
     """
     result = Sorted()
     if int(stream.max()) >= slots.size:
@@ -68,16 +69,21 @@ def sort_frame(
     if not len(slot):
         return result
     slots.last_s[slot] = now
-    if count is None and not _repeats(slots, slot):
-        position = slots.generated[slot]
-        pages.append_each(slot, position, token)
-        slots.generated[slot] = position + 1
-        opening = slot[position == 0]
-    else:
-        opening = _append_many(slots, pages, slot, count, token)
-    if len(opening):
-        result.first = opening.tolist()
-    _split(slots, slot, sink, count, token, result)
+    position = slots.generated[slot]
+    try:
+        if count is None and not _repeats(slots, slot):
+            pages.append_each(slot, position, token)
+            slots.generated[slot] = position + 1
+            opening = slot[position == 0]
+        else:
+            opening = _append_many(slots, pages, slot, count, token)
+        if len(opening):
+            result.first = opening.tolist()
+        _split(slots, slot, sink, count, token, result)
+    except BaseException:
+        slots.generated[slot] = position  # a slot that stands here twice has the same position twice
+        pages.trim(slot)
+        raise
     return result
 
 

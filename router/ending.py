@@ -71,8 +71,21 @@ def end(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: fl
     settle(state, request, finish, now)
 
 
+def fail(state: RouterState, request: Request, where: str, error: Exception, now: float) -> None:
+    """A fault of ours while something was done for this request: it is counted, and the request ends with INTERNAL."""
+    state.faults.caught(where, error)
+    if request.state is not State.FINISHED:
+        try:
+            end(state, request, error_finish(0, error), now)
+        except Exception as again:
+            state.faults.caught("end", again)
+
+
 def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: float) -> None:
-    """The last step of every way to end: state, ledger, latency, and the client's Finish."""
+    """The last step of every way to end: state, ledger, latency, and the client's Finish.
+
+    Whatever goes wrong with an account or with who listens, the client gets its Finish.
+    """
     request.move(Event.ENDED)
     state.live -= 1
     if request.delivery:
@@ -83,14 +96,24 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
     finish.resumes = request.resumes
     if request.resumes and request.resume_note:
         finish.resume_note = request.resume_note
+    try:
+        _settle_accounts(state, request, finish, now)
+    except Exception as error:
+        state.faults.caught("accounts", error)
+    request.carried = request.replayed = b""
+    request.sink.push_finish(request, finish.SerializeToString())
+    if state.on_finished is not None:
+        try:
+            state.on_finished(request, finish, now)
+        except Exception as error:
+            state.faults.caught("request log", error)
+
+
+def _settle_accounts(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: float) -> None:
+    state.door.leave(request.caller, request.cost_tokens, request.prompt_tokens + finish.generated_tokens)
     failed = finish.reason in (ERROR, CANCELLED)
     state.ledger.add("requests_failed" if failed else "requests_finished")
-    state.door.leave(request.caller, request.cost_tokens, request.prompt_tokens + finish.generated_tokens)
     if not failed:
         request.pool.saw_output(finish.generated_tokens, request.max_tokens)
     state.latencies.whole.add(now - request.arrived_s, now)
     request.pool.measures.ended(finish.reason, now - request.arrived_s)
-    request.carried = request.replayed = b""
-    request.sink.push_finish(request, finish.SerializeToString())
-    if state.on_finished is not None:
-        state.on_finished(request, finish, now)

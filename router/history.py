@@ -89,6 +89,20 @@ class TokenPages:
             if len(self._freed) >= _RECLAIM_CHAINS:
                 self._reclaim()
 
+    def trim(self, slots: Index) -> None:
+        """Gives back pages beyond what slots.generated says, after an append that did not come to its end."""
+        for slot in np.unique(slots).tolist():
+            chain = []
+            page = int(self._slots.page[slot])
+            while page >= 0:
+                chain.append(page)
+                page = int(self._previous[page])
+            needed = (int(self._slots.generated[slot]) + PAGE - 1) >> _SHIFT
+            for surplus in chain[: len(chain) - needed]:
+                self._slots.page[slot] = self._previous[surplus]
+                self._free[self._top] = surplus
+                self._top += 1
+
     def move(self, source: int, target: int) -> None:
         """The chain now belongs to another slot."""
         self._slots.page[target] = self._slots.page[source]

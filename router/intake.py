@@ -1,4 +1,9 @@
-"""A worker's frame arrives: tokens to their clients, details and finishes to their requests, load to the table."""
+"""A worker's frame arrives: tokens to their clients, details and finishes to their requests, load to the table.
+
+A fault of ours while one part is taken in concerns that part alone. Nothing may be missing in the middle of a stream,
+so what could not be taken ends: before a frame's tokens are recorded, with the session of its replica, whose requests
+go on from what was recorded; after that, with the requests whose tokens they are. Each is counted in `state.faults`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import Frame
 from router import continuation
 from router.demux import Index, Sorted, sort_frame
-from router.ending import CANCELLED, ERROR, settle, uncharge
+from router.ending import CANCELLED, ERROR, fail, settle, uncharge
 from router.fleet import Pool, Replica
 from router.load import take_load
 from router.outbox import Part
@@ -55,20 +60,18 @@ def on_frames(state: RouterState, batch: list[tuple[Replica, bytes]], now: float
     group: list[_Arrived] = []
     senders: set[int] = set()
     for replica, raw in batch:
+        if replica.index in senders:
+            _take_group(state, group, now)
+            group, senders = [], set()
         if not replica.connected:
             continue  # its session was given up in this very batch
         try:
-            arrived = _decode(state, replica, raw)
+            group.append(_decode(state, replica, raw))
+            senders.add(replica.index)
         except MalformedFrame as error:
-            _take_group(state, group, now)
-            senders.clear()
             give_up(state, replica, f"replica {replica.name} sent a malformed frame: {error}", now)
-            continue
-        if replica.index in senders:
-            _take_group(state, group, now)
-            senders.clear()
-        senders.add(replica.index)
-        group.append(arrived)
+        except Exception as error:
+            _fault(state, replica, "frame", error, now)
     _take_group(state, group, now)
 
 
@@ -94,15 +97,23 @@ def give_up(state: RouterState, replica: Replica, why: str, now: float) -> None:
     lose_replica(state, replica, why, now)
 
 
+def _fault(state: RouterState, replica: Replica, where: str, error: Exception, now: float) -> None:
+    """A frame of the replica, or a part of one, could not be taken in: counted, and its session ends."""
+    state.faults.caught(where, error)
+    give_up(state, replica, f"a frame of replica {replica.name} could not be taken in ({type(error).__name__})", now)
+
+
 def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
     """Frames of different replicas: tokens first, then what ended, then loads."""
-    if not group:
-        return
     details: dict[int, list[bytes]] = {}
     filled = []
     for arrived in group:
         if arrived.frame.detail:
-            details |= _details(state, arrived.replica, arrived.frame)
+            try:
+                details |= _details(state, arrived.replica, arrived.frame)
+            except Exception as error:
+                _fault(state, arrived.replica, "details", error, now)
+                continue
         if len(arrived.stream):
             filled.append(arrived)
         if len(arrived.stream) or arrived.frame.finish:  # a load alone may come from a worker whose engine hangs
@@ -112,16 +123,20 @@ def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
     pools: dict[int, Pool] = {}
     for arrived in group:
         replica, frame = arrived.replica, arrived.frame
+        if not replica.connected:  # given up above
+            continue
         if frame.finish:
             for finish in frame.finish:
                 _take_finish(state, replica, finish, now)
             pools[id(replica.pool)] = replica.pool
         if frame.HasField("load"):
-            take_load(state, replica, frame.load, now)
+            try:
+                take_load(state, replica, frame.load, now)
+            except Exception as error:  # the next report says it all again
+                state.faults.caught("load", error)
             pools[id(replica.pool)] = replica.pool
     for pool in pools.values():
         pump(state, pool, now)
-    group.clear()
 
 
 def _time_step(replica: Replica, now: float) -> None:
@@ -134,26 +149,46 @@ def _time_step(replica: Replica, now: float) -> None:
 
 
 def _take_tokens(state: RouterState, frames: list[_Arrived], details: dict[int, list[bytes]], now: float) -> None:
-    stream, count, token, sender = _joined(frames)
     state.frames += len(frames)
     if state.frames % _SAMPLE_EVERY < len(frames):
         _sample_times(state, frames[0], now)
-    found = sort_frame(state.slots, state.pages, sender, stream, count, token, now)
-    _credit(state, frames, found, len(stream))
+    try:
+        stream, count, token, sender = _joined(frames)
+        found = sort_frame(state.slots, state.pages, sender, stream, count, token, now)
+    except Exception as error:  # nothing is recorded, see sort_frame; whose fault it is, each frame by itself shows
+        if len(frames) == 1:
+            _fault(state, frames[0].replica, "tokens", error, now)
+        else:
+            for arrived in frames:
+                if arrived.replica.connected:
+                    _take_tokens(state, [arrived], details, now)
+        return
+    try:
+        _account(state, frames, found, len(stream))
+    except Exception as error:  # a count may be off, no stream is
+        state.faults.caught("accounts", error)
     urgent = _first_tokens(state, found, now) if found.first else ()
     for index, streams, counts, tokens in found.parts:
         sink = state.sinks[index]
         if sink is None:
             continue
-        state.ledger.delivered_tokens += len(tokens)
-        sink.outbox.add_part(Part(streams, counts, tokens, _details_of(state, sink, details), []))
-        if index in urgent:
-            sink.outbox.urgent = True
-        sink.wake()
+        try:
+            sink.outbox.add_part(Part(streams, counts, tokens, _details_of(state, sink, details), []))
+            state.ledger.delivered_tokens += len(tokens)
+            if index in urgent:
+                sink.outbox.urgent = True
+            sink.wake()
+        except Exception as error:
+            for number in dict.fromkeys(streams.tolist()):
+                if number in sink.requests:
+                    fail(state, sink.requests[number], "delivery", error, now)
     for slot, packed in found.direct:
         request = state.slots.owner[slot]
         if request is not None:
-            _take_direct(state, request, packed, details.pop(slot, []), now)
+            try:
+                _take_direct(state, request, packed, details.pop(slot, []), now)
+            except Exception as error:
+                fail(state, request, "delivery", error, now)
 
 
 def _joined(frames: list[_Arrived]) -> tuple[Column, Column | None, Column, int | Index]:
@@ -173,7 +208,7 @@ def _joined(frames: list[_Arrived]) -> tuple[Column, Column | None, Column, int 
     )
 
 
-def _credit(state: RouterState, frames: list[_Arrived], found: Sorted, entries: int) -> None:
+def _account(state: RouterState, frames: list[_Arrived], found: Sorted, entries: int) -> None:
     """Counts what came: for the ledger, and off each replica's outstanding tokens."""
     state.ledger.add("generated_tokens", found.tokens)
     state.ledger.foreign_tokens += found.foreign
@@ -196,11 +231,15 @@ def _count(replica: Replica, made: int, live: int) -> None:
 
 
 def _sample_times(state: RouterState, arrived: _Arrived, now: float) -> None:
+    """Before the frame is sorted, which sets the times anew."""
     stream = arrived.stream
-    gaps = now - state.slots.last_s[stream[state.slots.generated[stream] > 0]]
-    if len(gaps):
-        arrived.replica.pool.measures.between_tokens_s.observe_many(gaps)
-        state.latencies.between_tokens.add_many(gaps, now)
+    try:
+        gaps = now - state.slots.last_s[stream[state.slots.generated[stream] > 0]]
+        if len(gaps):
+            arrived.replica.pool.measures.between_tokens_s.observe_many(gaps)
+            state.latencies.between_tokens.add_many(gaps, now)
+    except Exception as error:
+        state.faults.caught("accounts", error)
 
 
 def _first_tokens(state: RouterState, found: Sorted, now: float) -> set[int]:
@@ -209,7 +248,10 @@ def _first_tokens(state: RouterState, found: Sorted, now: float) -> set[int]:
     for slot in found.first:
         request: Request | None = state.slots.owner[slot]
         if request is not None:
-            first_token(state, request, now)
+            try:
+                first_token(state, request, now)
+            except Exception as error:  # a count may be off, no stream is
+                state.faults.caught("accounts", error)
             urgent.add(request.sink_index)
     return urgent
 
@@ -322,6 +364,7 @@ def _details_of(state: RouterState, sink: object, details: dict[int, list[bytes]
 
 
 def _take_finish(state: RouterState, replica: Replica, finish: tokens_pb2.Finish, now: float) -> None:
+    """Ends the request that the worker ended; one that cannot be ended so, ends with an error."""
     slot = finish.stream
     if slot >= state.slots.size or int(state.slots.replica[slot]) != replica.index:
         return  # it ended twice, or never was
@@ -329,6 +372,14 @@ def _take_finish(state: RouterState, replica: Replica, finish: tokens_pb2.Finish
     if request is None:  # a zombie: cancelled, or gone on elsewhere
         state.slots.free(slot)
         return
+    try:
+        _finish(state, replica, request, finish, now)
+    except Exception as error:
+        fail(state, request, "finish", error, now)
+
+
+def _finish(state: RouterState, replica: Replica, request: Request, finish: tokens_pb2.Finish, now: float) -> None:
+    slot = request.slot
     state.ledger.add("cached_tokens", finish.cached_tokens)
     request.pool.measures.cached_tokens += finish.cached_tokens
     if finish.reason == ERROR and finish.code in _FAULTS:

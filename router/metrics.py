@@ -111,6 +111,10 @@ class StateCollector(Collector):
             family = CounterMetricFamily(PREFIX + name, text)
             family.add_metric([], total)
             yield family
+        faults = CounterMetricFamily(PREFIX + "faults", "Faults of the router itself.", labels=["doing"])
+        for doing, count in list(state.faults.counts.items()):
+            faults.add_metric([doing], count)
+        yield faults
 
 
 class LeaseCollector(Collector):

@@ -7,7 +7,7 @@ import numpy as np
 from megatoken.frames import U32
 from megatoken.v1 import tokens_pb2
 from router import continuation
-from router.ending import LENGTH, end
+from router.ending import LENGTH, end, fail
 from router.fleet import Pool, Replica
 from router.lifecycle import Event
 from router.policies import Question
@@ -35,18 +35,25 @@ def pump(state: RouterState, pool: Pool, now: float) -> None:
         request = pool.queue.peek()
         if request is None:
             return
-        replica = pool.policy.choose(pool, question_of(request), state.rng)
-        if replica is None:
-            return
+        try:
+            replica = pool.policy.choose(pool, question_of(request), state.rng)
+            if replica is None:
+                return
+        except Exception as error:  # it would stand before all others for good
+            fail(state, request, "choice", error, now)
+            continue
         pool.queue.pop()
-        place(state, request, replica, now)
+        try:
+            place(state, request, replica, now)
+        except Exception as error:
+            fail(state, request, "placement", error, now)
 
 
 def place(state: RouterState, request: Request, replica: Replica, now: float) -> None:
     """Sends the request to the replica. It is in no queue."""
+    request.move(Event.PLACED)  # first: whatever fails from here on, it is in no queue
     if replica.link is None:
         raise RuntimeError(f"replica {replica.name} is in the open list without a session")
-    request.move(Event.PLACED)
     request.attempts += 1
     raw, base = request.raw, 0
     if request.carried and not request.replay:

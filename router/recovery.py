@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatoken.errors import UnavailableError
-from router.ending import end, error_finish, uncharge
+from router.ending import end, error_finish, fail, uncharge
 from router.fleet import Replica
 from router.lifecycle import Event, State
 from router.placement import pump
@@ -88,7 +88,10 @@ def lose_replica(state: RouterState, replica: Replica, reason: str, now: float) 
         if request is None:
             state.slots.free(slot)
         else:
-            lose(state, request, reason, now, known_to_worker=False)
+            try:
+                lose(state, request, reason, now, known_to_worker=False)
+            except Exception as error:  # the others must not stay behind on a replica that is gone
+                fail(state, request, "loss", error, now)
     if replica.gone:
         state.fleet.release(replica)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 from megatoken.log import log_event
 from megatoken.v1 import tokens_pb2
 from router.request import Request
 
 log = logging.getLogger(__name__)
+
+_NAMES: Final = {number: name for name, number in tokens_pb2.FinishReason.items()}
 
 
 def log_request(request: Request, finish: tokens_pb2.Finish, now: float) -> None:
@@ -21,7 +24,7 @@ def log_request(request: Request, finish: tokens_pb2.Finish, now: float) -> None
         model=request.pool.model,
         tenant=request.tenant,
         replica=finish.replica,
-        reason=tokens_pb2.FinishReason.Name(finish.reason),
+        reason=_NAMES.get(finish.reason, str(finish.reason)),  # a newer worker may have more
         code=finish.code,
         prompt_tokens=finish.prompt_tokens,
         cached_tokens=finish.cached_tokens,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatoken.errors import MegatokenError
+from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
 from router.config import RouterConfig
 from router.door import Door
@@ -40,6 +41,7 @@ class RouterState:
     latencies: Latencies = field(default_factory=Latencies)
     nowhere: Measures = field(default_factory=Measures)  # of requests for models that are not there
     retries: RetryBudget = field(init=False)
+    faults: Faults = field(default_factory=Faults)  # of our own, each while one part of the work was done
     frames: int = 0  # taken in
     live: int = 0  # requests running, queued and resuming
     resuming: int = 0

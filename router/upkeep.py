@@ -5,13 +5,15 @@ from __future__ import annotations
 import heapq
 from typing import Final
 
-from megatoken.errors import DeadlineError, UnavailableError
-from router.ending import end, error_finish
+from megatoken.errors import DeadlineError, MegatokenError, UnavailableError
+from router.ending import end, error_finish, fail
+from router.fleet import Replica
 from router.intake import flush_held
 from router.lifecycle import State
 from router.outliers import slow_replicas
 from router.placement import pump
 from router.recovery import move_all
+from router.request import Request
 from router.state import RouterState
 
 ZOMBIE_S: Final = 120.0  # an engine aborts within a step; a step that includes a long prefill takes seconds
@@ -23,26 +25,40 @@ def flush_due(state: RouterState, now: float) -> None:
         _, _, request = heapq.heappop(state.holds)
         request.hold_due = False
         if request.state is State.RUNNING:
-            flush_held(state, request)
+            try:
+                flush_held(state, request)
+            except Exception as error:
+                fail(state, request, "delivery", error, now)
 
 
 def tick(state: RouterState, now: float, unix_s: float) -> None:
-    """Called about ten times a second."""
+    """Called about ten times a second. A fault in what one replica, model or request needs keeps no other waiting."""
     _deadlines(state, now)
     for replica in state.fleet.live():
-        if replica.draining and 0 < replica.member.drain_deadline_unix_s <= unix_s and replica.in_flight:
-            move_all(state, replica, f"replica {replica.name} was drained", now)
-        silent_s = now - replica.last_frame_s
-        if replica.connected and replica.in_flight and silent_s > state.config.resume.hang_s:
-            if replica.link is not None:
-                replica.circuit.trip(now)
-                replica.link.cut(f"no frame for {silent_s:.1f} s")
-            continue
-        state.fleet.refresh(replica, now)
+        try:
+            _watch(state, replica, now, unix_s)
+        except Exception as error:
+            state.faults.caught("upkeep", error)
     for pool in state.fleet.pools.values():
-        pool.gauge()
-        pump(state, pool, now)
+        try:
+            pool.gauge()
+            pump(state, pool, now)
+        except Exception as error:
+            state.faults.caught("upkeep", error)
     _waits(state, now)
+
+
+def _watch(state: RouterState, replica: Replica, now: float, unix_s: float) -> None:
+    """Moves what a drained replica still has at its deadline, and cuts off one that hangs."""
+    if replica.draining and 0 < replica.member.drain_deadline_unix_s <= unix_s and replica.in_flight:
+        move_all(state, replica, f"replica {replica.name} was drained", now)
+    silent_s = now - replica.last_frame_s
+    if replica.connected and replica.in_flight and silent_s > state.config.resume.hang_s:
+        if replica.link is not None:
+            replica.circuit.trip(now)
+            replica.link.cut(f"no frame for {silent_s:.1f} s")
+        return
+    state.fleet.refresh(replica, now)
 
 
 def slow_tick(state: RouterState, now: float) -> None:
@@ -64,7 +80,7 @@ def _deadlines(state: RouterState, now: float) -> None:
         if request.state is not State.FINISHED:
             pool = request.pool
             late_s = now - request.arrived_s
-            end(state, request, error_finish(0, DeadlineError(f"not done after {late_s:.3f} s, its deadline")), now)
+            _end(state, request, DeadlineError(f"not done after {late_s:.3f} s, its deadline"), now)
             pump(state, pool, now)
 
 
@@ -82,4 +98,11 @@ def _waits(state: RouterState, now: float) -> None:
             if now - since > bound:
                 why = pool.blocked or "no replica had room"
                 text = f"waited {now - since:.1f} s for a replica of {pool.model!r}: {why}"
-                end(state, request, error_finish(0, UnavailableError(text)), now)
+                _end(state, request, UnavailableError(text), now)
+
+
+def _end(state: RouterState, request: Request, error: MegatokenError, now: float) -> None:
+    try:
+        end(state, request, error_finish(0, error), now)
+    except Exception as fault:
+        state.faults.caught("end", fault)

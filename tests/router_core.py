@@ -13,6 +13,7 @@ import random
 from typing import Any
 
 from megatoken.frames import U32, pack
+from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from router import recovery, upkeep
 from router.config import RouterConfig
@@ -47,6 +48,10 @@ class ScriptedLink:
         self.cuts.append(reason)
 
 
+def raise_it(_name: str, error: Exception) -> None:
+    raise error
+
+
 class CoreFleet:
     """`now` is moved by the test."""
 
@@ -54,6 +59,7 @@ class CoreFleet:
         self.now = 100.0
         config = RouterConfig(router="r", **settings)
         self.state = RouterState(config, Ledger(), random.Random(1), Fleet(config.admission, config.breaker))
+        self.state.faults = Faults(raise_it)  # in tests a fault is a failure, unless the test puts another in its place
         self.pool = self.state.fleet.add_pool(model, self.state.policy_of(""))
         self.pool.wanted = replicas
         self.max_running = max_running

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatoken.errors import MegatokenError
 from megatoken.frames import U32, pack
+from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from router import recovery, upkeep, wire
 from router.config import RouterConfig
@@ -26,6 +27,7 @@ from router.request import Request
 from router.sink import SessionSink
 from router.state import RouterState
 from router.submission import submit
+from tests.router_core import raise_it
 
 LOAD_EVERY_S = 0.25
 
@@ -191,6 +193,7 @@ class Simulation:
         self._order = 0
         config = RouterConfig(router="r", **settings)
         self.state = RouterState(config, Ledger(), random.Random(seed + 1), Fleet(config.admission, config.breaker))
+        self.state.faults = Faults(raise_it)
         self.state.on_finished = self._finished
         pool = self.state.fleet.add_pool("m", self.state.policy_of(""))
         pool.wanted = len(kinds)

@@ -1,0 +1,192 @@
+"""A fault inside the router: it costs what it arose in, is counted, and no stream has a gap."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatoken.supervise import Faults
+from megatoken.v1 import tokens_pb2
+from router import demux, ending, intake, upkeep
+from router.fleet import Replica
+from router.intake import on_frames
+from router.request import Request
+from router.request_log import log_request
+from tests.router_core import ERROR, CoreFleet
+
+INTERNAL = 13
+
+
+def quiet(fleet: CoreFleet) -> Faults:
+    """Lets faults be counted, as a process does."""
+    fleet.state.faults = Faults()
+    return fleet.state.faults
+
+
+def two(**settings: Any) -> tuple[CoreFleet, Request, Request]:
+    """A fleet, and a request on each of its two replicas; a third is there to go on on."""
+    fleet = CoreFleet(replicas=2, max_running=1, admission={"replica_slack": 1.0}, **settings)
+    requests = fleet.submit(max_tokens=50), fleet.submit(max_tokens=50)
+    fleet.add_replica("m-2", max_running=8)
+    return fleet, *requests
+
+
+def frame(request: Request, *tokens: int, **fields: Any) -> tuple[Replica, bytes]:
+    encoded = tokens_pb2.Frame(stream=[request.slot], count=[len(tokens)], token=tokens, **fields)
+    assert request.replica is not None
+    return request.replica, encoded.SerializeToString()
+
+
+def test_an_unknown_finish_reason_with_the_log_on_costs_nobody_a_token(caplog: pytest.LogCaptureFixture) -> None:
+    fleet, a, b = two()
+    fleet.state.on_finished = log_request
+    end = tokens_pb2.Finish(stream=a.slot, reason=77)  # type: ignore[arg-type]  # of a newer worker
+    with caplog.at_level(logging.INFO):
+        on_frames(fleet.state, [frame(b, 1), frame(a, 9, finish=[end]), frame(b, 2), frame(b, 3)], fleet.now)
+    assert (fleet.received(a), fleet.received(b)) == ([9], [1, 2, 3])
+    assert [record.fields["reason"] for record in caplog.records] == ["77"]  # type: ignore[attr-defined]
+
+
+def test_who_listens_to_ends_cannot_disturb_them() -> None:
+    fleet, a, b = two()
+    faults = quiet(fleet)
+
+    def listen(*_: object) -> None:
+        raise OSError("disk full")
+
+    fleet.state.on_finished = listen
+    end = tokens_pb2.Finish(stream=a.slot, reason=tokens_pb2.FINISH_REASON_STOP)
+    on_frames(fleet.state, [frame(a, 9, finish=[end]), frame(b, 1), frame(b, 2)], fleet.now)
+    assert fleet.end(a) is not None
+    assert fleet.received(b) == [1, 2]
+    assert faults.counts == {"request log": 1}
+
+
+@pytest.mark.parametrize("once", [True, False], ids=["recorded_in_part", "not_at_all"])
+def test_a_frame_that_cannot_be_recorded_moves_its_own_requests_without_a_gap(
+    once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, a, b = two()
+    faults = quiet(fleet)
+    on_frames(fleet.state, [frame(a, *range(31)), frame(b, 1)], fleet.now)
+    bad = fleet.replica_of(a)
+    real = demux._split
+
+    def split(slots: Any, slot: Any, *rest: Any) -> None:
+        if a.slot in slot.tolist():
+            raise MemoryError
+        real(slots, slot, *rest)
+
+    append = fleet.state.pages.append_each
+
+    def half(slots: Any, position: Any, tokens: Any) -> None:
+        append(slots, position, tokens)
+        if 99 in tokens.tolist():
+            raise MemoryError
+
+    if once:
+        monkeypatch.setattr(fleet.state.pages, "append_each", half)
+    else:
+        monkeypatch.setattr(demux, "_split", split)
+    on_frames(fleet.state, [frame(a, 98, 100, 99), frame(b, 2), frame(b, 3)], fleet.now)
+    monkeypatch.undo()
+    assert fleet.received(b) == [1, 2, 3]
+    assert fleet.received(a) == list(range(31))
+    assert faults.counts == {"tokens": 1}
+    assert not bad.connected
+    assert list(fleet.started(a).prompt) == [1, 2, 3, *range(31)]  # from what was recorded, page by page
+    fleet.tokens(a, 31, 32)
+    fleet.finish(a)
+    fleet.finish(b)
+    assert fleet.received(a) == list(range(33))
+    fleet.check_idle()
+
+
+def test_history_is_as_it_was_after_an_append_that_failed() -> None:
+    fleet, a, _ = two()
+    pages = fleet.state.pages
+    fleet.tokens(a, *range(40))
+    used, slots = pages.pages_in_use, np.array([a.slot])
+    pages.append_run(a.slot, 40, np.arange(40, 140, dtype=np.uint32))
+    pages.trim(slots)
+    assert pages.pages_in_use == used
+    assert pages.read(a.slot, 0, 40).tolist() == list(range(40))
+
+
+def test_a_fault_in_the_details_of_one_frame_moves_its_requests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, a, b = two()
+    faults = quiet(fleet)
+    detail = tokens_pb2.Detail(stream=a.slot)
+    batch = [frame(b, 1), frame(a, 5, detail=[detail]), frame(b, 2)]
+    monkeypatch.setattr(intake, "_details", lambda *_: 1 / 0)
+    on_frames(fleet.state, batch, fleet.now)
+    assert (fleet.received(a), fleet.received(b)) == ([], [1, 2])
+    assert fleet.replica_of(a).name == "m-2"
+    assert faults.counts == {"details": 1}
+
+
+def test_a_finish_that_cannot_be_taken_ends_its_request_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, a, b = two()
+    faults = quiet(fleet)
+    real = ending.uncharge
+    monkeypatch.setattr(
+        intake, "uncharge", lambda state, request, now: 1 / 0 if request is a else real(state, request, now)
+    )
+    ends = [tokens_pb2.Finish(stream=request.slot, reason=tokens_pb2.FINISH_REASON_STOP) for request in (a, b)]
+    on_frames(fleet.state, [frame(a, 1, finish=ends[:1]), frame(b, 2, finish=ends[1:])], fleet.now)
+    first, second = fleet.end(a), fleet.end(b)
+    assert first is not None
+    assert second is not None
+    assert (first.reason, first.code, second.reason) == (ERROR, INTERNAL, tokens_pb2.FINISH_REASON_STOP)
+    assert faults.counts == {"finish": 1}
+    fleet.check_idle()
+
+
+def test_a_request_that_no_policy_can_choose_for_ends_and_lets_the_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = CoreFleet()
+    faults = quiet(fleet)
+    choose = fleet.pool.policy.choose
+
+    def picky(pool: Any, question: Any, rng: Any) -> Any:
+        return choose(pool, question, rng) if question.affinity != "bad" else 1 / 0
+
+    monkeypatch.setattr(type(fleet.pool.policy), "choose", lambda _self, *rest: picky(*rest))
+    bad, good = fleet.submit(affinity="bad"), fleet.submit()
+    end = fleet.end(bad)
+    assert end is not None
+    assert end.code == INTERNAL
+    assert good.replica is not None
+    assert faults.counts == {"choice": 1}
+    fleet.finish(good)
+    fleet.check_idle()
+
+
+def test_a_start_that_cannot_be_sent_ends_its_request_with_nothing_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = CoreFleet(replicas=1)
+    faults = quiet(fleet)
+    monkeypatch.setattr(fleet.link(fleet.replicas[0]), "send_start", lambda *_: 1 / 0)
+    end = fleet.end(fleet.submit())
+    assert end is not None
+    assert end.code == INTERNAL
+    assert faults.counts == {"placement": 1}
+    fleet.check_idle()
+
+
+def test_a_tick_looks_at_every_replica_and_model_whatever_is_wrong_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, _, _ = two(resume={"hang_s": 1.0})
+    faults = quiet(fleet)
+    real = upkeep._watch
+    broken, *others = fleet.replicas_now()
+
+    def watch(state: Any, replica: Any, *rest: Any) -> None:
+        if replica is broken:
+            raise KeyError("x")
+        real(state, replica, *rest)
+
+    monkeypatch.setattr(upkeep, "_watch", watch)
+    fleet.tick(5.0)
+    assert fleet.link(others[0]).cuts
+    assert faults.counts == {"upkeep": 1}
