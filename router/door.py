@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatoken.errors import AuthError
 from router.key_limits import Usage
+from router.shown_key import secret_in
 
 if TYPE_CHECKING:
     from router.api_keys import ApiKey, KeyRing
@@ -32,15 +33,10 @@ class Door:
         self._usage: dict[str, Usage] = {}
 
     def identify(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Caller:
-        """Raises AuthError. The key comes as `authorization: Bearer KEY` or `x-api-key: KEY`."""
+        """Raises AuthError. The key comes as `shown_key` reads it."""
         if self.keys is None:
             return Caller()
-        secret = ""
-        for name, value in metadata or ():
-            if name == "authorization" and isinstance(value, str) and value[:7].lower() == "bearer ":
-                secret = value[7:].strip()
-            elif name == "x-api-key" and isinstance(value, str):
-                secret = value
+        secret = secret_in(metadata)
         if not secret:
             raise AuthError("an API key is needed, as metadata authorization: Bearer KEY")
         key = self.keys.find(secret)

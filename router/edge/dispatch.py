@@ -16,6 +16,7 @@ from megatoken.errors import AuthError
 from router.door import Caller, Door
 from router.edge.exchange import EXCHANGE, Exchange
 from router.edge.refusals import GuardedSend
+from router.shown_key import secret_in
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -83,11 +84,12 @@ class Dispatch:
         shown = credentials(scope)
         try:
             caller = self._door.identify(shown)
+            secret = "" if caller.key is None else secret_in(shown)
             path = scope["path"]
             if path == MODELS_PATH or path.startswith(MODELS_PATH + "/"):
                 await self._models(path.removeprefix(MODELS_PATH).strip("/"), caller, send)
             elif scope["method"] == "POST":
-                await self._post(scope, receive, GuardedSend(send), caller, secret_of(shown))
+                await self._post(scope, receive, GuardedSend(send), caller, secret)
             else:
                 await self._default.app(scope, receive, GuardedSend(send))
         except AuthError as error:
@@ -143,16 +145,6 @@ def traceparent(scope: Scope) -> str:
     """The W3C trace context of a request; empty without one, or with one that is too long to be one."""
     found = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
     return "" if len(found) > MAX_TRACEPARENT else found.decode("latin-1")
-
-
-def secret_of(shown: list[tuple[str, str]]) -> str:
-    """The key that was shown; empty without one."""
-    for name, value in shown:
-        if name == "x-api-key":
-            return value
-        if value[:7].lower() == "bearer ":
-            return value[7:].strip()
-    return ""
 
 
 async def read_body(receive: Receive, limit: int) -> bytes | None:

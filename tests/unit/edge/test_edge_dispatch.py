@@ -13,6 +13,7 @@ import pytest
 from router.api_keys import KeyRing
 from router.door import Door
 from router.edge.dispatch import Dispatch, model_of
+from router.edge.exchange import EXCHANGE
 from router.edge.refusals import GuardedSend
 
 Message = MutableMapping[str, Any]
@@ -228,3 +229,35 @@ async def test_a_plain_refusal_gets_retry_after() -> None:
 async def test_other_answers_pass_unchanged() -> None:
     messages = [start(200, [(b"content-type", b"application/json")]), body(b"{}", False)]
     assert (await through_guard(*messages)).sent == messages
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_the_key_that_was_checked_is_the_key_that_goes_on(tmp_path: Path, order: int) -> None:
+    """A made-up second key would otherwise get a session of its own at the router, and a valid one its limits."""
+    app, (one,) = dispatch("one", keys=key_ring(tmp_path / "keys.json", every=None))
+    went_on: list[str] = []
+
+    async def note(scope: Any, receive: Any, send: Any) -> None:
+        exchange = EXCHANGE.get()
+        went_on.append(exchange.secret if exchange is not None else "")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    one.app = note  # type: ignore[method-assign]
+
+    async def post(*headers: tuple[bytes, bytes]) -> int:
+        exchange = Exchange()
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        scope = {"type": "http", "method": "POST", "path": "/tokenize", "headers": list(headers[::order])}
+        await app(scope, receive, exchange.send)
+        return exchange.status
+
+    assert await post((b"authorization", b"Bearer every"), (b"x-api-key", b"made-up")) == 401
+    assert went_on == []
+    assert await post((b"authorization", b"Bearer every"), (b"x-api-key", b"every")) == 200
+    assert await post((b"x-api-key", b"every")) == 200
+    assert await post((b"authorization", b"Basic abc"), (b"x-api-key", b"every")) == 200
+    assert went_on == ["every"] * 3

@@ -51,6 +51,18 @@ def test_a_key_is_known_by_its_hash_and_a_withdrawn_one_stops_at_once(tmp_path: 
     assert door.identify(bearer("secret-1")).tenant == "b"
 
 
+@pytest.mark.parametrize("names", [("authorization", "x-api-key"), ("x-api-key", "authorization")])
+def test_two_keys_that_differ_are_no_key(tmp_path: Path, names: tuple[str, str]) -> None:
+    door = Door(KeyRing(write_keys(tmp_path / "keys", {"name": "a", "sha256": HASH})))
+    shown = {"authorization": "Bearer secret-1", "x-api-key": "made-up"}
+    with pytest.raises(AuthError, match="more than one API key") as caught:
+        door.identify([(name, shown[name]) for name in names])
+    assert "secret-1" not in str(caught.value)
+    assert "made-up" not in str(caught.value)
+    twice = (("authorization", "bearer  secret-1"), ("x-api-key", " secret-1 "), ("authorization", "Basic abc"))
+    assert door.identify(twice).tenant == "a"
+
+
 def test_a_key_file_that_does_not_read_leaves_the_last_keys_in_force(tmp_path: Path) -> None:
     path = write_keys(tmp_path / "keys", {"name": "a", "sha256": HASH})
     ring = KeyRing(path)
