@@ -120,6 +120,13 @@ def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
             _time_step(arrived.replica, now)
     if filled:
         _take_tokens(state, filled, details, now)
+    for slot, lone in details.items():
+        request = state.slots.owner[slot]
+        if request is not None:
+            try:
+                _take_lone_details(state, request, lone)
+            except Exception as error:
+                fail(state, request, "delivery", error, now)
     pools: dict[int, Pool] = {}
     for arrived in group:
         replica, frame = arrived.replica, arrived.frame
@@ -173,7 +180,7 @@ def _take_tokens(state: RouterState, frames: list[_Arrived], details: dict[int, 
         if sink is None:
             continue
         try:
-            sink.outbox.add_part(Part(streams, counts, tokens, _details_of(state, sink, details), []))
+            sink.outbox.add_part(Part(streams, counts, tokens, _details_of(state, index, details), []))
             state.ledger.delivered_tokens += len(tokens)
             if index in urgent:
                 sink.outbox.urgent = True
@@ -356,11 +363,27 @@ def _details(state: RouterState, replica: Replica, frame: Frame) -> dict[int, li
     return found
 
 
-def _details_of(state: RouterState, sink: object, details: dict[int, list[bytes]]) -> list[bytes]:
+def _details_of(state: RouterState, sink_index: int, details: dict[int, list[bytes]]) -> list[bytes]:
+    """Takes those of the slots whose tokens go to the session as columns; DIRECT slots get theirs with their tokens."""
     if not details:
         return []
-    mine = [slot for slot in details if state.slots.owner[slot].sink is sink]
+    mine = [slot for slot in details if int(state.slots.sink[slot]) == sink_index]
     return [raw for slot in mine for raw in details.pop(slot)]
+
+
+def _take_lone_details(state: RouterState, request: Request, details: list[bytes]) -> None:
+    """Details of a stream that had no token in the frame, as a prompt's that are sent ahead in pieces."""
+    if request.replayed:  # the client has had them
+        return
+    if request.delivery != _EACH:
+        request.held_details += details
+    elif request.sink_index < 0:
+        request.sink.push_tokens(request, b"", details)
+    else:
+        sink = state.sinks[request.sink_index]
+        if sink is not None:
+            sink.outbox.add_part(Part(None, None, None, details, []))
+            sink.wake()
 
 
 def _take_finish(state: RouterState, replica: Replica, finish: tokens_pb2.Finish, now: float) -> None:

@@ -12,6 +12,7 @@ from router.circuit import CircuitState
 from router.fleet import Replica
 from router.intake import on_frames
 from router.lifecycle import State
+from router.request import Request
 from tests.router_core import ERROR, LENGTH, CoreFleet
 
 
@@ -115,6 +116,57 @@ def test_what_depends_on_the_tokens_alone_goes_on_from_them(sampling: dict[str, 
     end = fleet.end(request)
     assert end is not None
     assert end.resume_note == "a bad word of several tokens may span the resume"
+
+
+def rows(slot: int, *tokens: int) -> tokens_pb2.Detail:
+    logprobs = tokens_pb2.Logprobs(width=1, token=tokens, logprob=[-0.5] * len(tokens), rank=[1] * len(tokens))
+    return tokens_pb2.Detail(stream=slot, logprobs=logprobs)
+
+
+def details_of(fleet: CoreFleet, request: Request) -> list[int]:
+    """The tokens whose log probabilities the client got for it."""
+    fleet.collect()
+    found = [detail for frame in fleet.frames for detail in frame.detail if detail.stream == request.stream]
+    return [token for detail in found for token in detail.logprobs.token]
+
+
+def test_log_probabilities_of_a_replay_come_once_beside_another_stream_of_the_session() -> None:
+    fleet = CoreFleet(max_running=8)
+    replayed = fleet.submit(prompt=(1, 2), max_tokens=10, seed=5, temperature=1.0, logprobs=1)
+    lost = fleet.replica_of(replayed)
+    fleet.frame(lost, stream=[replayed.slot], count=[3], token=[11, 12, 13], detail=[rows(replayed.slot, 11, 12, 13)])
+    fleet.lose(lost)
+    other = fleet.submit(logprobs=1)
+    there = fleet.replica_of(replayed)
+    fleet.frame(
+        there,
+        stream=[other.slot, replayed.slot],
+        count=[1, 4],
+        token=[5, 11, 12, 13, 14],
+        detail=[rows(other.slot, 5), rows(replayed.slot, 11, 12, 13, 14)],
+    )
+    assert (fleet.received(replayed), fleet.received(other)) == ([11, 12, 13, 14], [5])
+    assert (details_of(fleet, replayed), details_of(fleet, other)) == ([11, 12, 13, 14], [5])
+
+
+def test_held_log_probabilities_wait_for_their_tokens_beside_another_stream_of_the_session() -> None:
+    fleet = CoreFleet(replicas=1)
+    held = fleet.submit(delivery=tokens_pb2.DELIVERY_FIRST_THEN_ALL)
+    other = fleet.submit()
+    only = fleet.replicas[0]
+    for token in (1, 2):
+        fleet.frame(only, stream=[held.slot, other.slot], token=[token, 7], detail=[rows(held.slot, token)])
+    assert (fleet.received(held), details_of(fleet, held)) == ([1], [1])
+    fleet.finish(held)
+    assert (fleet.received(held), details_of(fleet, held)) == ([1, 2], [1, 2])
+
+
+def test_details_without_a_token_are_passed_on() -> None:
+    fleet = CoreFleet()
+    request = fleet.submit(logprobs=1)
+    fleet.frame(fleet.replica_of(request), detail=[rows(request.slot, 4)])
+    fleet.tokens(request, 4)
+    assert (fleet.received(request), details_of(fleet, request)) == ([4], [4])
 
 
 def test_a_replay_that_differs_goes_on_from_what_the_client_has_and_says_so() -> None:
