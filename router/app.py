@@ -129,6 +129,7 @@ class RouterApp:
             self._tasks.append(asyncio.create_task(following))
         self._keep_up(TICK_S, self._tick, "upkeep")
         self._keep_up(SLOW_TICK_S, self._slow_tick, "slow upkeep")
+        self._keep_up(SLOW_TICK_S, self._expire_leases, "leases")
         self._keep_up(self._hold_pause_s, self._hold_tick, "held delivery")
         if self.keys is not None:
             self._keep_up(SLOW_TICK_S, self.keys.refresh, "keys")
@@ -171,9 +172,10 @@ class RouterApp:
         upkeep.tick(self.state, time.monotonic(), time.time())
 
     def _slow_tick(self) -> None:
-        now = time.monotonic()
-        upkeep.slow_tick(self.state, now)
-        self.leases.expire(now)
+        upkeep.slow_tick(self.state, time.monotonic())
+
+    def _expire_leases(self) -> None:
+        self.leases.expire(time.monotonic())
 
     def _hold_tick(self) -> None:
         if self.state.holds:
