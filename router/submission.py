@@ -38,17 +38,19 @@ def submit(
     `own` gets the requests before any answer can come.
 
     `message` is the caller's no more: it is changed here. `deadline_s` is monotonic; inf: none. Answers come through
-    `sink`, possibly before this returns.
+    `sink`, possibly before this returns. Who may not enter is charged nothing. A fault of ours is counted, and raises
+    UnavailableError.
     """
     try:
-        requests = _admit(state, sink, sink_index, stream, message, caller, deadline_s, now)
+        requests = _admit(state, sink, sink_index, stream, message, caller, deadline_s, now, own)
     except RequestError:
         raise
     except MegatokenError:
         state.ledger.refused += 1
         raise
-    if own is not None:
-        own(requests)
+    except Exception as error:
+        state.faults.caught("submission", error)
+        raise UnavailableError(f"internal error ({type(error).__name__})") from error
     for request in requests:
         state.live += 1
         state.held += bool(request.delivery)
@@ -58,7 +60,7 @@ def submit(
         if deadline_s != float("inf"):
             state.ordinal += 1
             heapq.heappush(state.deadlines, (deadline_s, state.ordinal, request))
-        request.pool.queue.push(request, 1.0 if caller.key is None else caller.key.weight)
+        request.pool.queue.push(request, 1.0 if request.caller.key is None else request.caller.key.weight)
     pump(state, requests[0].pool, now)
     return requests
 
@@ -72,7 +74,9 @@ def _admit(
     caller: Caller,
     deadline_s: float,
     now: float,
+    own: Callable[[list[Request]], None] | None,
 ) -> list[Request]:
+    """Charges the caller last of all, so that nothing that fails on the way has to be given back."""
     if state.draining:
         raise UnavailableError(DRAINING)
     caller = state.door.admit(caller, message.model)
@@ -86,7 +90,6 @@ def _admit(
     )
     if refused is not None:
         raise refused
-    state.door.enter(caller, choices, cost, now)
     if not message.request_id:
         state.ordinal += 1
         message.request_id = f"{state.config.router}-{state.ordinal:x}"
@@ -96,7 +99,7 @@ def _admit(
     message.ClearField("delivery")  # holding back is the router's part
     message.ClearField("max_delay_ms")
     resume = state.config.resume.enabled if not message.resume else message.resume != _RESUME_OFF
-    return [
+    requests = [
         Request(
             request_id=message.request_id,
             sink=sink,
@@ -123,6 +126,15 @@ def _admit(
         )
         for choice in range(choices)
     ]
+    state.door.enter(caller, choices, cost, now)
+    if own is not None:
+        try:
+            own(requests)
+        except BaseException:
+            for request in requests:
+                state.door.leave(caller, request.cost_tokens, 0)
+            raise
+    return requests
 
 
 def _choice_bytes(message: GenerateRequest, choice: int, choices: int) -> bytes:

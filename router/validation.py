@@ -16,6 +16,8 @@ from router.config import LimitsConfig
 if TYPE_CHECKING:
     from router.fleet import Fleet, Pool
 
+_MAX_SEED = (1 << 63) - 1  # int64
+
 
 def pool_of(fleet: Fleet, model: str) -> Pool:
     """The model's pool. Raises NotFoundError, naming what there is."""
@@ -66,6 +68,9 @@ def _max_tokens(sampling: tokens_pb2.SamplingParams, length: int, context: int) 
 def _check_sampling(sampling: tokens_pb2.SamplingParams, limits: LimitsConfig) -> None:
     if sampling.HasField("n") and not 1 <= sampling.n <= limits.max_n:
         raise RequestError("n", sampling.n, f"1 to {limits.max_n}")
+    most = _MAX_SEED + 1 - max(1, sampling.n)
+    if sampling.HasField("seed") and sampling.seed > most:  # choice i gets seed + i
+        raise RequestError("seed", sampling.seed, f"at most {most} with n = {max(1, sampling.n)}")
     if sampling.HasField("top_k") and sampling.top_k < -1:
         raise RequestError("top_k", sampling.top_k, "-1, 0 or more")
     if sampling.HasField("logprobs") and sampling.logprobs < -1:

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 
 from megatoken.errors import AuthError, OverloadError, RequestError, UnavailableError
-from megatoken.v1 import router_pb2
+from megatoken.frames import pack
+from megatoken.supervise import Faults
+from megatoken.v1 import frame_columns_pb2, router_pb2
+from router import submission
 from router.api_keys import ApiKey, KeyRing
 from router.door import Caller, Door
 from router.key_limits import Usage
 from router.leases import Leases
+from router.request import Request
+from router.submission import submit
 from tests.router_core import CoreFleet
 
 HASH = hashlib.sha256(b"secret-1").hexdigest()
@@ -144,3 +149,41 @@ def test_leases_follow_drain_and_loss() -> None:
         leases.assign(ask, Caller(), 100.0)
     with pytest.raises(RequestError, match="model: 'x'"):
         leases.assign(router_pb2.AssignRequest(model="x"), Caller(), 100.0)
+
+
+def keyed(**limits: float) -> tuple[CoreFleet, Caller]:
+    fleet = CoreFleet()
+    return fleet, Caller("a", key(**limits))
+
+
+def send(fleet: CoreFleet, caller: Caller, own: object = None, **sampling: int) -> list[Request]:
+    message = frame_columns_pb2.GenerateRequest(model="m", prompt=pack((1, 2)))
+    for name, value in sampling.items():
+        setattr(message.sampling, name, value)
+    return submit(fleet.state, fleet.sink, fleet.sink.index, 0, message, caller, float("inf"), fleet.now, own)  # type: ignore[arg-type]
+
+
+def test_a_seed_that_has_no_room_for_every_choice_is_refused_and_holds_no_place() -> None:
+    fleet, caller = keyed(concurrency=2)
+    for _ in range(3):
+        with pytest.raises(RequestError, match="seed: 9223372036854775807 is not allowed; at most 9223372036854775806"):
+            send(fleet, caller, n=2, seed=(1 << 63) - 1)
+    assert len(send(fleet, caller, n=2, seed=(1 << 63) - 2)) == 2
+
+
+def test_a_request_that_fails_on_its_way_in_gives_back_what_it_was_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, caller = keyed(concurrency=1)
+    fleet.state.faults = Faults()
+
+    def refuse(_requests: list[Request]) -> None:
+        raise KeyError("x")
+
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="internal error"):
+            send(fleet, caller, own=refuse)
+    with monkeypatch.context() as broken:
+        broken.setattr(submission, "_choice_bytes", lambda *_: 1 / 0)
+        with pytest.raises(UnavailableError, match="internal error"):
+            send(fleet, caller)
+    assert fleet.state.faults.counts == {"submission": 3}
+    assert len(send(fleet, caller)) == 1
