@@ -130,6 +130,8 @@ def edge_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings, 
         "site": node.site,
         "limits": {"max_requests": spec.edge.max_requests},
         "access_log": spec.edge.access_log,
+        "metrics_host": _host(None, node, around),  # never where clients are, even if edge.host is every address
+        "metrics_port": 0,
     }
     return ProcessLaunch(name, EDGE, config, node.id, _environment(spec, node, around))
 

@@ -72,7 +72,11 @@ async def serve(config: EdgeConfig, keys: KeyRing | None, listener: socket.socke
             gc.collect()
             gc.freeze()  # what start-up left never becomes garbage: keep it out of collections
             host, port = listener.getsockname()[:2]
-            report_ready(ready_fd, address=f"{config.advertise_host or host}:{port}", edge=config.edge)
+            facts = {"address": f"{config.advertise_host or host}:{port}", "edge": config.edge}
+            if parts.metrics is not None:
+                metrics_host = config.advertise_host or config.metrics_host
+                facts["metrics_address"] = f"{metrics_host}:{parts.metrics.port}"
+            report_ready(ready_fd, **facts)
 
     options: dict[str, Any] = {}
     if config.tls is not None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.version import __version__ as vllm_version
+
+from megatoken.metrics import MetricsServer, serve_metrics
 from router.api_keys import KeyRing
 from router.door import Door
 from router.edge.config import EdgeConfig
@@ -21,9 +25,12 @@ class Edge:
     app: Any
     sessions: Sessions
     models: tuple[ModelApp, ...]
+    metrics: MetricsServer | None
 
     async def close(self) -> None:
         """Closes the sessions with the router and ends vLLM's threads."""
+        if self.metrics is not None:
+            self.metrics.close()
         await self.sessions.close()
         for model in self.models:
             model.shutdown()
@@ -33,13 +40,23 @@ async def assemble(config: EdgeConfig, keys: KeyRing | None = None) -> Edge:
     """Builds an edge and begins to connect it to its router. Raises RequestError for a model that cannot be served."""
     metrics = EdgeMetrics()
     sessions = Sessions(config, metrics, keys)
+    sessions.watch_connection(metrics.router_connected)
     sessions.start()
     models = tuple([await build_model_app(model, config, sessions) for model in config.models])
     dispatch = Dispatch(
         apps={name: model for model in models for name in (*model.model.names, *model.model.loras)},
         is_healthy=lambda: sessions.connected,
-        exposition=lambda: metrics.exposition(sessions.connected),
         door=Door(keys),
         max_body_bytes=config.limits.max_body_bytes,
     )
-    return Edge(dispatch, sessions, models)
+    server = None
+    if config.metrics_port is not None:
+        version = json.dumps({"version": vllm_version}).encode()
+        server = serve_metrics(
+            metrics.registry,
+            config.metrics_host,
+            config.metrics_port,
+            metrics.http_exposition,
+            {"/version": lambda: ("application/json", version)},
+        )
+    return Edge(dispatch, sessions, models, server)

@@ -71,6 +71,8 @@ class EdgeConfig(_Part):
     api_keys_file: Path | None = Field(None, description="JSON of hashed keys; unset: no key is asked for")
     site: str = Field("", description="where the edge is; passed on with requests")
     limits: LimitsConfig = LimitsConfig()
+    metrics_host: str = Field("127.0.0.1", description="address of /metrics and /version, which ask for no key")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="0: any free one; unset: they are not served")
     access_log: bool = Field(False, description="one line a request; never with a prompt or a key")
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 

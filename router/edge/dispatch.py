@@ -1,6 +1,6 @@
 """Takes each HTTP exchange to the app of the model that its body names.
 
-What all models share is answered here: /health, /metrics, /v1/models. Keys are checked here. Plain ASGI: the apps are
+What all models share is answered here: /health, /v1/models. Keys are checked here. Plain ASGI: the apps are
 vLLM's and could be any. Built in __main__.
 """
 
@@ -24,8 +24,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS: Final = frozenset({"/health", "/ping", "/version", "/metrics"})  # need no key, as with vLLM
+OPEN_PATHS: Final = frozenset({"/health", "/ping"})  # need no key, as with vLLM
+INNER_PATHS: Final = ("/metrics", "/version")  # vLLM's app has them too; here they have an address of their own
 KEY_HEADERS: Final = (b"authorization", b"x-api-key")
+INNER_SUBPATHS: Final = tuple(f"{path}/" for path in INNER_PATHS)
 MAX_TRACEPARENT: Final = 128  # bytes; version 00 has 55
 MODELS_PATH: Final = "/v1/models"
 
@@ -54,7 +56,6 @@ class Dispatch:
         self,
         apps: Mapping[str, Served],
         is_healthy: Callable[[], bool],
-        exposition: Callable[[], bytes],
         door: Door,
         max_body_bytes: int,
     ) -> None:
@@ -62,7 +63,6 @@ class Dispatch:
         self._default = next(iter(apps.values()))
         self._single = len({id(app) for app in apps.values()}) == 1
         self._is_healthy = is_healthy
-        self._exposition = exposition
         self._door = door
         self._max_body_bytes = max_body_bytes
 
@@ -73,8 +73,8 @@ class Dispatch:
         path = scope["path"]
         if path == "/health":
             await answer(send, 200 if self._is_healthy() else 503, b"")
-        elif path == "/metrics":
-            await answer(send, 200, self._exposition(), b"text/plain; version=0.0.4; charset=utf-8")
+        elif path in INNER_PATHS or path.startswith(INNER_SUBPATHS):
+            await answer(send, 404, error_body(404, "NotFoundError", f"{path} is not served at this address"))
         elif path in OPEN_PATHS:
             await self._default.app(scope, receive, send)
         else:

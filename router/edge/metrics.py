@@ -81,10 +81,13 @@ class EdgeMetrics:
         self._generated.labels(model).inc(finish.generated_tokens)
         self._duration[model,].observe(seconds)
 
-    def exposition(self, connected: bool) -> bytes:
-        """The text of /metrics: ours, then vLLM's HTTP metrics from the process's default registry."""
-        self._connected.set(1 if connected else 0)
-        return generate_latest(self.registry) + generate_latest(_OnlyHttp())
+    def router_connected(self, up: bool) -> None:
+        """Whether the router answers, as of now."""
+        self._connected.set(1 if up else 0)
+
+    def http_exposition(self) -> bytes:
+        """vLLM's HTTP metrics, from the process's default registry. May be called from another thread."""
+        return generate_latest(_OnlyHttp())
 
 
 class _OnlyHttp:

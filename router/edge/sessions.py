@@ -42,7 +42,12 @@ class Sessions:
         self._used_s: dict[str, float] = {}
         self._users: Counter[str] = Counter()  # that may yet open a request, by key
         self._channel = channel_to(config.router, config.router_tls)  # tells whether the router is there
+        self._told: Callable[[bool], None] = lambda _up: None
         self._upkeep: asyncio.Task[None] | None = None
+
+    def watch_connection(self, told: Callable[[bool], None]) -> None:
+        """`told` hears about once a second whether the router answers."""
+        self._told = told
 
     def start(self) -> None:
         """Begins to connect. Call in the event loop."""
@@ -112,6 +117,7 @@ class Sessions:
 
     async def _keep_up(self) -> None:
         while True:
+            self._told(self.connected)
             await asyncio.sleep(UPKEEP_S)
             if self._keys is not None:
                 self._keys.refresh()

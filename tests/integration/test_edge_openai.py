@@ -40,11 +40,16 @@ class Stage:
     def url(self) -> str:
         return f"http://{self.edge.address}"
 
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{self.edge.ready['metrics_address']}"
+
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def shared() -> AsyncIterator[Stage]:
     config = {
         "edge": "edge-test",
+        "metrics_port": 0,
         "models": [
             {"name": "smol", "source": "builtin:smollm2-135m-instruct", "served_names": ["alias"], "dtype": "bfloat16",
              "tool_parser": "hermes", "extra_args": {"enable_prompt_tokens_details": True}},
@@ -247,7 +252,10 @@ async def test_models_health_metrics(stage: Stage) -> None:
     assert (await stage.client.models.retrieve("tiny")).id == "tiny"
     async with httpx.AsyncClient() as client:
         assert (await client.get(stage.url + "/health")).status_code == 200
-        text = (await client.get(stage.url + "/metrics")).text
+        for path in ("/metrics", "/version"):
+            assert (await client.get(stage.url + path)).status_code == 404
+        assert set((await client.get(stage.metrics_url + "/version")).json()) == {"version"}
+        text = (await client.get(stage.metrics_url + "/metrics")).text
     assert "megatoken_edge_router_connected 1.0" in text
     assert "http_requests_total" in text
 
@@ -350,5 +358,5 @@ async def until_connected(stage: Stage) -> None:
 
 async def test_nothing_is_left_running_after_all_that(stage: Stage) -> None:
     async with httpx.AsyncClient() as client:
-        text = (await client.get(stage.url + "/metrics")).text
+        text = (await client.get(stage.metrics_url + "/metrics")).text
     assert 'megatoken_edge_requests_running{model="smol"} 0.0' in text

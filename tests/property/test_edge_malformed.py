@@ -142,7 +142,7 @@ def test_any_request_gets_exactly_one_whole_answer(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    app = Dispatch({"m": Echo(), "n": Echo()}, lambda: True, lambda: b"", Door(), max_body_bytes=100)
+    app = Dispatch({"m": Echo(), "n": Echo()}, lambda: True, Door(), max_body_bytes=100)
     asyncio.run(app({"type": "http", "method": method, "path": path, "headers": headers}, receive, send))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[0]["status"] in (200, 404, 413)

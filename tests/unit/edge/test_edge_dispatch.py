@@ -76,7 +76,6 @@ def dispatch(
     made = Dispatch(
         apps={app.name: app for app in apps},
         is_healthy=lambda: healthy,
-        exposition=lambda: b"metrics",
         door=Door(keys),
         max_body_bytes=limit,
     )
@@ -153,7 +152,7 @@ async def test_keys(tmp_path: Path) -> None:
     assert one.bodies == []
     assert (await call(app, "POST", "/v1/completions", b'{"model":"one"}', key="every")).body == b"one"
     assert (await call(app, "GET", "/health")).status == 200
-    assert (await call(app, "GET", "/metrics")).status == 200
+    assert (await call(app, "GET", "/ping")).status == 200
 
 
 async def test_a_key_may_be_for_some_models_only(tmp_path: Path) -> None:
@@ -261,3 +260,11 @@ async def test_the_key_that_was_checked_is_the_key_that_goes_on(tmp_path: Path, 
     assert await post((b"x-api-key", b"every")) == 200
     assert await post((b"authorization", b"Basic abc"), (b"x-api-key", b"every")) == 200
     assert went_on == ["every"] * 3
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/", "/metrics/x", "/version", "/version/"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_what_operators_read_is_not_at_the_clients_address(path: str, method: str) -> None:
+    app, (one,) = dispatch("one")
+    assert (await call(app, method, path)).status == 404
+    assert one.bodies == []

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from megatoken.metrics import metrics_route
 from megatoken.v1.tokens_pb2 import FINISH_REASON_CANCELLED, FINISH_REASON_ERROR, FINISH_REASON_STOP, Finish
 from router.edge.metrics import EdgeMetrics
+
+
+def exposition(metrics: EdgeMetrics, *, connected: bool) -> str:
+    """As the metrics server of an edge answers."""
+    metrics.router_connected(connected)
+    return metrics_route(metrics.registry, metrics.http_exposition)()[1].decode()
 
 
 def samples(metrics: EdgeMetrics) -> dict[tuple[str, str, str], float]:
     """Values by (name, model, outcome)."""
     found = {}
-    for family in text_string_to_metric_families(metrics.exposition(connected=True).decode()):
+    for family in text_string_to_metric_families(exposition(metrics, connected=True)):
         for sample in family.samples:
             found[sample.name, sample.labels.get("model", ""), sample.labels.get("outcome", "")] = sample.value
     return found
@@ -38,7 +45,7 @@ def test_requests_are_counted_by_model_and_outcome() -> None:
 
 
 def test_the_process_is_described_once() -> None:
-    text = EdgeMetrics().exposition(connected=False).decode()
+    text = exposition(EdgeMetrics(), connected=False)
     assert text.count("# TYPE process_cpu_seconds_total") == 1
     assert 'megatoken_build_info{kind="edge"' in text
     assert "megatoken_edge_router_connected 0.0" in text

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from cluster.metrics import ControllerMetrics
-from megatoken.metrics import new_registry
+from megatoken.metrics import metrics_route, new_registry
 from megatoken.v1.control_pb2 import ClusterStatus, ModelStatus
 from megatoken.v1.tokens_pb2 import Finish
 from router.edge.metrics import EdgeMetrics
@@ -30,7 +30,7 @@ def edge() -> bytes:
     metrics.started("chat")
     metrics.first_token("chat", 0.1)
     metrics.ended("chat", 1.0, Finish(generated_tokens=3))
-    return metrics.exposition(True)
+    return metrics_route(metrics.registry, metrics.http_exposition)()[1]
 
 
 def controller() -> bytes:
