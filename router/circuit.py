@@ -27,31 +27,32 @@ class Circuit:
     failures: int = 0
     pause_s: float = 0.0
     until_s: float = 0.0
-    probing: bool = False
+    probe: int = -1  # slot of the request that probes; -1: none does
 
     def allows(self, now: float) -> bool:
         """Whether a request may go there; moves OPEN to HALF_OPEN when its pause is over."""
         if self.state is CircuitState.OPEN and now >= self.until_s:
             self.state = CircuitState.HALF_OPEN
-            self.probing = False
-        return self.state is CircuitState.CLOSED or (self.state is CircuitState.HALF_OPEN and not self.probing)
+            self.probe = -1
+        return self.state is CircuitState.CLOSED or (self.state is CircuitState.HALF_OPEN and self.probe < 0)
 
-    def sent(self) -> None:
-        """A request went there."""
+    def sent(self, slot: int) -> None:
+        """A request went there, under this number."""
         if self.state is CircuitState.HALF_OPEN:
-            self.probing = True
+            self.probe = slot
 
     def succeeded(self) -> None:
         """A first token came."""
         self.failures = 0
-        self.probing = False
+        self.probe = -1
         if self.state is not CircuitState.CLOSED:
             self.state = CircuitState.CLOSED
             self.pause_s = 0.0
 
-    def let_go(self) -> None:
-        """The probing request ended without a verdict (cancelled, or the caller's error): probe again."""
-        self.probing = False
+    def let_go(self, slot: int) -> None:
+        """A request left the replica, however that came. If it was the probe, and there is no verdict, probe again."""
+        if self.probe == slot:
+            self.probe = -1
 
     def trip(self, now: float) -> None:
         """The replica hangs: open at once, whatever came before."""
@@ -67,4 +68,4 @@ class Circuit:
             self.pause_s = min(max(self.open_s, self.pause_s * 2), self.max_open_s)
             self.until_s = now + self.pause_s
             self.state = CircuitState.OPEN
-            self.probing = False
+            self.probe = -1

@@ -37,6 +37,7 @@ def uncharge(state: RouterState, request: Request, now: float) -> Replica | None
         replica.prompt_outstanding = replica.decode_outstanding = 0.0
     request.charged_prompt = request.charged_decode = 0
     request.replica = None
+    replica.circuit.let_go(request.slot)  # every way off a replica leads through here
     state.fleet.refresh(replica, now)
     return replica
 
@@ -61,8 +62,6 @@ def end(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: fl
         replica = uncharge(state, request, now)
         if replica is not None and replica.link is not None:
             replica.link.send_cancel(request.slot)
-        if replica is not None and not request.first_on_replica:
-            replica.circuit.let_go()
         state.pages.free(request.slot)
         state.slots.orphan(request.slot, now)
         request.slot = -1

@@ -412,8 +412,8 @@ def _finish(state: RouterState, replica: Replica, request: Request, finish: toke
     if finish.reason == CANCELLED or (finish.reason == ERROR and finish.code == _FULL):
         lose(state, request, finish.message or f"replica {replica.name} let go of it", now, known_to_worker=False)
         return
-    if not request.first_on_replica:
-        first_token(state, request, now) if finish.reason != ERROR else replica.circuit.let_go()
+    if finish.reason != ERROR:
+        first_token(state, request, now)
     if request.delivery:
         flush_held(state, request)
     finish.generated_tokens = max(int(state.slots.generated[slot]), len(request.replayed) // 4)

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from megatoken.v1 import tokens_pb2
-from router import upkeep
+from router import recovery, upkeep
 from router.circuit import CircuitState
 from router.fleet import Replica
 from router.intake import on_frames
 from router.lifecycle import State
 from router.request import Request
-from tests.router_core import ERROR, LENGTH, CoreFleet
+from tests.router_core import CANCELLED, ERROR, LENGTH, CoreFleet
 
 
 def test_a_lost_replica_s_requests_go_on_from_prompt_and_tokens_so_far() -> None:
@@ -308,6 +308,31 @@ def test_failures_in_a_row_open_the_circuit_and_one_probe_closes_it() -> None:
     fleet.tick()
     assert replica.circuit.state is CircuitState.CLOSED
     assert waiting[1].state is State.RUNNING
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [{"reason": ERROR, "code": 8}, {"reason": ERROR, "code": 3}, {"reason": CANCELLED}, None],
+    ids=["full", "caller", "let_go", "drained"],
+)
+def test_a_probe_without_a_verdict_is_followed_by_another(verdict: dict[str, int] | None) -> None:
+    fleet = CoreFleet(replicas=1, breaker={"failures": 1, "open_s": 1.0})
+    replica = fleet.replicas[0]
+    replica.circuit.failed(fleet.now)
+    fleet.tick(1.1)
+    probe = fleet.submit()
+    second = fleet.submit()
+    assert (probe.state, second.state) == (State.RUNNING, State.QUEUED)
+    if verdict is None:
+        recovery.move_all(fleet.state, replica, "drained", fleet.now)
+    else:
+        fleet.finish(probe, **verdict)
+    fleet.tick(0.1)
+    running = [request for request in (probe, second) if request.state is State.RUNNING]
+    assert len(running) == 1
+    fleet.tokens(running[0], 1)
+    fleet.tick(0.1)
+    assert replica.circuit.state is CircuitState.CLOSED
 
 
 def test_a_replica_far_slower_than_its_kind_is_left_out_for_a_while() -> None:

@@ -115,6 +115,8 @@ def test_the_circuit_by_table(state: CircuitState, event: str) -> None:
         circuit.failed(5.0)
     elif event.startswith("allows"):
         circuit.allows(5.0 if event == "allows_now" else 11.0)
+    elif event in ("sent", "let_go"):
+        getattr(circuit, event)(3)
     else:
         getattr(circuit, event)()
     assert circuit.state is AFTER[state][event]
@@ -136,9 +138,11 @@ def test_one_probe_at_a_time() -> None:
     circuit.failed(0.0)
     assert not circuit.allows(0.5)
     assert circuit.allows(1.0)
-    circuit.sent()
+    circuit.sent(7)
     assert not circuit.allows(1.1)
-    circuit.let_go()  # the probing request was cancelled: no verdict
+    circuit.let_go(4)  # one from before the circuit opened
+    assert not circuit.allows(1.1)
+    circuit.let_go(7)  # the probing request was cancelled: no verdict
     assert circuit.allows(1.2)
 
 
