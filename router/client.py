@@ -31,6 +31,7 @@ from router.wire import DRAINING, MAX_REQUEST_BYTES, too_large
 
 Finish = tokens_pb2.Finish
 UNAVAILABLE = 14  # gRPC
+CLOSED = "the client was closed"
 ATTEMPTS = 3  # of a request that has had no token, when its router goes away
 
 
@@ -132,6 +133,7 @@ class TokenClient:
         self._streams: dict[ColumnSession, dict[int, tuple[TokenStream, int]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._connected = asyncio.Event()
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -152,10 +154,15 @@ class TokenClient:
             ) from None
 
     async def close(self) -> None:
+        """Ends the sessions. Streams that have not ended raise UnavailableError, and so does every later one."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        waiting, self._waiting = self._waiting, []
+        for _, stream in waiting:
+            stream.fail(UnavailableError(CLOSED))
 
     def generate(
         self,
@@ -207,6 +214,9 @@ class TokenClient:
         return [session for session in self._streams if session not in self._draining]
 
     def _submit(self, stream: TokenStream) -> None:
+        if self._closed:
+            stream.fail(UnavailableError(CLOSED))
+            return
         open_sessions = self.open_sessions()
         if not open_sessions:
             self._waiting.append((asyncio.get_running_loop().time() + self._connect_timeout_s, stream))
@@ -236,6 +246,12 @@ class TokenClient:
                 lost = error
             except MalformedFrame as error:
                 lost = UnavailableError(f"router {address} sent a malformed frame: {error}")
+            except Exception as error:  # a certificate that cannot be read just now, say: the next attempt may
+                lost = UnavailableError(f"router {address}: {error!r}")
+            except asyncio.CancelledError:
+                for stream, _ in self._streams.get(session, {}).values():  # nobody reads their answers any more
+                    stream.fail(UnavailableError(CLOSED))
+                raise
             finally:
                 live = self._streams.pop(session, {})
                 drained = session in self._draining

@@ -85,7 +85,8 @@ class ColumnSession:
         """Raises UnavailableError when the router does not answer in time."""
         self._channel = channel_to(self.address, self._tls)
         try:
-            await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for may lose a cancel
+                await self._channel.channel_ready()
         except TimeoutError:
             raise UnavailableError(f"router {self.address} does not answer within {timeout_s:.0f} s") from None
         call = cast(Any, self._channel).stream_stream("/megatoken.v1.Tokens/Session")(metadata=self._metadata)
