@@ -17,6 +17,7 @@ import stat
 import sys
 from typing import Final
 
+MAX_KNOWN: Final = 4096  # connections whose descriptor is remembered
 _TCP_CORK: Final = 3  # linux/tcp.h
 
 
@@ -37,6 +38,7 @@ class Corks:
 
     def __init__(self) -> None:
         self._connections: dict[str, Connection] = {}
+        self._known: dict[str, int] = {}  # descriptors of connections seen before, the latest last
         self._held: list[Connection] = []
         self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
         self._on, self._off = ctypes.c_int(1), ctypes.c_int(0)
@@ -48,8 +50,18 @@ class Corks:
             connection = self._connections[peer] = Connection(peer)
         connection.calls += 1
         if connection.calls == 2 and self._libc is not None:
-            connection.descriptor = find_socket(peer)
+            connection.descriptor = self._descriptor_of(peer)
         return connection
+
+    def _descriptor_of(self, peer: str) -> int:
+        """Looked for among all descriptors once a connection; after that it is only made sure that it is still it."""
+        known = self._known.pop(peer, None)
+        if known is None or (known >= 0 and not is_connection_of(known, peer)):
+            known = find_socket(peer)
+        self._known[peer] = known
+        if len(self._known) > MAX_KNOWN:
+            del self._known[next(iter(self._known))]
+        return known
 
     def leave(self, connection: Connection) -> None:
         connection.calls -= 1
@@ -81,21 +93,28 @@ class Corks:
 
 def find_socket(peer: str) -> int:
     """The descriptor of the connection from `peer`, as gRPC writes it (ipv4:127.0.0.1:1234); -1 when none is found."""
+    if _host_and_port(peer) is None:
+        return -1
+    return next((found for name in os.listdir("/proc/self/fd") if is_connection_of(found := int(name), peer)), -1)
+
+
+def is_connection_of(descriptor: int, peer: str) -> bool:
+    """Whether this descriptor is, now, the TCP connection from `peer`."""
+    wanted = _host_and_port(peer)
+    with contextlib.suppress(OSError):
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return False
+        with socket.socket(fileno=os.dup(descriptor)) as probe:
+            if probe.family not in (socket.AF_INET, socket.AF_INET6) or probe.type != socket.SOCK_STREAM:
+                return False
+            found = probe.getpeername()
+            return (found[0].removeprefix("::ffff:"), found[1]) == wanted
+    return False
+
+
+def _host_and_port(peer: str) -> tuple[str, int] | None:
     kind, _, address = peer.partition(":")
     host, _, port = address.rpartition(":")
     if kind not in ("ipv4", "ipv6") or not port.isdigit():
-        return -1
-    wanted = (host.strip("[]").replace("%5B", "").replace("%5D", ""), int(port))
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            descriptor = int(name)
-            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                continue
-            probe = socket.socket(fileno=os.dup(descriptor))
-            with probe:
-                if probe.family not in (socket.AF_INET, socket.AF_INET6) or probe.type != socket.SOCK_STREAM:
-                    continue
-                found = probe.getpeername()
-                if found[1] == wanted[1] and found[0].removeprefix("::ffff:") == wanted[0].removeprefix("::ffff:"):
-                    return descriptor
-    return -1
+        return None
+    return host.strip("[]").replace("%5B", "").replace("%5D", "").removeprefix("::ffff:"), int(port)
