@@ -1,4 +1,4 @@
-"""Whether a request may enter: bounds on requests and tokens, and deadlines that cannot be met. Pure.
+"""Whether a request may enter: bounds on requests, tokens and bytes, and deadlines that cannot be met. Pure.
 
 Called once a request, before it is queued. Fairness between those that wait is fair_queue.py; limits of one API key
 are key_limits.py.
@@ -67,6 +67,20 @@ def refusal(
     if time_left_s != float("inf"):
         return _deadline(pool, prompt_tokens, cost_tokens // choices - prompt_tokens, time_left_s, wait_s)
     return None
+
+
+def no_memory(pool: Pool, live_bytes: int, new_bytes: int, limits: AdmissionConfig) -> MegatokenError | None:
+    """Why the router cannot keep a request of `new_bytes`, all choices, beside those of `live_bytes` that it has.
+
+    Tokens alone do not say it: schemas, salts and arguments of a request have none.
+    """
+    if live_bytes + new_bytes <= limits.max_live_bytes:
+        return None
+    return OverloadError(
+        f"the router has requests of {live_bytes} bytes, {new_bytes} more are over max_live_bytes, "
+        f"{limits.max_live_bytes}",
+        retry_after_s(pool),
+    )
 
 
 def _deadline(

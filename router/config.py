@@ -21,6 +21,9 @@ class AdmissionConfig(_Part):
     max_requests: int = Field(default=65_536, ge=1, description="requests running and queued at once")
     max_queued_requests: int = Field(default=16_384, ge=0, description="requests waiting for a replica")
     max_queued_tokens: int = Field(default=64_000_000, ge=0, description="prompt + expected tokens of waiting requests")
+    max_live_bytes: int = Field(
+        default=1 << 30, ge=1024, description="encoded requests running and queued, every choice by itself"
+    )
     max_queue_s: float = Field(
         default=60.0, gt=0, description="longest wait for a replica; refused when more is expected"
     )

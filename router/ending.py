@@ -99,13 +99,24 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
         _settle_accounts(state, request, finish, now)
     except Exception as error:
         state.faults.caught("accounts", error)
-    request.carried = request.replayed = b""
+    _forget(state, request)
     request.sink.push_finish(request, finish.SerializeToString())
     if state.on_finished is not None:
         try:
             state.on_finished(request, finish, now)
         except Exception as error:
             state.faults.caught("request log", error)
+
+
+def _forget(state: RouterState, request: Request) -> None:
+    """Lets go of the request's bytes at once, whoever still has the object, and of its entries in the heaps."""
+    state.live_bytes -= len(request.raw)
+    request.raw = request.carried = request.replayed = b""
+    request.held_details.clear()
+    if request.deadline_s != float("inf"):
+        state.deadlines.ended()
+    if request.hold_due:
+        state.holds.ended()
 
 
 def _settle_accounts(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: float) -> None:

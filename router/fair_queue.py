@@ -2,7 +2,7 @@
 
 Each tenant's virtual time moves by the tokens it was served; the waiting request with the smallest start tag goes
 next, so a tenant with a thousand waiting requests and one with a single request take turns. Bounded by the caller
-(admission.py). Cancelled entries are dropped when they come to the front.
+(admission.py). Cancelled entries are dropped when they come to the front, or all together once they are the more.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+
+_FEW: Final = 64  # removed entries that are not worth a clean-up
 
 
 class Waiting(Protocol):
@@ -77,6 +79,16 @@ class FairQueue:
         """Takes a waiting request out wherever it stands. The caller knows that it waits here."""
         self._gone.add(id(item))
         self._counted(item, -1)
+        if len(self._gone) > _FEW and len(self._gone) > self.length:
+            self._drop_gone()
+
+    def _drop_gone(self) -> None:
+        """Makes heap and front anew without those that were removed: each is looked at once for itself and one more."""
+        gone = self._gone
+        self._heap = [entry for entry in self._heap if id(entry[3]) not in gone]
+        heapq.heapify(self._heap)
+        self._front = deque(item for item in self._front if id(item) not in gone)
+        gone.clear()
 
     def items(self) -> list[Any]:
         """All that wait, in no particular order."""

@@ -7,7 +7,6 @@ go on from what was recorded; after that, with the requests whose tokens they ar
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -332,8 +331,7 @@ def _hold(state: RouterState, request: Request, details: list[bytes], now: float
         flush_held(state, request)
     elif request.delivery == _COALESCE and not request.hold_due:
         request.hold_due = True
-        state.ordinal += 1
-        heapq.heappush(state.holds, (now + request.max_delay_s, state.ordinal, request))
+        state.holds.push(now + request.max_delay_s, request)
 
 
 def flush_held(state: RouterState, request: Request) -> None:

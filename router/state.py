@@ -16,6 +16,7 @@ from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
 from router.config import RouterConfig
 from router.door import Door
+from router.due import Due
 from router.fleet import Fleet
 from router.history import TokenPages
 from router.latency import Latencies
@@ -48,10 +49,11 @@ class RouterState:
     held: int = 0  # live requests with held delivery
     draining: bool = False
     membership_connected: bool = False  # the controller answers
-    deadlines: list[tuple[float, int, Request]] = field(default_factory=list)  # a heap
-    holds: list[tuple[float, int, Request]] = field(default_factory=list)  # held tokens due, a heap
+    live_bytes: int = 0  # encoded requests that these keep for sending them again
+    deadlines: Due = field(default_factory=Due)
+    holds: Due = field(default_factory=Due)  # held tokens to pass on
     on_finished: Callable[[Request, tokens_pb2.Finish, float], None] | None = None
-    ordinal: int = 0  # breaks ties in the heaps
+    ordinal: int = 0  # of requests that bring no id
 
     def __post_init__(self) -> None:
         self.pages = TokenPages(self.slots)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 
 from megatoken.errors import MegatokenError, RequestError, UnavailableError
@@ -53,13 +52,13 @@ def submit(
         raise UnavailableError(f"internal error ({type(error).__name__})") from error
     for request in requests:
         state.live += 1
+        state.live_bytes += len(request.raw)
         state.held += bool(request.delivery)
         state.retries.started(now)
         state.ledger.add("requests_started")
         request.pool.measures.started += 1
         if deadline_s != float("inf"):
-            state.ordinal += 1
-            heapq.heappush(state.deadlines, (deadline_s, state.ordinal, request))
+            state.deadlines.push(deadline_s, request)
         request.pool.queue.push(request, 1.0 if request.caller.key is None else request.caller.key.weight)
     pump(state, requests[0].pool, now)
     return requests
@@ -87,7 +86,7 @@ def _admit(
     cost = (prompt_tokens + expected) * choices
     refused = admission.refusal(
         pool, cost, choices, prompt_tokens, state.live + choices - 1, deadline_s - now, state.config.admission
-    )
+    ) or admission.no_memory(pool, state.live_bytes, message.ByteSize() * choices, state.config.admission)
     if refused is not None:
         raise refused
     if not message.request_id:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from typing import Final
 
 from megatoken.errors import DeadlineError, MegatokenError, UnavailableError
@@ -21,8 +20,7 @@ ZOMBIE_S: Final = 120.0  # an engine aborts within a step; a step that includes 
 
 def flush_due(state: RouterState, now: float) -> None:
     """Passes on coalesced tokens whose delay is over. Called every few milliseconds while any is held."""
-    while state.holds and state.holds[0][0] <= now:
-        _, _, request = heapq.heappop(state.holds)
+    for request in state.holds.pop_until(now):
         request.hold_due = False
         if request.state is State.RUNNING:
             try:
@@ -75,13 +73,10 @@ def slow_tick(state: RouterState, now: float) -> None:
 
 
 def _deadlines(state: RouterState, now: float) -> None:
-    while state.deadlines and state.deadlines[0][0] <= now:
-        _, _, request = heapq.heappop(state.deadlines)
-        if request.state is not State.FINISHED:
-            pool = request.pool
-            late_s = now - request.arrived_s
-            _end(state, request, DeadlineError(f"not done after {late_s:.3f} s, its deadline"), now)
-            pump(state, pool, now)
+    for request in state.deadlines.pop_until(now):
+        late_s = now - request.arrived_s
+        _end(state, request, DeadlineError(f"not done after {late_s:.3f} s, its deadline"), now)
+        pump(state, request.pool, now)
 
 
 def _waits(state: RouterState, now: float) -> None:

@@ -255,3 +255,39 @@ def test_tokens_for_streams_of_another_replica_are_dropped_and_counted() -> None
     fleet.finish(a, STOP)
     fleet.finish(b, STOP)
     fleet.check_idle()
+
+
+def test_what_ended_leaves_nothing_in_memory_whatever_its_deadline_was() -> None:
+    fleet = CoreFleet(replicas=1)
+    for turn in range(1000):
+        request = fleet.submit(timeout_s=86_400.0 * 49, cache_salt="x" * 1000)
+        replica, slot = fleet.replica_of(request), request.slot
+        if turn % 2:
+            fleet.cancel(request)
+        end = tokens_pb2.Finish(stream=slot, reason=tokens_pb2.FINISH_REASON_STOP)
+        fleet.frame(replica, finish=[end])
+    assert len(fleet.state.deadlines) <= 130
+    assert (fleet.state.live_bytes, request.raw) == (0, b"")
+    fleet.check_idle()
+
+
+def test_the_heap_of_holds_follows_what_is_live() -> None:
+    fleet = CoreFleet(replicas=1)
+    for _ in range(1000):
+        request = fleet.submit(delivery=tokens_pb2.DELIVERY_COALESCE, max_delay_ms=4_000_000)
+        fleet.tokens(request, 1)
+        fleet.tokens(request, 2)
+        fleet.finish(request)
+    assert len(fleet.state.holds) <= 130
+
+
+def test_the_bytes_of_live_requests_are_bounded_and_come_back() -> None:
+    fleet = CoreFleet(replicas=1, admission={"max_live_bytes": 100_000})
+    first = fleet.submit(cache_salt="x" * 60_000)
+    with pytest.raises(OverloadError, match="max_live_bytes, 100000"):
+        fleet.submit(cache_salt="x" * 60_000)
+    with pytest.raises(OverloadError, match="max_live_bytes"):
+        fleet.submit(cache_salt="x" * 20_000, n=3)
+    fleet.finish(first)
+    fleet.submit(cache_salt="x" * 20_000, n=3)
+    assert 60_000 < fleet.state.live_bytes < 61_000

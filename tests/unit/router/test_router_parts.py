@@ -47,6 +47,19 @@ def test_the_queue_hands_everything_out_once_and_counts_right(steps: list[tuple[
         assert set(map(id, queue.items())) == set(map(id, waiting))
 
 
+def test_what_was_removed_from_the_queue_is_not_kept() -> None:
+    queue = FairQueue()
+    first = Item("a", 10)
+    queue.push(first)
+    for turn in range(5000):
+        item = Item("b", 10)
+        (queue.push if turn % 3 else queue.push_front)(item)
+        queue.remove(item)
+    assert (len(queue), len(queue.items())) == (1, 1)
+    assert len(queue._heap) + len(queue._front) <= 130
+    assert queue.pop() is first
+
+
 def test_tenants_share_by_tokens_and_weight() -> None:
     queue = FairQueue()
     for _ in range(200):
