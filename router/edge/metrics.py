@@ -82,7 +82,7 @@ class EdgeMetrics:
         self._duration[model,].observe(seconds)
 
     def router_connected(self, up: bool) -> None:
-        """Whether the router answers, as of now."""
+        """Whether the router answers; told about once a second."""
         self._connected.set(1 if up else 0)
 
     def http_exposition(self) -> bytes:

@@ -255,8 +255,11 @@ async def test_models_health_metrics(stage: Stage) -> None:
         for path in ("/metrics", "/version"):
             assert (await client.get(stage.url + path)).status_code == 404
         assert set((await client.get(stage.metrics_url + "/version")).json()) == {"version"}
-        text = (await client.get(stage.metrics_url + "/metrics")).text
-    assert "megatoken_edge_router_connected 1.0" in text
+        async with asyncio.timeout(5):  # the connection's state is told once a second
+            text = ""
+            while "megatoken_edge_router_connected 1.0" not in text:
+                text = (await client.get(stage.metrics_url + "/metrics")).text
+                await asyncio.sleep(0.1)
     assert "http_requests_total" in text
 
 
