@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,6 +16,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 
+from megatoken.v1.tokens_pb2 import Detail, Logprobs
+from router.edge.engine_core import CoreReceiver
 from router.edge.outcomes import VLLM_REASON
 from router.edge.sampling import CONSTRAINT_OPTIONS, CONSTRAINTS, EXTRA, PLAIN, to_contract
 
@@ -65,3 +69,21 @@ def test_outputs_and_requests_have_the_fields_we_set() -> None:
         assert name in EngineCoreOutput.__struct_fields__
     for name in ("prompt_token_ids", "mm_features", "prompt_embeds", "lora_request", "cache_salt", "priority"):
         assert name in EngineCoreRequest.__struct_fields__
+
+
+def test_a_long_prompts_log_probabilities_in_pieces_reach_vllm_as_one() -> None:
+    def rows(first: int, last: int) -> Detail:
+        numbers = range(first, last)
+        return Detail(prompt_logprobs=Logprobs(width=1, token=numbers, logprob=[-1.0] * len(numbers), rank=numbers))
+
+    core: Any = SimpleNamespace(pending=[])
+    receiver = CoreReceiver(core, "r", 6)
+    receiver.feed([], [rows(0, 2)], None)
+    receiver.feed([], [rows(2, 4)], None)
+    assert core.pending == []
+    receiver.feed([7], [rows(4, 5)], None)
+    receiver.feed([8], None, None)
+    first, second = core.pending
+    assert (first.new_token_ids, second.new_token_ids) == ([7], [8])
+    assert first.new_prompt_logprobs_tensors.logprob_token_ids.flatten().tolist() == [0, 1, 2, 3, 4]
+    assert second.new_prompt_logprobs_tensors is None
