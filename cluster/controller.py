@@ -26,6 +26,7 @@ from cluster.fleet import (
     Happening,
     Limits,
     Observation,
+    Phase,
     Release,
     Reserve,
     RollBack,
@@ -39,10 +40,13 @@ from cluster.orders import Orders
 from cluster.processes import Record, supervise, wanted_processes
 from cluster.reconciler import reconcile
 from cluster.replica import ReplicaState
+from cluster.secrets_keeper import SecretsKeeper, process_credentials
 from cluster.spec import ClusterSpec
 from cluster.state import StateStore
 from cluster.status import Readings, model_statuses, node_statuses, process_statuses, replica_statuses
 from cluster.topology import Inventory
+from megatoken.access.credentials import dump
+from megatoken.access.files import CredentialsFile
 from megatoken.errors import NotFoundError, UnavailableError
 from megatoken.tls import ClientTls
 from megatoken.v1 import control_pb2, membership_pb2
@@ -53,6 +57,8 @@ Result = TypeVar("Result")
 BUSY_WAIT_S = 0.2  # between looks while something is on its way
 POLL_S = 1.0  # between readings of loads and queues
 STOP_GRACE_S = 5.0  # of a worker that has no request left
+CREDENTIALS_S = 2.0  # for processes to take new credentials; those that did not are told again at the next tick
+ROTATION_POLL_S = 0.1
 LIVE_STATES_MOVING = frozenset({ReplicaState.RESERVING, ReplicaState.STARTING, ReplicaState.DRAINING})
 
 
@@ -73,8 +79,11 @@ class Settings:
 class Controller:
     """Owns the fleet. Its methods run in its event loop; only the Backend is elsewhere."""
 
-    def __init__(self, settings: Settings, store: StateStore, make_backend: Callable[[], Backend]) -> None:
+    def __init__(
+        self, settings: Settings, store: StateStore, secrets: SecretsKeeper, make_backend: Callable[[], Backend]
+    ) -> None:
         self.settings = settings
+        self.secrets = secrets
         self.store = store
         self._make_backend = make_backend
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="backend")
@@ -88,8 +97,10 @@ class Controller:
         self.events = EventLog(self.orders.spec.control.events_kept, time.time)
         epoch = int(store.get("epoch") or time.time())
         self.versions = Versions(epoch, int(store.get("version") or 0))
+        self._version_told = self.versions.current.version
         self.snapshot_changed = asyncio.Condition()
-        self.links = Links(settings.tls)
+        self.credentials = CredentialsFile(secrets.own_path)
+        self.links = Links(settings.tls, self.credentials.metadata)
         self.throughput: membership_pb2.ThroughputGroup | None = None
         self.closed = asyncio.Event()
         self.address = ""
@@ -101,13 +112,17 @@ class Controller:
         self.log_lines: deque[str] = deque(maxlen=1)
         self.on_event: Callable[[control_pb2.Event], None] = lambda _event: None
         self.on_tick: Callable[[float, bool], None] = lambda _seconds, _ok: None
+        self.on_fault: Callable[[str], None] = lambda _what: None
+        """Called, from any thread, with what failed and goes on: it is counted."""
 
     # -- the loop --
 
     async def run(self) -> None:
         """Ticks until the cluster was taken down. Raises when the backend cannot be made."""
         backend = self._backend = await self._in_thread(self._make_backend)
-        self._around = Surroundings(self.address, self.store.ports(), backend.ray_address, self.settings.local)
+        self._around = Surroundings(
+            self.address, self.store.ports(), backend.ray_address, self.settings.local, self.secrets.current
+        )
         self.tell(Happening("controller.started", "controller", "carries on" if self._restored else "starts"))
         self._publish_snapshot()
         poll = asyncio.create_task(self._poll_forever())
@@ -130,12 +145,23 @@ class Controller:
         try:
             down = await self._tick(backend)
         except Exception:  # the loop that supervises: whatever went wrong, the next tick looks again
-            logger.exception("a tick failed")
-            self.on_tick(time.monotonic() - began, False)
+            self._survived("tick")
+            self._count_turn(time.monotonic() - began, False)
             await asyncio.sleep(self.orders.spec.control.tick_s)
             return False
-        self.on_tick(time.monotonic() - began, True)
+        self._count_turn(time.monotonic() - began, True)
         return down
+
+    def _count_turn(self, seconds: float, ok: bool) -> None:
+        try:
+            self.on_tick(seconds, ok)
+        except Exception:  # whoever looks on does not end the loop
+            self._survived("metrics")
+
+    def _survived(self, what: str) -> None:
+        """Logs and counts an exception that ends nothing. Called where it is caught, from any thread."""
+        logger.exception("%s failed", what)
+        self.on_fault(what)
 
     async def _tick(self, backend: Backend) -> bool:
         await self._wait(backend)
@@ -147,6 +173,8 @@ class Controller:
         self.store.save_fleet(plan.fleet)
         for happening in plan.happenings:
             self.tell(happening)
+        self._publish_snapshot()  # before anything is done: who drains or failed is told even if an action fails
+        await self._keep_secrets(backend, now)
         await self._apply(backend, plan.actions)
         self.orders.settle_updates(self.fleet)
         processes_left = await self._supervise(backend, now)
@@ -200,8 +228,12 @@ class Controller:
         self._drains = {replica: task for replica, task in self._drains.items() if replica in live}
 
     def _call_all(self, backend: Backend, actions: list[Reserve | Start | Release]) -> None:
+        """Each by itself: one that raises takes no other along, and the next tick asks for it again."""
         for action in actions:
-            self._call(backend, action)
+            try:
+                self._call(backend, action)
+            except Exception:
+                self._survived(f"{type(action).__name__.lower()} of a replica")
 
     def _call(self, backend: Backend, action: Reserve | Start | Release) -> None:
         match action:
@@ -239,13 +271,46 @@ class Controller:
 
         def call() -> None:
             for launch in decision.start:
-                backend.start_process(launch)
+                try:
+                    backend.start_process(launch)
+                except Exception:
+                    self._survived("start of a process")
             for name, grace_s in decision.stop:
-                backend.stop_process(name, min(grace_s, STOP_GRACE_S) if self.orders.stopping else grace_s)
+                try:
+                    backend.stop_process(name, min(grace_s, STOP_GRACE_S) if self.orders.stopping else grace_s)
+                except Exception:
+                    self._survived("stop of a process")
 
         if decision.start or decision.stop:
             await self._in_thread(call)
         return bool(self.look.processes or decision.start)
+
+    async def rotate_tokens(self) -> str:
+        """Makes every token anew; the operator's, once all processes show theirs. Raises UnavailableError."""
+        self.secrets.rotate()
+        self.tell(Happening("tokens.rotating", "cluster", "a new secret is made; the old one ends soon", "operator"))
+        while self.secrets.current.rotating and self.secrets.current.presented:
+            self._wake.set()
+            await asyncio.sleep(ROTATION_POLL_S)
+        return self.secrets.operator_token
+
+    async def _keep_secrets(self, backend: Backend, now: float) -> None:
+        """Brings every running process to know the present secrets, and a rotation to its next step."""
+        if not self.look.complete:
+            return
+        started = (Phase.STARTING, Phase.SERVING)
+        kinds = {name: "worker" for name, seen in self.look.replicas.items() if seen.phase in started}
+        kinds |= {name: name.partition("-")[0] for name, seen in self.look.processes.items() if seen.phase in started}
+        self.secrets.advance(kinds, now)
+        secrets = self.secrets.current
+        self._around = replace(self._around, secrets=secrets)
+        untold = self.secrets.untold(kinds)
+        made = {name: process_credentials(secrets, kinds[name], name) for name in untold}
+        self.secrets.told([name for name, own in made.items() if own is None], secrets)
+        texts = {name: dump(own) for name, own in made.items() if own is not None}
+        if texts:
+            took = await self._in_thread(lambda: backend.give_credentials(texts, CREDENTIALS_S))
+            self.secrets.told(took, secrets)
 
     def _moving(self) -> bool:
         """Whether something is on its way, so that the next look should come soon."""
@@ -268,9 +333,11 @@ class Controller:
         content = content_of(self.fleet, self.orders.spec.models, inventory, routers, self.throughput, offset_s)
         if not self.look.complete and self.versions.current.version:
             content.routers.MergeFrom(self.versions.current.routers)
-        if self.versions.offer(content):
-            current = self.versions.current
+        self.versions.offer(content)
+        current = self.versions.current
+        if current.version != self._version_told:
             self.store.put(epoch=str(current.epoch), version=str(current.version))
+            self._version_told = current.version  # a version that could not be written down is told at the next tick
             self._notify = asyncio.ensure_future(self._notify_watchers())
 
     async def _notify_watchers(self) -> None:
@@ -278,7 +345,8 @@ class Controller:
             self.snapshot_changed.notify_all()
 
     def set_throughput(self, group: membership_pb2.ThroughputGroup, why: str) -> None:
-        """Publishes a new throughput group at once."""
+        """Publishes a new throughput group at once, and first writes its number down: none is used twice."""
+        self.store.put(throughput_epoch=str(group.epoch))
         self.throughput = group
         self.tell(Happening("throughput.epoch", str(group.epoch), f"{len(group.members)} agents: {why}", "attendance"))
         self._publish_snapshot()
@@ -317,7 +385,7 @@ class Controller:
             try:
                 await self._poll()
             except Exception:  # supervises: readings are for people, and the next round reads again
-                logger.exception("reading loads failed")
+                self._survived("reading of loads")
             await asyncio.sleep(POLL_S)
 
     async def _poll(self) -> None:

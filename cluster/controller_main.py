@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -19,6 +20,7 @@ from cluster.controller import Controller, Settings, bind_host
 from cluster.metrics import ControllerMetrics
 from cluster.ports import find_ports
 from cluster.runtime_dirs import cluster_directory
+from cluster.secrets_keeper import SecretsKeeper
 from cluster.service_discovery import serve_controller_metrics
 from cluster.spec import ClusterSpec
 from cluster.state import StateStore
@@ -48,6 +50,7 @@ class ControllerActor:
         self._closed = threading.Event()
         self._address = ""
         self._problem = ""
+        self._secrets: SecretsKeeper | None = None
         # Restarted by Ray, it carries on with what the state file says; new, it takes what it is given, also where an
         # earlier cluster of that name was lost and left its file.
         self._restarted = was_restarted()
@@ -59,6 +62,10 @@ class ControllerActor:
         """(host:port, problem), once one of them is known; the problem is empty when it serves."""
         self._ready.wait(timeout_s)
         return self._address, self._problem
+
+    def operator_token(self) -> str:
+        """For whoever may connect to Ray: `megatoken up`. Empty before it serves."""
+        return self._secrets.operator_token if self._secrets is not None else ""
 
     def wait_closed(self, timeout_s: float) -> bool:
         """True once the cluster was taken down."""
@@ -95,32 +102,36 @@ class ControllerActor:
         local = spec.ray.address == "local"
         advertise = node_address if host in ("0.0.0.0", "::") else host
         settings = Settings(spec.cluster, state_file, local, host, advertise, client_tls(spec))
-        controller = Controller(settings, store, lambda: ray_backend(spec.cluster, runtime_root))
+        secrets = SecretsKeeper(state_file.parent)
+        controller = Controller(settings, store, secrets, lambda: ray_backend(spec.cluster, runtime_root))
         controller.log_lines = lines
         server = ControlServer(controller, server_tls(spec))
-        attendance = AttendanceServicer(controller.set_throughput)
-        attendance.attach(server.server)
-        ports = store.ports()
-        port = await bind_patiently(
-            "control.port", ports["control.port"], host, lambda: server.start(host, ports["control.port"])
+        attendance = AttendanceServicer(
+            controller.set_throughput,
+            last_epoch=int(store.get("throughput_epoch") or 0),
+            on_fault=lambda: controller.on_fault("attendance"),
         )
-        controller.address = f"{advertise}:{port}"
-        scheme = "https" if spec.security.tls else "http"
+        attendance.attach(server.server)
+        async with contextlib.AsyncExitStack() as ends:
+            ends.callback(store.close)
+            ends.push_async_callback(server.stop)
+            ports = store.ports()
+            port = await bind_patiently(
+                "control.port", ports["control.port"], host, lambda: server.start(host, ports["control.port"])
+            )
+            controller.address = f"{advertise}:{port}"
+            scheme = "https" if spec.security.tls else "http"
 
-        async def bind_metrics() -> MetricsServer:
-            return start_metrics(controller, host, advertise, ports["control.metrics_port"], scheme)
+            async def bind_metrics() -> MetricsServer:
+                return start_metrics(controller, host, advertise, ports["control.metrics_port"], scheme)
 
-        metrics = await bind_patiently("control.metrics_port", ports["control.metrics_port"], host, bind_metrics)
-        await attendance.start()
-        self._address = controller.address
-        self._ready.set()
-        try:
+            metrics = await bind_patiently("control.metrics_port", ports["control.metrics_port"], host, bind_metrics)
+            ends.callback(metrics.close)
+            await attendance.start()
+            ends.push_async_callback(attendance.stop)
+            self._address, self._secrets = controller.address, secrets
+            self._ready.set()
             await controller.run()
-        finally:
-            metrics.close()
-            await attendance.stop()
-            await server.stop()
-            store.close()
         return not local
 
 
@@ -177,6 +188,7 @@ def start_metrics(controller: Controller, host: str, advertise: str, port: int, 
 
     controller.on_tick = on_tick
     controller.on_event = metrics.record_event
+    controller.on_fault = metrics.record_fault
     controller.metrics_address = f"{advertise}:{server.port}"
     return server
 

@@ -64,6 +64,12 @@ class ControllerMetrics(Collector):
         )
         for outcome in ("ok", "failed"):
             self._ticks.labels(outcome)
+        self._faults = Counter(
+            "megatoken_cluster_faults_total",
+            "Failures that the controller survived, by what failed.",
+            ["what"],
+            registry=registry,
+        )
         self._tick_s = FastHistograms(
             "megatoken_cluster_tick_seconds", "One turn of the control loop.", TICK_BUCKETS_S, (), registry
         )
@@ -91,6 +97,10 @@ class ControllerMetrics(Collector):
         kind = event.kind if event.kind in self._event_kinds or len(self._event_kinds) < MAX_EVENT_KINDS else "other"
         self._event_kinds.add(kind)
         self._events.labels(kind).inc()
+
+    def record_fault(self, what: str) -> None:
+        """Counts something that failed and was survived; `what` is one of a few constants."""
+        self._faults.labels(what).inc()
 
     def record_tick(self, seconds: float, ok: bool = True) -> None:
         """Counts one turn of the control loop and how long it took."""

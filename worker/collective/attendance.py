@@ -12,6 +12,7 @@ published as `last_epoch`: numbers never come twice then, even when every agent 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
@@ -20,6 +21,8 @@ import grpc
 
 from megatoken.v1 import membership_pb2, throughput_pb2, throughput_pb2_grpc
 from worker.collective.group import Attended, Attendee, Group, GroupPolicy, Groups, Stance
+
+logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
 MAX_AGENTS: Final = 10_000
@@ -42,8 +45,10 @@ class AttendanceServicer(throughput_pb2_grpc.ThroughputAttendanceServicer):
         policy: GroupPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         last_epoch: int = 0,
+        on_fault: Callable[[], None] = lambda: None,
     ) -> None:
         self.groups = Groups(policy or GroupPolicy(), last_epoch=last_epoch)
+        self._on_fault, self._published = on_fault, self.groups.group.epoch
         self._publish, self._clock = publish, clock
         self._streams: dict[str, set[object]] = {}  # an agent may open a new one before its last ends
         self._poller: asyncio.Task[None] | None = None
@@ -92,12 +97,16 @@ class AttendanceServicer(throughput_pb2_grpc.ThroughputAttendanceServicer):
                     self._poll()
 
     def _poll(self) -> None:
-        before = self.groups.group.epoch
-        group = self.groups.poll(self._clock())
-        if group is None and self.groups.group.epoch != before:
-            group = self.groups.group  # adopted
-        if group is not None:
-            self._publish(to_message(group), group.why)
+        """Publishes the group if it is another than was last published. Never raises: the next poll tries again."""
+        try:
+            self.groups.poll(self._clock())
+            group = self.groups.group  # new, or adopted
+            if group.epoch != self._published:
+                self._publish(to_message(group), group.why)
+                self._published = group.epoch
+        except Exception:
+            logger.exception("a throughput group could not be published")
+            self._on_fault()
 
     async def _poll_forever(self) -> None:
         while True:

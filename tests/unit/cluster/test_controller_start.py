@@ -7,14 +7,24 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from cluster import controller_main
 from cluster.controller_main import SETTLED_PORTS, ControllerActor, bind_patiently, settle_ports
 from cluster.ports import candidates, ephemeral_range, find_ports
-from cluster.spec import default_spec
+from cluster.spec import ClusterSpec
 from cluster.state import StateStore
+
+SPEC = ClusterSpec.model_validate(
+    {
+        "models": [{"name": "m", "engine": "simulated"}],
+        "control": {"port": 0},
+        "routers": {"port": 0},
+        "edge": {"port": 0},
+    }
+)
 
 
 @pytest.fixture
@@ -25,12 +35,17 @@ def taken() -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
+def no_ray(_cluster: str, _root: Path) -> NoReturn:
+    pytest.fail("the controller serves, though its port is held")
+
+
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set when the process would have ended; nothing here waits long."""
     event = threading.Event()
     monkeypatch.setattr(controller_main, "end_process", event.set)
     monkeypatch.setattr(controller_main, "collect_logs", lambda *_: deque(maxlen=1))
+    monkeypatch.setattr(controller_main, "ray_backend", no_ray)
     monkeypatch.setattr(controller_main, "RESTART_BIND_S", 0.3)
     monkeypatch.setattr(controller_main, "EXIT_PAUSE_S", 0.05)
     return event
@@ -38,18 +53,24 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 @pytest.mark.parametrize("service", ["control.port", "control.metrics_port"])
 def test_a_restarted_controller_whose_port_stays_held_ends_its_process(
-    tmp_path: Path, taken: int, ended: threading.Event, monkeypatch: pytest.MonkeyPatch, service: str
+    tmp_path: Path,
+    taken: int,
+    ended: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    service: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(controller_main, "was_restarted", lambda: True)
     path = tmp_path / "state.sqlite"
     store = StateStore(path)
-    store.put_spec(default_spec(), {})
+    store.put_spec(SPEC, {})
     ports = dict(zip(SETTLED_PORTS, find_ports(len(SETTLED_PORTS), "127.0.0.1", random.Random()), strict=True))
     store.put_ports({**ports, service: taken})
     store.close()
     actor = ControllerActor(str(path), str(tmp_path), "127.0.0.1", None)
     assert ended.wait(10), "the actor lives on without a controller"
-    assert actor.address(0.0)[0] == ""
+    assert actor.address(0.0) == ("", "")
+    assert f"{service}: {taken} is not allowed; it is in use on 127.0.0.1" in caplog.text
 
 
 def test_a_new_controller_first_says_what_is_wrong(
@@ -89,13 +110,13 @@ async def test_a_bind_that_never_works_names_the_port(monkeypatch: pytest.Monkey
 
 def test_settled_ports_lie_outside_the_range_of_outgoing_connections(tmp_path: Path) -> None:
     store = StateStore(tmp_path / "state.sqlite")
-    settle_ports(store, default_spec(), "127.0.0.1")
+    settle_ports(store, SPEC, "127.0.0.1")
     low, high = ephemeral_range()
     settled = store.ports()
     assert settled.keys() == set(SETTLED_PORTS)
     assert len(set(settled.values())) == len(SETTLED_PORTS)
     assert not [port for port in settled.values() if low <= port <= high]
-    settle_ports(store, default_spec(), "127.0.0.1")
+    settle_ports(store, SPEC, "127.0.0.1")
     assert store.ports() == settled
 
 

@@ -1,0 +1,162 @@
+"""The control loop when what it calls fails: it goes on, says so, and routers still hear who serves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from cluster.backend import Look, ProcessLaunch, ProcessObservation
+from cluster.controller import Controller, Settings
+from cluster.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
+from cluster.secrets_keeper import SecretsKeeper
+from cluster.spec import ClusterSpec
+from cluster.state import StateStore
+from cluster.topology import Device, Inventory, Node
+from megatoken.v1 import membership_pb2
+
+NODES = Inventory((Node("n0", "127.0.0.1", tuple(Device("cpu", index) for index in range(4)), head=True),))
+SPEC = ClusterSpec.model_validate(
+    {
+        "models": [{"name": "m", "engine": "simulated", "replicas": 2}],
+        "agents": {"enabled": False},
+        "routers": {"count": 0},
+        "edge": {"count": 0},
+        "control": {"tick_s": 0.1},
+    }
+)
+
+
+class Backend:
+    """Grants and starts at once; `broken` are calls (method, name) that raise."""
+
+    ray_address = "127.0.0.1:1"
+    head_node = "n0"
+
+    def __init__(self) -> None:
+        self.replicas: dict[str, ReplicaObservation] = {}
+        self.broken: set[tuple[str, str]] = set()
+
+    def wait_change(self, wait_s: float) -> bool:
+        time.sleep(min(wait_s, 0.01))
+        return True
+
+    def look(self) -> Look:
+        processes: Mapping[str, ProcessObservation] = {}
+        return Look(NODES, dict(self.replicas), processes)
+
+    def reserve(self, replica: Replica) -> None:
+        self._may("reserve", replica.id)
+        self.replicas.setdefault(replica.id, ReplicaObservation(Reservation.GRANTED))
+
+    def start_replica(self, replica: Replica, launch: ProcessLaunch) -> None:
+        self._may("start", replica.id)
+        facts = WorkerFacts(f"{replica.id}:1", 1, "simulated")
+        self.replicas[replica.id] = ReplicaObservation(Reservation.GRANTED, Phase.SERVING, facts)
+
+    def release(self, replica_id: str, grace_s: float) -> None:
+        self._may("release", replica_id)
+        self.replicas.pop(replica_id, None)
+
+    def start_process(self, launch: ProcessLaunch) -> None: ...
+
+    def stop_process(self, name: str, grace_s: float) -> None: ...
+
+    def tail(self, name: str, lines: int, timeout_s: float) -> str:
+        raise KeyError(name)
+
+    def give_credentials(self, texts: Mapping[str, str], timeout_s: float) -> list[str]:
+        return list(texts)
+
+    def placement_group_id(self, replica_id: str) -> str:
+        return ""
+
+    def clean(self) -> None: ...
+
+    def _may(self, method: str, name: str) -> None:
+        if (method, name) in self.broken:
+            raise RuntimeError(f"{method} of {name} is broken")
+
+
+class Running:
+    """A controller over a Backend, in this event loop."""
+
+    def __init__(self, directory: Path) -> None:
+        self.backend = Backend()
+        self.store = StateStore(directory / "state.sqlite")
+        self.store.put_spec(SPEC, {})
+        settings = Settings("c", directory / "state.sqlite", True, "127.0.0.1", "127.0.0.1")
+        self.controller = Controller(settings, self.store, SecretsKeeper(directory), lambda: self.backend)
+        self.faults: list[str] = []
+        self.controller.on_fault = self.faults.append
+        self.task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self.task = asyncio.create_task(self.controller.run())
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        assert self.task is not None
+        async with asyncio.timeout(10):
+            while not condition():
+                assert not self.task.done(), self.task
+                await asyncio.sleep(0.01)
+
+    def serving(self) -> list[str]:
+        return [member.replica for member in self.controller.versions.current.replicas]
+
+    async def stop(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
+        self.store.close()
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> Running:
+    return Running(tmp_path)
+
+
+async def test_an_action_that_raises_takes_no_other_along_and_the_snapshot_is_published(running: Running) -> None:
+    running.backend.broken = {("reserve", "m-1")}
+    running.start()
+    try:
+        await running.until(lambda: running.serving() == ["m-2"])
+        assert "reserve of a replica" in running.faults
+        running.backend.broken.clear()
+        await running.until(lambda: sorted(running.serving()) == ["m-1", "m-2"])
+    finally:
+        await running.stop()
+
+
+async def test_a_release_that_raises_does_not_keep_a_dead_replica_in_the_snapshot(running: Running) -> None:
+    running.start()
+    try:
+        await running.until(lambda: len(running.serving()) == 2)
+        running.backend.broken = {("release", "m-1")}
+        facts = running.backend.replicas["m-1"].facts
+        running.backend.replicas["m-1"] = ReplicaObservation(Reservation.GRANTED, Phase.EXITED, facts, "exit status 1")
+        await running.until(lambda: "m-1" not in running.serving())
+    finally:
+        await running.stop()
+
+
+async def test_an_onlooker_that_raises_does_not_end_the_loop(running: Running) -> None:
+    def raising(_seconds: float, _ok: bool) -> None:
+        raise ValueError("no such label")
+
+    running.controller.on_tick = raising
+    running.start()
+    try:
+        await running.until(lambda: len(running.serving()) == 2)
+        assert "metrics" in running.faults
+    finally:
+        await running.stop()
+
+
+async def test_the_epoch_of_a_throughput_group_is_written_down_before_it_is_told(running: Running) -> None:
+    running.controller.set_throughput(membership_pb2.ThroughputGroup(epoch=7), "a test")
+    assert running.store.get("throughput_epoch") == "7"
+    await running.stop()
