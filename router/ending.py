@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatoken.errors import MegatokenError, OverloadError, status_number
 from megatoken.v1 import tokens_pb2
 from router.fleet import Replica
+from router.held import flush_held
 from router.lifecycle import Event, State
 from router.request import Request
 from router.state import RouterState
@@ -57,6 +58,11 @@ def end(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: fl
     """
     if request.state is State.QUEUED or request.state is State.RESUMING:
         request.pool.queue.remove(request)
+    if request.delivery:
+        try:
+            flush_held(state, request)
+        except Exception as error:  # it ends all the same
+            state.faults.caught("delivery", error)
     if request.slot >= 0:
         finish.generated_tokens = generated_by(state, request)
         replica = uncharge(state, request, now)

@@ -19,6 +19,7 @@ from router import continuation
 from router.demux import Index, Sorted, sort_frame
 from router.ending import CANCELLED, ERROR, fail, settle, uncharge
 from router.fleet import Pool, Replica
+from router.held import flush_held
 from router.load import take_load
 from router.outbox import Part
 from router.placement import pump
@@ -26,7 +27,6 @@ from router.recovery import lose, lose_replica
 from router.request import Request
 from router.state import RouterState
 
-_MOST_HELD = 1 << 17  # tokens in one piece: half a MiB, well under any message limit
 _EACH, _COALESCE = 0, 1  # tokens.proto, Delivery
 _SAMPLE_EVERY = 64  # frames; of one call in about so many the times between tokens are measured
 # What a worker says when it, and not the request, is at fault: gRPC UNKNOWN, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE.
@@ -325,27 +325,13 @@ def _check_replay(
 
 
 def _hold(state: RouterState, request: Request, details: list[bytes], now: float) -> None:
-    """Held delivery: the first token at once, the rest when due or at the end, read back from the history."""
+    """Held delivery: the first token at once, the rest when due or at the end."""
     request.held_details += details
     if request.sent_tokens == 0:
         flush_held(state, request)
     elif request.delivery == _COALESCE and not request.hold_due:
         request.hold_due = True
         state.holds.push(now + request.max_delay_s, request)
-
-
-def flush_held(state: RouterState, request: Request) -> None:
-    """Passes on what is held back for a request that a replica has."""
-    total = int(state.slots.generated[request.slot])
-    if total <= request.sent_tokens or request.replayed:
-        return
-    state.ledger.delivered_tokens += total - request.sent_tokens
-    details, request.held_details = request.held_details, []
-    while request.sent_tokens < total:
-        until = min(total, request.sent_tokens + _MOST_HELD)
-        packed = state.pages.read(request.slot, request.sent_tokens, until).tobytes()
-        request.sent_tokens = until
-        request.sink.push_tokens(request, packed, details if until == total else [])
 
 
 def _details(state: RouterState, replica: Replica, frame: Frame) -> dict[int, list[bytes]]:

@@ -7,7 +7,7 @@ from typing import Final
 from megatoken.errors import DeadlineError, MegatokenError, UnavailableError
 from router.ending import end, error_finish, fail
 from router.fleet import Replica
-from router.intake import flush_held
+from router.held import flush_held
 from router.lifecycle import State
 from router.outliers import slow_replicas
 from router.placement import pump
@@ -22,11 +22,10 @@ def flush_due(state: RouterState, now: float) -> None:
     """Passes on coalesced tokens whose delay is over. Called every few milliseconds while any is held."""
     for request in state.holds.pop_until(now):
         request.hold_due = False
-        if request.state is State.RUNNING:
-            try:
-                flush_held(state, request)
-            except Exception as error:
-                fail(state, request, "delivery", error, now)
+        try:
+            flush_held(state, request)
+        except Exception as error:
+            fail(state, request, "delivery", error, now)
 
 
 def tick(state: RouterState, now: float, unix_s: float) -> None:

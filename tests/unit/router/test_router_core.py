@@ -198,8 +198,48 @@ def test_first_then_all_is_two_pieces() -> None:
     assert fleet.received(request) == [0]
     fleet.finish(request)
     assert fleet.received(request) == list(range(40))
-    assert fleet.started(request) if request.replica else True
     assert fleet.state.held == 0
+
+
+@pytest.mark.parametrize("delivery", [1, 2])
+@pytest.mark.parametrize("how", ["deadline", "worker", "cancel", "no_replica", "in_a_replay"])
+def test_held_tokens_are_given_before_any_kind_of_end(delivery: int, how: str) -> None:
+    seeded = {"seed": 5, "temperature": 1.0} if how == "in_a_replay" else {}
+    fleet = CoreFleet(replicas=2 if seeded else 1, resume={"wait_s": 5.0})
+    request = fleet.submit(delivery=delivery, max_delay_ms=60_000, timeout_s=20.0, **seeded)
+    for token in (1, 2, 3):
+        fleet.tokens(request, token)
+    assert fleet.received(request) == [1]
+    if how == "worker":
+        fleet.finish(request, ERROR, code=3)
+    elif how == "cancel":
+        fleet.cancel(request)
+    elif how == "no_replica":
+        fleet.lose(fleet.replicas[0])
+        fleet.tick(6)
+    else:
+        if seeded:
+            fleet.lose(fleet.replica_of(request))
+            fleet.tokens(request, 1)
+        fleet.tick(21)
+    end = fleet.end(request)
+    assert end is not None
+    assert (fleet.received(request), end.generated_tokens) == ([1, 2, 3], 3)
+    assert fleet.state.ledger.delivered_tokens == 3
+
+
+def test_coalesced_tokens_are_due_while_their_request_waits_for_another_replica() -> None:
+    fleet = CoreFleet(replicas=1)
+    request = fleet.submit(delivery=1, max_delay_ms=100)
+    fleet.tokens(request, 1)
+    fleet.tokens(request, 2)
+    fleet.lose(fleet.replicas[0])
+    fleet.tick(0.2)
+    assert fleet.received(request) == [1, 2]
+    fleet.connect(fleet.replicas[0])
+    fleet.tokens(request, 3)
+    fleet.finish(request)
+    assert fleet.received(request) == [1, 2, 3]
 
 
 def test_details_stay_with_their_tokens() -> None:
