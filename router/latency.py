@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import numpy as np
@@ -16,6 +16,8 @@ _BUCKETS: Final = 233
 _SLICE_S: Final = 10.0
 _SLICES: Final = 6
 
+_Slice = tuple[float, npt.NDArray[np.int64]]  # when it began, counts by bucket
+
 
 def edges_s() -> npt.NDArray[np.float64]:
     """Upper edges of the buckets."""
@@ -23,12 +25,16 @@ def edges_s() -> npt.NDArray[np.float64]:
 
 
 class Histogram:
-    """A sliding minute in six slices, and the totals since the start."""
+    """A sliding minute in six slices, and the totals since the start.
+
+    One thread adds; any other may ask for percentiles, which changes nothing. So the slices are a tuple that is
+    replaced whole.
+    """
 
     def __init__(self) -> None:
         self.total = np.zeros(_BUCKETS, np.int64)
         self.sum_s = 0.0
-        self._slices: deque[tuple[float, npt.NDArray[np.int64]]] = deque()
+        self._slices: tuple[_Slice, ...] = ()
 
     def add(self, seconds: float, now: float) -> None:
         bucket = min(int(math.log2(max(seconds, _LOW_S) / _LOW_S) * _PER_OCTAVE), _BUCKETS - 1)
@@ -45,8 +51,9 @@ class Histogram:
 
     def percentiles_ms(self, shares: tuple[float, ...], now: float) -> list[float]:
         """Over the last minute; empty when nothing came."""
-        self._current(now)
-        recent = np.sum([counts for _, counts in self._slices], axis=0)
+        recent = np.zeros(_BUCKETS, np.int64)
+        for _, counts in _within(self._slices, now):
+            recent += counts
         total = int(recent.sum())
         if not total:
             return []
@@ -55,11 +62,15 @@ class Histogram:
 
     def _current(self, now: float) -> npt.NDArray[np.int64]:
         start = now - now % _SLICE_S
-        while self._slices and self._slices[0][0] <= start - _SLICE_S * _SLICES:
-            self._slices.popleft()
         if not self._slices or self._slices[-1][0] != start:
-            self._slices.append((start, np.zeros(_BUCKETS, np.int64)))
+            self._slices = (*_within(self._slices, now), (start, np.zeros(_BUCKETS, np.int64)))
         return self._slices[-1][1]
+
+
+def _within(slices: Iterable[_Slice], now: float) -> Iterator[_Slice]:
+    """Those of the last minute."""
+    oldest = now - now % _SLICE_S - _SLICE_S * _SLICES
+    return (piece for piece in slices if piece[0] > oldest)
 
 
 class Latencies:

@@ -178,6 +178,16 @@ def test_percentiles_are_right_to_a_bucket_and_slide() -> None:
     assert histogram.total.sum() == 1000
 
 
+def test_asking_for_percentiles_from_another_thread_changes_nothing() -> None:
+    histogram = Histogram()
+    histogram.add(1.0, 5.0)
+    assert histogram.percentiles_ms((0.5,), 45.0) == pytest.approx([1000], rel=0.08)
+    assert histogram.percentiles_ms((0.5,), 500.0) == []
+    assert [since for since, _ in histogram._slices] == [0.0]
+    histogram.add(1.0, 500.0)
+    assert len(histogram._slices) == 1
+
+
 def test_the_ceiling_names_what_holds_back() -> None:
     fleet = CoreFleet(replicas=2, max_running=10)
     assert ceiling(fleet.state.fleet) == (1.0, "idle")
