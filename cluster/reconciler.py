@@ -165,6 +165,7 @@ def _decide(tick: _Tick) -> dict[str, Step]:
             tick.rollouts[name] = step.progress
         if step.roll_back:
             tick.actions.append(RollBack(name, step.roll_back))
+            tick.health.pop(name, None)  # these failures have had their effect: applied again, the spec is tried anew
             tick.happenings.append(Happening("model.rollback", name, f"rolled back: {step.roll_back}", "update failed"))
         if _has_failed_start(health, model, tick.now):
             tick.blocked[name] = _crash_text(health, tick.now)

@@ -332,3 +332,32 @@ def test_a_ready_replica_that_is_gone_from_sight_has_failed(missing: str) -> Non
     world.seen["m-1"] = gone
     world.tick()
     assert world.states()["m-1"] == "FAILED"
+
+
+def test_a_spec_that_was_rolled_back_can_be_tried_again() -> None:
+    old, new = model(1), model(1, dtype="float32")
+    world = World(old, nodes(2))
+    world.until_ready()
+    world.want(new, previous={"m": old})
+    world.fleet = replace(world.fleet, health={"m": ModelHealth(2, 0.0, new.revision, "exit status 1")})
+    world.tick()
+    assert world.actions(RollBack)
+    world.want(old, previous={})  # what the controller does with it
+    world.tick()
+    world.want(new, previous={"m": old})
+    world.tick()
+    assert not world.actions(RollBack)
+    assert [replica.revision for replica in world.fleet.replicas if replica.state == "RESERVING"] == [new.revision]
+
+
+def test_a_spec_that_was_rolled_back_can_be_tried_again_at_once() -> None:
+    old, new = model(1), model(1, dtype="float32")
+    world = World(old, nodes(2))
+    world.until_ready()
+    world.want(new, previous={"m": old})
+    world.fleet = replace(world.fleet, health={"m": ModelHealth(2, 1e9, new.revision, "exit status 1")})
+    world.tick()
+    assert world.actions(RollBack)
+    world.want(new, previous={"m": old})  # applied again before a tick saw the old spec
+    world.tick()
+    assert not world.actions(RollBack)
