@@ -97,6 +97,7 @@ class StateCollector(Collector):
         yield sessions
         for name, text, value in (
             ("draining", "1 while the router takes no new requests.", int(state.draining)),
+            ("live_bytes", "Encoded requests that the router keeps.", state.live_bytes),
             ("membership_epoch", "Of the snapshot in use.", state.fleet.epoch),
             ("membership_version", "Of the snapshot in use.", state.fleet.version),
             ("membership_connected", "1 while the controller answers.", int(state.membership_connected)),
