@@ -191,6 +191,12 @@ async def test_sampling_fields_reach_the_engine(channel: grpc.aio.Channel, story
         ({"extra_json": '{"colour": 1}'}, "sampling.extra_json"),
         ({"extra_json": '{"stop": ["x"]}'}, "sampling.extra_json.stop"),
         ({"extra_json": '{"logit_bias": "x"}'}, "sampling.extra_json"),
+        (
+            {"extra_json": '{"extra_args": {"megatoken_penalties": ["a", "b", "c"], "megatoken_resumed_tokens": 1}}'},
+            "sampling.extra_json.extra_args.megatoken_penalties",
+        ),
+        ({"extra_json": '{"extra_args": {"kv_transfer_params": {}}}'}, "sampling.extra_json.extra_args.kv_transfer"),
+        ({"extra_json": '{"seed": 18446744073709551616}'}, "sampling.extra_json"),
         ({"structured_outputs": pb.StructuredOutputs(regex="(")}, "sampling"),
         ({"structured_outputs": pb.StructuredOutputs(grammar="nonsense <-")}, "sampling"),
     ],
