@@ -39,10 +39,20 @@ class ProcessActor:
     def watch(self, seen: int) -> dict[str, Any]:
         """The child's state once it is newer than `seen`."""
         state = self._child.wait_change(seen, WATCH_S)
-        return {"version": state.version, "phase": state.phase, "facts": state.facts, "reason": state.reason}
+        return {
+            "version": state.version,
+            "phase": state.phase,
+            "facts": state.facts,
+            "reason": state.reason,
+            "cause": state.cause.value,
+        }
 
     def tail(self, lines: int) -> str:
         return self._child.tail(lines)
+
+    def give_credentials(self, text: str) -> None:
+        """Ray's own authenticated connection is the way that secrets travel."""
+        self._child.give_credentials(text)
 
     def stop(self, grace_s: float) -> None:
         """Ends the child; returns when it is gone."""

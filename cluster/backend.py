@@ -45,6 +45,8 @@ class ProcessLaunch:
     env: Mapping[str, str] = field(default_factory=dict)
     cpu_ranks: int = 0
     """Ranks that share the node's cores, this one included; 0: the program sets its own threads."""
+    credentials: str = field(default="", repr=False)
+    """What the program's credentials_file holds; empty: it has none."""
 
 
 class Backend(Protocol):
@@ -76,6 +78,9 @@ class Backend(Protocol):
 
     def tail(self, name: str, lines: int, timeout_s: float) -> str:
         """The last lines that a replica or process wrote. Raises KeyError when there is none of that name."""
+
+    def give_credentials(self, texts: Mapping[str, str], timeout_s: float) -> list[str]:
+        """Replaces the credentials files of running replicas and processes; returns those that took theirs in time."""
 
     def placement_group_id(self, replica_id: str) -> str:
         """Ray's id of the replica's placement group; empty when it has none."""

@@ -18,13 +18,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.clusters import ClusterRecord, alive, record_path, write_record
-from cluster.control_client import CommandError, ControlClient, Unreachable
+from cluster.clusters import ClusterRecord, alive, forget, record_path, token_path, write_record, write_token
+from cluster.control_client import CommandError, Unreachable, client_of
 from cluster.controller_main import client_tls
 from cluster.embedded import BringUp
 from cluster.progress import Progress
 from cluster.runtime_dirs import cluster_directory, runtime_root, state_directory
 from cluster.spec import ClusterSpec
+from megatoken.access.files import write_private
 
 READY_TIMEOUT_S = 300.0
 LOG_TAIL_LINES = 15
@@ -52,9 +53,10 @@ def bring_up(spec: ClusterSpec, progress: Progress, *, attached: bool) -> Up:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     ray_temp = Path(tempfile.mkdtemp(prefix="mt-ray-")) if local else None
     config = directory / "bring-up.json"
-    config.write_text(BringUp(spec=spec, runtime_root=root, ray_temp_dir=ray_temp).model_dump_json())
+    write_private(config, BringUp(spec=spec, runtime_root=root, ray_temp_dir=ray_temp).model_dump_json())
     progress.say("starting a local Ray" if local else f"connecting to the Ray cluster at {spec.ray.address}")
-    started = _Started(directory, ray_temp, record_path(states, spec.cluster), config, local, attached)
+    known = [record_path(states, spec.cluster), token_path(states, spec.cluster)]
+    started = _Started(directory, ray_temp, known, config, local, attached)
     ready = started.wait_ready(progress)
     if "error" in ready:
         started.end()
@@ -66,6 +68,7 @@ def bring_up(spec: ClusterSpec, progress: Progress, *, attached: bool) -> Up:
         guard_pid=started.process.pid if local else 0,
         runtime_dir=str(directory),
         tls=client_tls(spec),
+        token_file=str(write_token(states, spec.cluster, ready["operator_token"])),
     )
     write_record(states, record)
     progress.say(f"controller serves at {record.control}; Ray at {record.ray_address}")
@@ -76,7 +79,7 @@ class _Started:
     """The process that brings the controller up: the guard, or a helper that ends by itself."""
 
     def __init__(
-        self, directory: Path, ray_temp: Path | None, record: Path, config: Path, local: bool, attached: bool
+        self, directory: Path, ray_temp: Path | None, known: list[Path], config: Path, local: bool, attached: bool
     ) -> None:
         self.log = directory / "owner.log"
         ready_read, ready_write = os.pipe()
@@ -87,7 +90,7 @@ class _Started:
         owner = [sys.executable, "-m", "cluster.embedded", "--config", str(config), "--ready-fd", str(ready_write)]
         command, passed = [*owner, "--orphan"] if not local else owner, [ready_write]
         if local:
-            clean = [directory, record, *([ray_temp] if ray_temp else [])]
+            clean = [directory, *known, *([ray_temp] if ray_temp else [])]
             guard = [sys.executable, "-m", "cluster.guard", "--ready-fd", str(ready_write)]
             for path in clean:
                 guard += ["--clean", str(path)]
@@ -163,16 +166,18 @@ def _refuse_running(states: Path, cluster: str) -> None:
             "Use `megatoken apply`, or `megatoken down` first",
             2,
         )
-    path.unlink(missing_ok=True)
+    forget(states, cluster)
 
 
 def _answers(record: ClusterRecord) -> bool:
     """Whether a controller on somebody's Ray is still there; it may have been lost with its node."""
-    with ControlClient(record.control, record.tls) as client:
+    with client_of(record) as client:
         try:
             client.status()
         except Unreachable:
             return False
+        except CommandError:
+            return True  # it refuses us, so it is there
     return True
 
 

@@ -19,9 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from cluster.exit_cause import ExitCause
+from megatoken.access.files import write_private
+
 LOG_BYTES = 8 << 20  # a log file is renamed to .1 at this size, so a process keeps at most twice as much
 TAIL_LINES = 200
 REASON_CHARS = 400
+REASON_LINES = 40  # at the end of the output, among which the telling one is looked for
+SENT_BY_OTHERS = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})  # no fault raises these
 READY_BYTES = 1 << 20
 NOT_INHERITED = ("OMP_NUM_THREADS",)  # Ray sets 1 for an actor that asks for no CPU
 
@@ -36,6 +41,8 @@ class Launch:
     directory: str
     """Runtime directory of the node; configs/ and logs/ are made in it."""
     env: Mapping[str, str] = field(default_factory=dict)
+    credentials: str = field(default="", repr=False)
+    """Content of its credentials_file, mode 600; empty: it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,7 @@ class ChildState:
     phase: str = "starting"
     facts: Mapping[str, Any] | None = None
     reason: str = ""
+    cause: ExitCause = ExitCause.UNKNOWN
     pid: int = 0
 
 
@@ -91,9 +99,17 @@ class Child:
         self._ended_within(10.0)
         return self._state
 
+    def give_credentials(self, text: str) -> None:
+        """Replaces the child's credentials; it reads them again by itself."""
+        write_private(self._credentials_path, text)
+
     def _ended_within(self, timeout_s: float) -> bool:
         with self._changed:
             return self._changed.wait_for(lambda: self._state.phase == "exited", timeout_s)
+
+    @property
+    def _credentials_path(self) -> Path:
+        return Path(self._launch.directory) / "configs" / f"{self._launch.name}.credentials"
 
     @property
     def _log_path(self) -> Path:
@@ -103,7 +119,7 @@ class Child:
         try:
             process, ready = self._spawn()
         except OSError as error:
-            self._become(phase="exited", reason=f"could not start: {error}")
+            self._become(phase="exited", reason=f"could not start: {error}", cause=ExitCause.START_FAILED)
             return
         self._process = process
         self._become(pid=process.pid)
@@ -114,15 +130,18 @@ class Child:
         with open(self._log_path, "ab") as log:
             self._follow(process, ready, process.stdout, log)
         status = process.wait()
-        self._become(phase="exited", reason=self._why(status))
+        self._become(phase="exited", reason=self._why(status), cause=self._cause(status))
 
     def _spawn(self) -> tuple[subprocess.Popen[bytes], int]:
         directory = Path(self._launch.directory)
         for part in ("configs", "logs", "counters"):
             (directory / part).mkdir(mode=0o700, parents=True, exist_ok=True)
+        values = dict(self._launch.config)
+        if self._launch.credentials:
+            self.give_credentials(self._launch.credentials)
+            values["credentials_file"] = str(self._credentials_path)
         config = directory / "configs" / f"{self._launch.name}.json"
-        with open(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(self._launch.config, file, indent=1)
+        write_private(config, json.dumps(values, indent=1))
         env = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         env |= {"PYTHONUNBUFFERED": "1", **self._launch.env}
         ready_read, ready_write = os.pipe()
@@ -194,13 +213,19 @@ class Child:
                 log.seek(0, os.SEEK_END)
         return partial if len(partial) < READY_BYTES else b""
 
+    def _cause(self, status: int) -> ExitCause:
+        if self._stopping:
+            return ExitCause.STOPPED
+        sent = status < 0 and -status in SENT_BY_OTHERS
+        return ExitCause.KILLED_FROM_OUTSIDE if sent else ExitCause.PROGRAM_ENDED
+
     def _why(self, status: int) -> str:
         if self._stopping:
             return "stopped"
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        last = [line.strip() for line in self._lines if line.strip()][-40:]
+        last = [line.strip() for line in self._lines if line.strip()][-REASON_LINES:]
         telling = next((line for line in reversed(last) if "rror" in line), last[-1] if last else "")
-        return f"{how}: {telling[:REASON_CHARS]}" if telling and status >= 0 else how
+        return f"{how}: {said(telling)[:REASON_CHARS]}" if telling and status >= 0 else how
 
     def _become(self, **changes: Any) -> None:
         with self._changed:
@@ -208,3 +233,18 @@ class Child:
             values = {"phase": before.phase, "facts": before.facts, "reason": before.reason, "pid": before.pid}
             self._state = ChildState(version=before.version + 1, **{**values, **changes})
             self._changed.notify_all()
+
+
+def said(line: str) -> str:
+    """What a line of output says to people: the message of one that is a JSON log record, else the line itself."""
+    text = line.strip()
+    if text.startswith("{"):
+        try:
+            record = json.loads(text)
+        except ValueError:
+            return text
+        message = record.get("message")
+        if isinstance(message, str) and message:
+            raised = str(record.get("error") or "").strip().splitlines()
+            return f"{message}: {raised[-1]}" if raised else message
+    return text

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("cluster.cli_logs", "show what a process wrote"),
     "events": ("cluster.cli_events", "show what changed, and why"),
     "top": ("cluster.cli_top", "a live full-screen view"),
+    "token": ("cluster.cli_token", "print the operator's token, or make every token anew"),
     "down": ("cluster.cli_down", "drain and stop a cluster"),
     "validate": ("cluster.cli_validate", "check a spec without touching anything"),
     "plan": ("cluster.cli_plan", "show where a spec's replicas would be placed, without touching anything"),

@@ -8,24 +8,27 @@ import sys
 from pathlib import Path
 
 from cluster.clusters import ClusterRecord
-from cluster.control_client import CommandError, ControlClient, choose
+from cluster.control_client import TOKEN_VARIABLE, CommandError, ControlClient, choose, client_of
 from cluster.runtime_dirs import state_directory
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", help="name of the cluster; not needed while only one runs")
     parser.add_argument("--control", metavar="HOST:PORT", help="address of a controller that was started elsewhere")
+    parser.add_argument(
+        "--token-file", metavar="FILE", help=f"the operator's token; unset: {TOKEN_VARIABLE}, or `up`'s"
+    )
 
 
 def chosen(arguments: argparse.Namespace) -> ClusterRecord:
     """The cluster that the arguments mean. Raises CommandError."""
-    return choose(state_directory(os.environ), arguments.cluster, arguments.control)
+    token_file = arguments.token_file or os.environ.get(TOKEN_VARIABLE)
+    return choose(state_directory(os.environ), arguments.cluster, arguments.control, token_file)
 
 
 def connect(arguments: argparse.Namespace) -> ControlClient:
     """A client of the meant cluster's controller. Raises CommandError."""
-    record = chosen(arguments)
-    return ControlClient(record.control, record.tls)
+    return client_of(chosen(arguments))
 
 
 def read_text(path: str) -> str:

@@ -9,8 +9,8 @@ import subprocess
 
 from cluster.cli_common import add_cluster_arguments, chosen
 from cluster.cli_up_ssh import down_over_ssh, kept_spec
-from cluster.clusters import ClusterRecord, alive, record_path
-from cluster.control_client import ControlClient, Unreachable
+from cluster.clusters import ClusterRecord, alive, forget
+from cluster.control_client import ControlClient, Unreachable, client_of
 from cluster.progress import Progress, wait_until_down
 from cluster.runtime_dirs import state_directory
 
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         down_over_ssh(launched)
         return 0
     progress = Progress()
-    with ControlClient(record.control, record.tls) as client:
+    with client_of(record) as client:
         take_down(client, record, progress, drain_s=arguments.drain)
     progress.say(f"cluster {record.cluster} is down")
     return 0
@@ -48,7 +48,7 @@ def take_down(
         client.shut_down(drain_s)
     except Unreachable:
         if not record.guard_pid:
-            record_path(state_directory(os.environ), record.cluster).unlink(missing_ok=True)
+            forget(state_directory(os.environ), record.cluster)
             raise
         if alive(record.guard_pid):
             progress.say("the controller does not answer; ending the cluster")
@@ -60,7 +60,7 @@ def take_down(
         return not alive(record.guard_pid) if record.guard_pid else _silent(client)
 
     wait_until_down(client, timeout_s=drain_s + CLEAR_S, progress=progress, gone=gone)
-    record_path(state_directory(os.environ), record.cluster).unlink(missing_ok=True)
+    forget(state_directory(os.environ), record.cluster)
 
 
 def _silent(client: ControlClient) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from cluster.cli_common import add_cluster_arguments, chosen
-from cluster.control_client import CommandError, ControlClient, open_sync_channel
+from cluster.control_client import CommandError, client_of, open_sync_channel
 from cluster.spec_check import source_directory
 from megatoken.v1 import control_pb2, tokens_pb2, tokens_pb2_grpc
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     record = chosen(arguments)
-    with ControlClient(record.control, record.tls) as client:
+    with client_of(record) as client:
         status = client.status()
     sources = {entry.model: entry.source for entry in status.models}
     model = _model(arguments.model, status)

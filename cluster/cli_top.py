@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import cast
 
 import grpc
 
 from cluster.cli_common import add_cluster_arguments, chosen
-from cluster.control_client import CommandError
+from cluster.control_client import CommandError, shown, token_of
 from cluster.top import SCREENSHOT_SIZE, run_top, save_top
+from megatoken.access.channel import presenting
 from megatoken.tls import open_channel
 
 SIZE_LIMITS = ((60, 15), (400, 200))
@@ -27,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     record = chosen(arguments)
+    present = shown(token_of(record))
 
     def open_to(address: str) -> grpc.aio.Channel:
-        return open_channel(address, record.tls)
+        return cast(grpc.aio.Channel, presenting(open_channel(address, record.tls), present))
 
     if arguments.svg is not None:
         size = parse_size(arguments.size)

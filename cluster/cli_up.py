@@ -12,7 +12,7 @@ from cluster.bring_up import Up, bring_up
 from cluster.cli_common import read_text
 from cluster.cli_down import take_down
 from cluster.cli_up_ssh import up_over_ssh, wants_ssh
-from cluster.control_client import CommandError, ControlClient
+from cluster.control_client import CommandError, ControlClient, client_of
 from cluster.progress import Progress, wait_until_settled
 from cluster.spec import ClusterSpec, default_spec
 from cluster.spec_check import device_problems, model_problems, port_problems, source_directory
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     local = spec.ray.address == "local"
     up = bring_up(spec, progress, attached=local and not arguments.detach)
     signal.signal(signal.SIGTERM, lambda *_: _interrupt())
-    with ControlClient(up.record.control, up.record.tls) as client:
+    with client_of(up.record) as client:
         try:
             if not arguments.no_wait:
                 wait_until_settled(client, timeout_s=arguments.timeout, progress=progress)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cluster.clusters import ClusterRecord, record_path, write_record
-from cluster.control_client import CommandError, ControlClient, Unreachable
+from cluster.clusters import ClusterRecord, forget, record_path, write_record, write_token
+from cluster.control_client import CommandError, Unreachable, client_of
 from cluster.controller_main import client_tls
 from cluster.launchers.launch_load import launch_of
 from cluster.launchers.ssh_run import LaunchError, SshCluster, read_or_make_token
@@ -38,16 +38,22 @@ def up_over_ssh(spec: ClusterSpec, *, wait: bool, timeout_s: float) -> int:
         )
     try:
         cluster = _cluster(spec, states, progress)
-        ray_address = cluster.up()
+        ray_address, token = cluster.up(), cluster.operator_token()
     except LaunchError as error:
         raise CommandError(str(error)) from None
     control = f"{launch.ssh.hosts[0].node_address}:{spec.control.port}"
     tls = client_tls(spec)
-    record = ClusterRecord(cluster=spec.cluster, control=control, ray_address=ray_address, tls=tls)
+    record = ClusterRecord(
+        cluster=spec.cluster,
+        control=control,
+        ray_address=ray_address,
+        tls=tls,
+        token_file=str(write_token(states, spec.cluster, token)),
+    )
     write_record(states, record)
     _kept_spec(states, spec.cluster).write_text(dump_spec(spec))
     try:
-        with ControlClient(control, tls) as client:
+        with client_of(record) as client:
             if wait:
                 wait_until_settled(client, timeout_s=timeout_s, progress=progress)
                 print(status_text(client.status()), flush=True)
@@ -91,5 +97,6 @@ def _kept_spec(states: Path, cluster: str) -> Path:
 
 
 def _forget(states: Path, cluster: str) -> None:
-    for path in (record_path(states, cluster), _kept_spec(states, cluster), states / f"{cluster}.token"):
+    forget(states, cluster)
+    for path in (_kept_spec(states, cluster), states / f"{cluster}.token"):
         path.unlink(missing_ok=True)

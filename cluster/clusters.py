@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megatoken.access.files import write_private
 from megatoken.tls import ClientTls
 
 
@@ -22,20 +23,37 @@ class ClusterRecord(BaseModel):
     guard_pid: int = Field(0, description="local clusters: the process whose end is the cluster's end")
     runtime_dir: str = ""
     tls: ClientTls | None = None
+    token_file: str = Field("", description="file of mode 600 with the operator's token; empty: none is known")
 
 
 def record_path(directory: Path, cluster: str) -> Path:
     return directory / f"{cluster}.json"
 
 
+def token_path(directory: Path, cluster: str) -> Path:
+    """Where `up` keeps the operator's token of a cluster."""
+    return directory / f"{cluster}.operator-token"
+
+
+def forget(directory: Path, cluster: str) -> None:
+    """Removes what is written down of a cluster that is gone."""
+    for path in (record_path(directory, cluster), token_path(directory, cluster)):
+        path.unlink(missing_ok=True)
+
+
 def write_record(directory: Path, record: ClusterRecord) -> Path:
     """Writes the record, readable by its owner only; returns its path."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = record_path(directory, record.cluster)
-    staged = path.with_suffix(".new")
-    with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(record.model_dump(mode="json"), file, indent=1)
-    staged.rename(path)
+    write_private(path, json.dumps(record.model_dump(mode="json"), indent=1))
+    return path
+
+
+def write_token(directory: Path, cluster: str, token: str) -> Path:
+    """Keeps the operator's token of a cluster, readable by its owner only; returns its path."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = token_path(directory, cluster)
+    write_private(path, token + "\n")
     return path
 
 

@@ -8,10 +8,15 @@ from pathlib import Path
 import grpc
 
 from cluster.clusters import ClusterRecord, alive, read_records
+from megatoken.access.channel import Present, presenting
+from megatoken.access.credentials import METADATA_KEY
+from megatoken.access.files import read_private
 from megatoken.tls import ClientTls
 from megatoken.v1 import control_pb2, control_pb2_grpc
 
 CALL_TIMEOUT_S = 10.0
+ROTATE_TIMEOUT_S = 60.0  # every process is told, one may be out of reach
+TOKEN_VARIABLE = "MEGATOKEN_TOKEN_FILE"
 
 
 class CommandError(Exception):
@@ -22,13 +27,23 @@ class CommandError(Exception):
         super().__init__(message)
 
 
-def choose(directory: Path, cluster: str | None, control: str | None) -> ClusterRecord:
-    """The cluster that is meant: --control, --cluster, or the only one there is. Raises CommandError."""
+def choose(directory: Path, cluster: str | None, control: str | None, token_file: str | None = None) -> ClusterRecord:
+    """The cluster that is meant: --control, --cluster, or the only one there is. Raises CommandError.
+
+    `token_file` goes before the file that `up` wrote here.
+    """
     if control is not None:
         host, _, port = control.rpartition(":")
         if not host or not port.isdigit():
             raise CommandError(f"--control: {control!r} is not allowed; HOST:PORT", 2)
-        return ClusterRecord(cluster=cluster or "", control=control)
+        known = next((record for record in read_records(directory) if record.control == control), None)
+        found = known or ClusterRecord(cluster=cluster or "", control=control)
+    else:
+        found = _running(directory, cluster)
+    return found.model_copy(update={"token_file": token_file}) if token_file else found
+
+
+def _running(directory: Path, cluster: str | None) -> ClusterRecord:
     records = [record for record in read_records(directory) if not record.guard_pid or alive(record.guard_pid)]
     if cluster is not None:
         found = next((record for record in records if record.cluster == cluster), None)
@@ -45,11 +60,11 @@ def choose(directory: Path, cluster: str | None, control: str | None) -> Cluster
 
 
 class ControlClient:
-    """Calls one controller. A context manager; errors become CommandError."""
+    """Calls one controller, as the operator whose token is given. A context manager; errors become CommandError."""
 
-    def __init__(self, address: str, tls: ClientTls | None = None) -> None:
+    def __init__(self, address: str, tls: ClientTls | None = None, token: str = "") -> None:
         self.address = address
-        self._channel = open_sync_channel(address, tls)
+        self._channel = presenting(open_sync_channel(address, tls), shown(token))
         self._stub = control_pb2_grpc.ControlStub(self._channel)
 
     def __enter__(self) -> ControlClient:
@@ -74,6 +89,12 @@ class ControlClient:
     def status(self) -> control_pb2.ClusterStatus:
         with self._named_errors():
             return self._stub.GetStatus(control_pb2.GetStatusRequest(), timeout=CALL_TIMEOUT_S)
+
+    def rotate_tokens(self) -> str:
+        """Makes every token of the cluster anew; returns the operator's."""
+        with self._named_errors():
+            reply = self._stub.RotateTokens(control_pb2.RotateTokensRequest(), timeout=ROTATE_TIMEOUT_S)
+            return str(reply.operator_token)
 
     def shut_down(self, drain_timeout_s: float) -> None:
         with self._named_errors():
@@ -113,9 +134,26 @@ class _NamedErrors:
             raise Unreachable(f"the controller at {self._address} cannot be reached: {details}") from None
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             raise Unreachable(f"the controller at {self._address} did not answer in {CALL_TIMEOUT_S:.0f} s") from None
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            raise CommandError(f"{details}; name the operator's token with --token-file or {TOKEN_VARIABLE}") from None
         if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND):
             raise CommandError(details, 2) from None
         raise CommandError(f"{code.name}: {details}") from None
+
+
+def client_of(record: ClusterRecord) -> ControlClient:
+    """A client of a cluster's controller, with the token that its record names."""
+    return ControlClient(record.control, record.tls, token_of(record))
+
+
+def token_of(record: ClusterRecord) -> str:
+    """The operator's token; empty when no file is known. Raises RequestError for a file that cannot be used."""
+    return read_private(Path(record.token_file), "--token-file").strip() if record.token_file else ""
+
+
+def shown(token: str) -> Present | None:
+    """What every call carries to show the token."""
+    return (lambda: ((METADATA_KEY, token),)) if token else None
 
 
 class Unreachable(CommandError):

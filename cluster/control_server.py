@@ -13,6 +13,8 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.controller import Controller
 from cluster.spec_load import MAX_SPEC_BYTES, load_spec
+from megatoken.access.gate import Gate
+from megatoken.access.table import Program
 from megatoken.errors import MegatokenError, RequestError, grpc_status
 from megatoken.tls import ServerTls, bind
 from megatoken.v1 import (
@@ -125,6 +127,14 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         self._controller.orders.shut_down(timeout_s, self._controller.fleet)
         return control_pb2.ShutdownResponse()
 
+    async def RotateTokens(
+        self, request: control_pb2.RotateTokensRequest, context: Context
+    ) -> control_pb2.RotateTokensResponse:
+        async def work() -> control_pb2.RotateTokensResponse:
+            return control_pb2.RotateTokensResponse(operator_token=await self._controller.rotate_tokens())
+
+        return await answered(context, work)
+
 
 def new_lines(shown: list[str], now: list[str]) -> list[str]:
     """The lines of `now` that follow what was shown: both are the last lines of one growing text."""
@@ -197,7 +207,9 @@ class ControlServer:
             ("grpc.keepalive_permit_without_calls", 1),  # watchers are quiet for long and must notice a lost controller
             ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MS),
         ]
-        self.server = grpc.aio.server(options=options)
+        mutual = tls is not None and tls.client_ca_file is not None
+        gate = Gate(Program.CONTROLLER, controller.credentials, certificates=mutual)
+        self.server = grpc.aio.server(options=options, interceptors=[gate])
         control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(controller), self.server)
         membership_pb2_grpc.add_MembershipServicer_to_server(MembershipServicer(controller), self.server)
         throughput_pb2_grpc.add_ThroughputServicer_to_server(ThroughputServicer(controller), self.server)

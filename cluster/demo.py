@@ -20,7 +20,7 @@ from cluster.bring_up import Up, bring_up
 from cluster.cli_down import take_down
 from cluster.cli_generate import Tokenizer, load_tokenizer
 from cluster.cli_up import check, prepare_models
-from cluster.control_client import CommandError, ControlClient
+from cluster.control_client import CommandError, ControlClient, client_of
 from cluster.guard import descendants
 from cluster.human import number, table
 from cluster.progress import Progress, wait_until_settled
@@ -51,7 +51,7 @@ def main() -> int:
         prepare_models(spec, progress)
         progress.say(f"1/5  a cluster of {REPLICAS} replicas of {DEFAULT_MODEL}, vLLM on CPU, under a local Ray")
         up = bring_up(spec, progress, attached=True)
-        with ControlClient(up.record.control) as client:
+        with client_of(up.record) as client:
             try:
                 show(client, progress)
             finally:

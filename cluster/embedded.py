@@ -76,7 +76,7 @@ def _own(config: BringUp, ready_fd: int | None, stop: list[int]) -> int:
     start_local_ray(config)
     try:
         actor, address = start_controller(config)
-        report_ready(ready_fd, control=address, ray_address=ray.get_runtime_context().gcs_address)
+        _tell(ready_fd, actor, address)
         while not stop:
             if wait_closed(actor):
                 return 0
@@ -88,14 +88,26 @@ def _own(config: BringUp, ready_fd: int | None, stop: list[int]) -> int:
 def _join(config: BringUp, ready_fd: int | None) -> int:
     import ray
 
-    address = config.spec.ray.address
-    ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level=logging.WARNING)
+    ray.init(
+        address=config.spec.ray.address, log_to_driver=False, configure_logging=False, logging_level=logging.WARNING
+    )
     try:
-        _, control = start_controller(config)
-        report_ready(ready_fd, control=control, ray_address=ray.get_runtime_context().gcs_address)
+        actor, address = start_controller(config)
+        _tell(ready_fd, actor, address)
     finally:
         ray.shutdown()
     return 0
+
+
+def _tell(ready_fd: int | None, actor: Any, address: str) -> None:
+    """Says where the controller is, and the operator's token: through the pipe, which only our parent reads."""
+    import ray
+
+    if ready_fd is None:
+        raise BringUpError("--ready-fd is missing: the operator's token is not for a terminal or a log")
+    token = ray.get(actor.operator_token.remote(), timeout=START_TIMEOUT_S)
+    gcs = ray.get_runtime_context().gcs_address
+    report_ready(ready_fd, control=address, ray_address=gcs, operator_token=token)
 
 
 def start_local_ray(config: BringUp) -> None:

@@ -6,15 +6,17 @@ Loopback where the cluster is one local machine, else every process binds its no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.backend import ProcessLaunch
 from cluster.fleet import Replica
 from cluster.placement import Rank
+from cluster.secrets_keeper import process_credentials
 from cluster.spec import ClusterSpec
 from cluster.spec_model import ModelSpec
 from cluster.topology import CPU_KIND, Inventory, Node
+from megatoken.access.credentials import ClusterSecrets, dump
 
 LOOPBACK = "127.0.0.1"
 GPU_VISIBILITY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -32,6 +34,8 @@ class Surroundings:
     ray_address: str
     local: bool
     """One machine: everything may bind loopback."""
+    secrets: ClusterSecrets | None = field(default=None, repr=False)
+    """What processes' credentials are made from; None: they get none."""
 
 
 def worker_launch(
@@ -80,7 +84,15 @@ def worker_launch(
         devices = ",".join(str(rank.device) for rank in ranks)
         env = {**dict.fromkeys(GPU_VISIBILITY, devices), **env}
     on_cpu = ranks[0].kind == CPU_KIND
-    return ProcessLaunch(replica.id, WORKER, config, node.id, env, cpu_ranks=max(1, neighbours) if on_cpu else 0)
+    return ProcessLaunch(
+        replica.id,
+        WORKER,
+        config,
+        node.id,
+        env,
+        cpu_ranks=max(1, neighbours) if on_cpu else 0,
+        credentials=_credentials(around, "worker", replica.id),
+    )
 
 
 def router_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings) -> ProcessLaunch:
@@ -111,7 +123,8 @@ def router_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings
     }
     if not around.local:
         config["metrics_host"] = config["host"]
-    return ProcessLaunch(name, ROUTER, config, node.id, _environment(spec, node, around))
+    own = _credentials(around, "router", name)
+    return ProcessLaunch(name, ROUTER, config, node.id, _environment(spec, node, around), credentials=own)
 
 
 def edge_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings, router_node: Node) -> ProcessLaunch:
@@ -156,9 +169,17 @@ def agent_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings)
         "tick_s": agents.tick_s,
         "deadline_s": agents.deadline_s,
         "standalone_rates": rates,
+        "tls": _server_tls(spec),
+        "controller_tls": _client_tls(spec),
         "log_level": spec.log_level,
     }
-    return ProcessLaunch(name, AGENT, config, node.id, _environment(spec, node, around))
+    own = _credentials(around, "agent", name)
+    return ProcessLaunch(name, AGENT, config, node.id, _environment(spec, node, around), credentials=own)
+
+
+def _credentials(around: Surroundings, kind: str, name: str) -> str:
+    own = process_credentials(around.secrets, kind, name) if around.secrets is not None else None
+    return dump(own) if own is not None else ""
 
 
 def rank_text(rank: Rank, inventory: Inventory) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from cluster.fleet import Replica
 from cluster.status import Readings
+from megatoken.access.channel import Present, presenting
 from megatoken.tls import ClientTls, open_channel
 from megatoken.v1 import (
     router_pb2,
@@ -52,9 +54,9 @@ class _Meter:
 class Links:
     """Lives in the controller's event loop."""
 
-    def __init__(self, tls: ClientTls | None) -> None:
-        self._tls = tls
-        self._channels: dict[str, grpc.aio.Channel] = {}
+    def __init__(self, tls: ClientTls | None, present: Present | None = None) -> None:
+        self._tls, self._present = tls, present
+        self._channels: dict[str, Any] = {}
         self._loads: dict[str, tokens_pb2.Load] = {}
         self._meters: dict[str, _Meter] = {}
         self._queued: dict[str, int] = {}
@@ -130,7 +132,7 @@ class Links:
     async def close(self) -> None:
         await self.keep_only(())
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
+    def _channel(self, address: str) -> Any:
         if address not in self._channels:
-            self._channels[address] = open_channel(address, self._tls)
+            self._channels[address] = presenting(open_channel(address, self._tls), self._present)
         return self._channels[address]

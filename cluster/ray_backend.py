@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from cluster.actors import PROCESS_PREFIX, REPLICA_PREFIX, ProcessActor, namespace_of, remove_directory
 from cluster.backend import Look, ProcessLaunch, ProcessObservation
+from cluster.exit_cause import ExitCause
 from cluster.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
 from cluster.launches import EDGE
 from cluster.ray_inventory import CPU_RESOURCE, inventory_of
@@ -47,6 +48,7 @@ class _Handle:
     phase: Phase = Phase.STARTING
     facts: Mapping[str, Any] | None = None
     reason: str = ""
+    cause: ExitCause = ExitCause.UNKNOWN
     watch: Any = None
     stopping: Any = None
     kill_at_s: float | None = None
@@ -98,7 +100,7 @@ class RayBackend:
         if handle is None:
             return ReplicaObservation(reservation)
         facts = worker_facts(handle.facts) if handle.facts else None
-        return ReplicaObservation(reservation, handle.phase, facts, handle.reason)
+        return ReplicaObservation(reservation, handle.phase, facts, handle.reason, handle.cause)
 
     def _collect(self, wait_s: float) -> bool:
         """Takes the watches that came back and asks again; waits at most `wait_s` for the first. Says if one came."""
@@ -122,14 +124,15 @@ class RayBackend:
         except RayActorError as error:
             handle.watch, handle.phase = None, Phase.EXITED
             if not handle.reason or handle.facts is not None:
-                handle.reason = _why_actor_died(error)
+                handle.cause, handle.reason = _why_actor_died(error)
             return
         except RayError as error:  # an error of the actor itself: it cannot be used
             handle.watch, handle.phase, handle.reason = None, Phase.EXITED, f"actor failed: {_first_line(error)}"
+            handle.cause = ExitCause.START_FAILED if handle.facts is None else ExitCause.ACTOR_LOST
             return
         handle.version, handle.phase = int(state["version"]), Phase(state["phase"])
         handle.facts = state["facts"] if state["facts"] is not None else handle.facts
-        handle.reason = str(state["reason"])
+        handle.reason, handle.cause = str(state["reason"]), ExitCause(state.get("cause", ExitCause.UNKNOWN))
         handle.watch = None if handle.phase is Phase.EXITED else handle.actor.watch.remote(handle.version)
 
     def _group_states(self) -> dict[str, Reservation]:
@@ -181,6 +184,7 @@ class RayBackend:
             "config": config,
             "directory": str(directory),
             "env": dict(launch.env),
+            "credentials": launch.credentials,
         }
         actor = self._actor_class.options(
             name=name,
@@ -228,6 +232,17 @@ class RayBackend:
     def tail(self, name: str, lines: int, timeout_s: float) -> str:
         handle = self._handles.get(REPLICA_PREFIX + name) or self._handles[PROCESS_PREFIX + name]
         return str(ray.get(handle.actor.tail.remote(lines), timeout=timeout_s))
+
+    def give_credentials(self, texts: Mapping[str, str], timeout_s: float) -> list[str]:
+        calls = {}
+        for name, text in texts.items():
+            handle = self._handles.get(REPLICA_PREFIX + name) or self._handles.get(PROCESS_PREFIX + name)
+            if handle is not None:
+                calls[handle.actor.give_credentials.remote(text)] = name
+        if not calls:
+            return []
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
+        return [calls[reference] for reference in done if _succeeded(reference)]
 
     def placement_group_id(self, replica_id: str) -> str:
         group = self._group(replica_id)
@@ -280,11 +295,22 @@ def worker_facts(ready: Mapping[str, Any]) -> WorkerFacts:
     return WorkerFacts(**{name: value for name, value in ready.items() if name in known and value is not None})
 
 
-def _why_actor_died(error: RayActorError) -> str:
+def _why_actor_died(error: RayActorError) -> tuple[ExitCause, str]:
+    """Ray itself only says it in words; nothing after this reads them."""
     text = str(error)
     if "node" in text.lower() and "died" in text.lower() and "worker" not in text.lower():
-        return "its node died"
-    return f"its actor died: {_first_line(error)}"
+        return ExitCause.NODE_LOST, "its node died"
+    return ExitCause.ACTOR_LOST, f"its actor died: {_first_line(error)}"
+
+
+def _succeeded(reference: Any) -> bool:
+    """Whether a call that came back came back well."""
+    try:
+        ray.get(reference, timeout=0)
+    except RayError as error:
+        logger.warning("an actor did not do as asked: %s", _first_line(error))
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:

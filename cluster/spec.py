@@ -71,10 +71,6 @@ class ClusterSpec(Part):
             raise ValueError(
                 f"agents.deadline_s: {self.agents.deadline_s} is not allowed; at least tick_s = {self.agents.tick_s}"
             )
-        if self.security.tls is not None and self.agents.enabled:
-            raise ValueError(
-                "agents.enabled: true is not allowed with security.tls; throughput agents speak plain text"
-            )
         known = {model.name for model in self.models}
         for model in self.models:
             for other in model.placement.anti_affinity:

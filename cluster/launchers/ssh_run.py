@@ -63,6 +63,13 @@ class SshCluster:
             raise
         return self._plan.ray_address
 
+    def operator_token(self) -> str:
+        """What the head's controller made for operators. Raises LaunchError."""
+        problem, token = self._output(self._plan.token, self._ssh.connect_timeout_s + CHECK_S)
+        if problem:
+            raise LaunchError(problem)
+        return token.strip()
+
     def down(self, *, controller: bool = True, quiet: bool = False) -> None:
         """The controller, then Ray on every host. Goes through all hosts; raises LaunchError unless `quiet`."""
         failures = self._failures([self._plan.controller_stop], STOP_S) if controller else []
@@ -81,16 +88,20 @@ class SshCluster:
 
     def _run(self, step: SshStep, limit_s: float) -> str:
         """What went wrong; empty: nothing."""
+        return self._output(step, limit_s)[0]
+
+    def _output(self, step: SshStep, limit_s: float) -> tuple[str, str]:
+        """(what went wrong, what it printed); the first is empty when nothing did."""
         given = {"token": self._token, "spec": dump_spec(spec_on(self._spec, self._plan.ray_address)), "": ""}
         try:
             done = subprocess.run(
                 step.argv, input=given[step.stdin], capture_output=True, text=True, timeout=limit_s, check=False
             )
         except subprocess.TimeoutExpired:
-            return f"host {step.host}: could not {step.what} within {limit_s:.0f} s"
+            return f"host {step.host}: could not {step.what} within {limit_s:.0f} s", ""
         except FileNotFoundError:
-            return "the program ssh is not installed on this machine"
-        return explain(step, done.returncode, done.stderr) if done.returncode else ""
+            return "the program ssh is not installed on this machine", ""
+        return explain(step, done.returncode, done.stderr) if done.returncode else "", done.stdout
 
 
 def explain(step: SshStep, status: int, stderr: str) -> str:

@@ -26,12 +26,16 @@ class SshStep:
 
 @dataclass(frozen=True, slots=True)
 class SshPlan:
-    """Checks on all hosts, then the head, then the others, then the controller. `stops` undoes them, host by host."""
+    """Checks on all hosts, then the head, then the others, then the controller. `stops` undoes them, host by host.
+
+    `token` prints the operator's token once the controller serves.
+    """
 
     checks: tuple[SshStep, ...]
     head: SshStep
     others: tuple[SshStep, ...]
     controller: SshStep
+    token: SshStep
     controller_stop: SshStep
     stops: tuple[SshStep, ...]
     ray_address: str
@@ -50,6 +54,7 @@ def ssh_plan(spec: ClusterSpec, launch: LaunchSpec) -> SshPlan:
         head=starts[0],
         others=tuple(starts[1:]),
         controller=_controller(spec, ssh, head),
+        token=_token(spec, ssh, head),
         controller_stop=_controller_stop(spec, ssh, head),
         stops=tuple(_stop(spec, ssh, host) for host in ssh.hosts),
         ray_address=ray_address,
@@ -120,6 +125,12 @@ def _controller(spec: ClusterSpec, ssh: SshLaunch, head: SshHost) -> SshStep:
     file = _quoted(f"{directory}/spec.yaml")
     up = f"{_megatoken(ssh, directory)} up --detach --no-wait -f {file}"
     return SshStep(head.host, "bring the controller up", ssh_argv(ssh, head, f"cat >{file} && {up}"), "spec")
+
+
+def _token(spec: ClusterSpec, ssh: SshLaunch, head: SshHost) -> SshStep:
+    """Prints the operator's token, which the head made; it travels through ssh only."""
+    remote = f"{_megatoken(ssh, _directory(ssh, spec))} token --cluster {_quoted(spec.cluster)}"
+    return SshStep(head.host, "fetch the operator's token", ssh_argv(ssh, head, remote))
 
 
 def _controller_stop(spec: ClusterSpec, ssh: SshLaunch, head: SshHost) -> SshStep:

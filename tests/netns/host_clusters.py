@@ -38,7 +38,7 @@ class HostCluster:
             "agents": {"enabled": False},
             **spec,
         }
-        self.control = ControlClient(f"{nodes.head.address}:7700")
+        self.control = ControlClient(f"{nodes.head.address}:7700")  # until `up` made an operator's token
         self.router = f"{nodes.head.address}:7701"
 
     def command(self, *words: str, timeout_s: float = UP_TIMEOUT_S, check: bool = True) -> str:
@@ -53,6 +53,7 @@ class HostCluster:
 
     def up(self) -> None:
         self.command("up", "-f", self.write_spec())
+        self.control = ControlClient(f"{self.nodes.head.address}:7700", token=self.command("token").strip())
 
     def apply(self, change: Callable[[dict[str, Any]], None]) -> str:
         change(self.spec)
@@ -112,8 +113,8 @@ class HostCluster:
 def running(nodes: RayNodes, spec: Mapping[str, Any]) -> Iterator[HostCluster]:
     """A cluster that is up; takes it down and checks that it left no process of its own on any host."""
     cluster = HostCluster(nodes, spec)
+    cluster.up()
     with cluster.control:
-        cluster.up()
         yield cluster
         cluster.down()
     words = ("-m worker", "-m router", "ProcessActor", "EngineCore", "CpuRank", "ControllerActor")

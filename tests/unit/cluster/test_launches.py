@@ -1,5 +1,7 @@
 """Every configuration the controller writes is one that its program accepts."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ from cluster.fleet import Replica
 from cluster.launches import Surroundings, agent_launch, edge_launch, router_launch, worker_launch
 from cluster.placement import Placement, Rank
 from cluster.spec import ClusterSpec
-from cluster.spec_load import SpecError, load_spec
+from cluster.spec_load import load_spec
 from cluster.topology import Device, Inventory, Node
+from megatoken.access.credentials import Credentials, new_secrets
+from megatoken.access.table import Identity
 from router.config import RouterConfig
 from router.edge.config import EdgeConfig
 from worker.collective.config import AgentConfig
@@ -58,10 +62,34 @@ def test_every_program_accepts_what_it_is_given(tls: bool, mutual: bool) -> None
         assert (router.worker_tls.cert_file is not None) == mutual
 
 
-def test_agents_and_tls_together_are_refused() -> None:
-    text = "security: {tls: {cert_file: /c, key_file: /k, ca_file: /a}}"
-    with pytest.raises(SpecError, match=r"agents\.enabled: true is not allowed with security\.tls"):
-        load_spec(text)
+@pytest.mark.parametrize("mutual", [False, True])
+def test_an_agent_has_tls_on_every_hop(mutual: bool) -> None:
+    wanted = load_spec(f"security: {{tls: {{cert_file: /c.pem, key_file: /k.pem, ca_file: /a.pem, mutual: {mutual}}}}}")
+    assert wanted.agents.enabled, "agents are on by default, and TLS does not change that"
+    agent = AgentConfig.model_validate({**agent_launch("agent-0", HEAD, wanted, around()).config, "counters_dir": "/c"})
+    assert agent.tls is not None
+    assert agent.controller_tls is not None
+    assert (agent.tls.client_ca_file is not None) == (agent.controller_tls.cert_file is not None) == mutual
+
+
+def test_each_process_gets_credentials_of_its_own_and_no_secret_in_its_config() -> None:
+    secrets = new_secrets()
+    surroundings = replace(around(), secrets=secrets)
+    wanted = spec()
+    replica = Replica(
+        "m-1", "m", wanted.models[0].revision, 1, Placement("m-1", "m", (Rank(0, HEAD.id, 0, "cpu"),)), 0.0
+    )
+    launches = {
+        Identity.WORKER: worker_launch(replica, wanted.models[0], wanted, NODES, surroundings, "", 1),
+        Identity.ROUTER: router_launch("router-0", HEAD, wanted, surroundings),
+        Identity.AGENT: agent_launch("agent-0", HEAD, wanted, surroundings),
+    }
+    for identity, launch in launches.items():
+        own = Credentials.model_validate_json(launch.credentials)
+        assert own.token == secrets.token(identity)
+        assert own.token not in json.dumps(launch.config)
+        assert own.token not in repr(launch)
+    assert edge_launch("edge-0", HEAD, wanted, surroundings, HEAD).credentials == "", "it shows its callers' keys"
 
 
 def test_one_device_runs_without_ray_and_several_in_their_placement_group() -> None:
