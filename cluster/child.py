@@ -243,7 +243,7 @@ def said(line: str) -> str:
             record = json.loads(text)
         except ValueError:
             return text
-        message = record.get("message")
+        message = record.get("message") or record.get("event")
         if isinstance(message, str) and message:
             raised = str(record.get("error") or "").strip().splitlines()
             return f"{message}: {raised[-1]}" if raised else message

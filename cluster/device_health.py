@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from cluster.exit_cause import BY_ITSELF
 from cluster.fleet import Fleet, Replica
-from cluster.lifecycle import NODE_LOST
 from cluster.replica import ReplicaState
 from cluster.topology import Inventory
 
@@ -23,7 +23,6 @@ STRIKES = 3
 PAUSE_S, PAUSE_MAX_S = 60.0, 3600.0
 SETTLED_S = 30.0
 REPLICAS_UNTIL_BLAMED = 2
-FROM_OUTSIDE = ("killed by SIGKILL", "its actor died", "its node died", "stopped", NODE_LOST)
 
 Place = tuple[str, int]
 """(node id, device index)"""
@@ -96,7 +95,7 @@ def _places(replica: Replica) -> list[Place]:
 
 def _died_by_itself(replica: Replica, earlier: ReplicaState | None) -> bool:
     was_up = earlier in (ReplicaState.STARTING, ReplicaState.READY)
-    return was_up and replica.state is ReplicaState.FAILED and not replica.reason.startswith(FROM_OUTSIDE)
+    return was_up and replica.state is ReplicaState.FAILED and replica.exit_cause in BY_ITSELF
 
 
 def _struck(entry: Strikes, replica: Replica, now: float) -> Strikes:

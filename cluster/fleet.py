@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from cluster.exit_cause import ExitCause
 from cluster.placement import Placement
 from cluster.replica import LIVE, ReplicaState
 from cluster.spec_model import ModelSpec
@@ -50,6 +51,8 @@ class Replica:
     facts: WorkerFacts | None = None
     drain_deadline_s: float | None = None
     drain_cause: str = ""
+    exit_cause: ExitCause = ExitCause.UNKNOWN
+    """Why it ended; `reason` says it to people."""
 
     @property
     def serial(self) -> int:
@@ -77,6 +80,8 @@ class ModelHealth:
     revision: str = ""
     """The revision that `failures` counts."""
     last_failure: str = ""
+    served: bool = False
+    """Whether the last one had begun to serve before it died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +144,8 @@ class ReplicaObservation:
     phase: Phase = Phase.NONE
     facts: WorkerFacts | None = None
     reason: str = ""
+    """Why it exited, for people."""
+    cause: ExitCause = ExitCause.UNKNOWN
     """Why it exited."""
     unfinished: int | None = None
     """Requests it still has, as stated after it refused new ones; None: not stated."""

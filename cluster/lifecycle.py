@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+from cluster.exit_cause import ExitCause
 from cluster.fleet import Limits, Observation, Phase, Replica, ReplicaObservation, Reservation
 from cluster.replica import ReplicaEvent, ReplicaState
 from cluster.spec_model import ModelSpec
 
-NODE_LOST = "node lost"
+Met = tuple[ReplicaEvent, str, ExitCause]
+"""The event, its reason for people, and the cause where the replica ends."""
 
 
 def event_for(
     replica: Replica, model: ModelSpec | None, observation: Observation, limits: Limits, now: float
-) -> tuple[ReplicaEvent, str] | None:
-    """The event and its reason, or None when nothing happened to it."""
+) -> Met | None:
+    """What happened to it, or None when nothing did."""
     seen = observation.replicas.get(replica.id, ReplicaObservation())
     lost = _lost_node(replica, observation)
     if lost:
-        return ReplicaEvent.FAIL, lost
+        return ReplicaEvent.FAIL, lost, ExitCause.NODE_LOST
     if seen.phase is Phase.EXITED:
-        return ReplicaEvent.FAIL, seen.reason or "its worker process ended"
+        return ReplicaEvent.FAIL, seen.reason or "its worker process ended", seen.cause
     in_state_s = now - replica.since_s
     match replica.state:
         case ReplicaState.RESERVING:
             if seen.reservation is Reservation.GRANTED:
-                return ReplicaEvent.RESERVED, ""
+                return ReplicaEvent.RESERVED, "", ExitCause.UNKNOWN
             if in_state_s > limits.reserve_timeout_s:
-                return ReplicaEvent.FAIL, f"Ray did not grant its devices within {limits.reserve_timeout_s:.0f} s"
+                reason = f"Ray did not grant its devices within {limits.reserve_timeout_s:.0f} s"
+                return ReplicaEvent.FAIL, reason, ExitCause.RESERVE_TIMEOUT
         case ReplicaState.STARTING:
             if seen.phase is Phase.SERVING and seen.facts is not None:
-                return ReplicaEvent.SERVING, ""
+                return ReplicaEvent.SERVING, "", ExitCause.UNKNOWN
             timeout_s = model.start_timeout_s if model else limits.reserve_timeout_s
             if in_state_s > timeout_s:
-                return ReplicaEvent.FAIL, f"it did not serve within start_timeout_s = {timeout_s:.0f} s"
+                reason = f"it did not serve within start_timeout_s = {timeout_s:.0f} s"
+                return ReplicaEvent.FAIL, reason, ExitCause.START_TIMEOUT
             return _if_reservation_lost(seen, observation)
         case ReplicaState.READY:
             return _if_gone(seen, observation)
@@ -40,24 +44,25 @@ def event_for(
     return None
 
 
-def _drained(replica: Replica, seen: ReplicaObservation, limits: Limits, now: float) -> tuple[ReplicaEvent, str] | None:
+def _drained(replica: Replica, seen: ReplicaObservation, limits: Limits, now: float) -> Met | None:
     if seen.unfinished == 0:
-        return ReplicaEvent.DRAINED, f"drained ({replica.drain_cause})"
+        return ReplicaEvent.DRAINED, f"drained ({replica.drain_cause})", ExitCause.DRAINED
     if replica.drain_deadline_s is not None and now > replica.drain_deadline_s + limits.drain_overtime_s:
         left = "some" if seen.unfinished is None else str(seen.unfinished)
-        return ReplicaEvent.DRAINED, f"drain deadline passed with {left} requests left ({replica.drain_cause})"
+        reason = f"drain deadline passed with {left} requests left ({replica.drain_cause})"
+        return ReplicaEvent.DRAINED, reason, ExitCause.DRAINED
     return None
 
 
-def _if_gone(seen: ReplicaObservation, observation: Observation) -> tuple[ReplicaEvent, str] | None:
+def _if_gone(seen: ReplicaObservation, observation: Observation) -> Met | None:
     if observation.complete and seen.phase is Phase.NONE:
-        return ReplicaEvent.FAIL, "its worker is gone"
+        return ReplicaEvent.FAIL, "its worker is gone", ExitCause.ACTOR_LOST
     return _if_reservation_lost(seen, observation)
 
 
-def _if_reservation_lost(seen: ReplicaObservation, observation: Observation) -> tuple[ReplicaEvent, str] | None:
+def _if_reservation_lost(seen: ReplicaObservation, observation: Observation) -> Met | None:
     if observation.complete and seen.reservation is Reservation.NONE:
-        return ReplicaEvent.FAIL, "Ray no longer holds its devices"
+        return ReplicaEvent.FAIL, "Ray no longer holds its devices", ExitCause.DEVICES_LOST
     return None
 
 
@@ -67,5 +72,5 @@ def _lost_node(replica: Replica, observation: Observation) -> str:
     for node_id in replica.placement.nodes:
         node = observation.inventory.node(node_id)
         if node is None or not node.alive:
-            return f"{NODE_LOST}: {node.title if node else node_id}"
+            return f"node lost: {node.title if node else node_id}"
     return ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cluster.exit_cause import ExitCause
 from cluster.fleet import (
     Action,
     Desired,
@@ -30,7 +31,7 @@ from cluster.fleet import (
     Start,
     TellDrain,
 )
-from cluster.lifecycle import NODE_LOST, event_for
+from cluster.lifecycle import event_for
 from cluster.placement import Blocked, Placement, ReplicaRequest, place
 from cluster.placement_request import request_for
 from cluster.replica import FINAL, ReplicaEvent, ReplicaState, next_state
@@ -57,10 +58,17 @@ class _Tick:
     actions: list[Action] = field(default_factory=list)
     happenings: list[Happening] = field(default_factory=list)
 
-    def send(self, replica: Replica, event: ReplicaEvent, reason: str, cause: str) -> None:
+    def send(
+        self,
+        replica: Replica,
+        event: ReplicaEvent,
+        reason: str,
+        cause: str,
+        exit_cause: ExitCause = ExitCause.UNKNOWN,
+    ) -> None:
         """Moves a replica along its table and writes down that it did."""
         state = next_state(replica.state, event)
-        changes: dict[str, object] = {"state": state, "since_s": self.now, "reason": reason}
+        changes: dict[str, object] = {"state": state, "since_s": self.now, "reason": reason, "exit_cause": exit_cause}
         if event is ReplicaEvent.DRAIN:
             changes["drain_deadline_s"] = self.now + self._drain_timeout_s(replica)
             changes["drain_cause"] = cause
@@ -104,25 +112,27 @@ def _advance(tick: _Tick) -> None:
             continue
         found = event_for(replica, tick.models.get(replica.model), tick.observation, tick.limits, tick.now)
         if found is not None:
-            event, reason = found
-            tick.send(replica, event, reason, "observed")
+            event, reason, exit_cause = found
+            tick.send(replica, event, reason, "observed", exit_cause)
             if event is ReplicaEvent.FAIL:
-                _count_failure(tick, replica, reason)
+                _count_failure(tick, replica, reason, exit_cause)
         elif replica.state is ReplicaState.READY and tick.now - replica.since_s >= tick.limits.settled_s:
             health = tick.health.get(replica.model)
             if health is not None and health.failures and health.revision == replica.revision:
                 tick.health.pop(replica.model)
 
 
-def _count_failure(tick: _Tick, replica: Replica, reason: str) -> None:
+def _count_failure(tick: _Tick, replica: Replica, reason: str, exit_cause: ExitCause) -> None:
     """Backs the model's starts off, unless the node is to blame or the replica had served for long."""
     served_long = replica.state is ReplicaState.READY and tick.now - replica.since_s >= tick.limits.settled_s
-    if reason.startswith(NODE_LOST) or served_long or replica.state is ReplicaState.DRAINING:
+    if exit_cause is ExitCause.NODE_LOST or served_long or replica.state is ReplicaState.DRAINING:
         return
     before = tick.health.get(replica.model, ModelHealth())
     failures = before.failures + 1 if before.revision == replica.revision else 1
     pause_s = min(tick.limits.backoff_max_s, tick.limits.backoff_s * 2.0 ** min(failures - 1, 30))
-    tick.health[replica.model] = ModelHealth(failures, tick.now + pause_s, replica.revision, reason)
+    tick.health[replica.model] = ModelHealth(
+        failures, tick.now + pause_s, replica.revision, reason, served=replica.state is ReplicaState.READY
+    )
 
 
 def _honour_drains(tick: _Tick) -> None:
@@ -140,7 +150,7 @@ def _take_away(tick: _Tick, replica: Replica, cause: str) -> None:
     if replica.state is ReplicaState.READY:
         tick.send(replica, ReplicaEvent.DRAIN, cause, cause)
     else:
-        tick.send(replica, ReplicaEvent.STOP, cause, cause)
+        tick.send(replica, ReplicaEvent.STOP, cause, cause, ExitCause.STOPPED)
 
 
 def _decide(tick: _Tick) -> dict[str, Step]:
@@ -178,8 +188,11 @@ def _has_failed_start(health: ModelHealth, model: ModelSpec, now: float) -> bool
 
 
 def _crash_text(health: ModelHealth, now: float) -> str:
-    times = "start failed" if health.failures == 1 else f"{health.failures} starts failed in a row"
-    return f"{times}: {health.last_failure}; next try in {max(0.0, health.not_before_s - now):.0f} s"
+    if health.served:
+        what = "a replica died soon after it served"
+    else:
+        what = "start failed" if health.failures == 1 else f"{health.failures} starts failed in a row"
+    return f"{what}: {health.last_failure}; next try in {max(0.0, health.not_before_s - now):.0f} s"
 
 
 def _create(tick: _Tick, steps: Mapping[str, Step]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 
+from cluster.exit_cause import ExitCause
 from cluster.fleet import (
     Action,
     Observation,
@@ -31,6 +32,7 @@ class Held:
     serves_at_s: float = 0.0
     exits_at_s: float | None = None
     reason: str = ""
+    cause: ExitCause = ExitCause.UNKNOWN
     requests: int = 0
     refuses: bool = False
     told: int | None = None
@@ -83,6 +85,7 @@ class SimulatedRay:
         for held in self.held.values():
             if held.started_at_s is not None and self.rng.random() < self.faults.process_dies:
                 held.exits_at_s, held.reason = self.now, "killed by SIGKILL"
+                held.cause = ExitCause.KILLED_FROM_OUTSIDE
             if held.refuses and held.requests and self.rng.random() < 0.5:
                 held.requests -= 1
             if not held.refuses and held.requests < 3 and self.rng.random() < 0.3:
@@ -99,7 +102,7 @@ class SimulatedRay:
         self.dead.add(node)
         for held in self.held.values():
             if node in held.placement.nodes:
-                held.exits_at_s, held.reason = self.now, "its node died"
+                held.exits_at_s, held.reason, held.cause = self.now, "its node died", ExitCause.NODE_LOST
 
     def apply(self, actions: tuple[Action, ...]) -> None:
         for action in actions:
@@ -112,6 +115,7 @@ class SimulatedRay:
                     held.started_at_s, held.serves_at_s = self.now, self.now + self.rng.uniform(0.5, 5.0)
                     if self.rng.random() < self.faults.start_fails:
                         held.exits_at_s, held.reason = self.now + 1.0, "exit status 1: no memory"
+                        held.cause = ExitCause.PROGRAM_ENDED
                 case TellDrain(replica) if replica.id in self.held:
                     held = self.held[replica.id]
                     held.refuses, held.told = True, held.requests
@@ -135,4 +139,4 @@ class SimulatedRay:
                 phase, facts = Phase.SERVING, WorkerFacts(f"{name}:1", 1, "simulated")
         if held.exits_at_s is not None and held.exits_at_s <= self.now:
             phase = Phase.EXITED
-        return ReplicaObservation(reservation, phase, facts, held.reason, held.told)
+        return ReplicaObservation(reservation, phase, facts, held.reason, held.cause, held.told)

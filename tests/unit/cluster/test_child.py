@@ -1,6 +1,7 @@
 """One child process: its ready line, its output, its end, and why it ended."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.child import Child, ChildState, Launch
+from cluster.child import Child, ChildState, Launch, said
+from cluster.exit_cause import ExitCause
+from megatoken.log import JsonFormatter
 
 PROGRAM = """
 import json, os, sys, time
@@ -48,7 +51,8 @@ def test_it_serves_and_stops(launch: Callable[[str], Launch], tmp_path: Path) ->
     child = Child(launch("fine"))
     state = until(child, "serving")
     assert state.facts == {"address": "here"}
-    assert child.stop(5.0).reason == "stopped"
+    ended = child.stop(5.0)
+    assert (ended.reason, ended.cause) == ("stopped", ExitCause.STOPPED)
     assert "hello from the child fine given None" in child.tail(10)
     config = tmp_path / "run" / "configs" / "one.json"
     assert json.loads(config.read_text()) == {"word": "fine"}
@@ -58,15 +62,31 @@ def test_it_serves_and_stops(launch: Callable[[str], Launch], tmp_path: Path) ->
 
 def test_its_failure_names_the_status_and_the_telling_line(launch: Callable[[str], Launch]) -> None:
     child = Child(launch("broken"))
-    assert until(child, "exited").reason == "exit status 3: ValueError: a broken word"
+    state = until(child, "exited")
+    assert (state.reason, state.cause) == ("exit status 3: ValueError: a broken word", ExitCause.PROGRAM_ENDED)
 
 
 def test_its_kill_names_the_signal(launch: Callable[[str], Launch]) -> None:
     child = Child(launch("fine"))
     os.kill(until(child, "serving").pid, signal.SIGKILL)
-    assert until(child, "exited").reason == "killed by SIGKILL"
+    state = until(child, "exited")
+    assert (state.reason, state.cause) == ("killed by SIGKILL", ExitCause.KILLED_FROM_OUTSIDE)
 
 
 def test_a_program_that_cannot_start_says_so(launch: Callable[[str], Launch], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     assert "could not start" in until(Child(launch("fine")), "exited").reason
+
+
+def test_a_log_record_is_told_as_its_sentence() -> None:
+    record = logging.LogRecord("worker", logging.ERROR, "f", 1, "the engine died", (), None)
+    try:
+        raise ValueError("no memory left")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    line = JsonFormatter({"process": "worker"}).format(record)
+    assert line.startswith("{")
+    assert said(line) == "the engine died: ValueError: no memory left"
+    assert said(' {"half": ') == '{"half":'
+    assert said("[1]") == "[1]"
+    assert said("plain words") == "plain words"

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.device_health import PAUSE_S, SETTLED_S, DeviceBook, judge, with_devices_out
+from cluster.exit_cause import BY_ITSELF, ExitCause
 from cluster.fleet import Fleet, Replica
 from cluster.placement import Placement, Rank
 from cluster.replica import ReplicaState
@@ -20,11 +21,15 @@ def replica(number: int, *devices: int, state: ReplicaState = ReplicaState.START
 
 
 def die(
-    book: DeviceBook, now: float, *devices: int, reason: str = BOOM, beside: tuple[Replica, ...] = ()
+    book: DeviceBook,
+    now: float,
+    *devices: int,
+    cause: ExitCause = ExitCause.PROGRAM_ENDED,
+    beside: tuple[Replica, ...] = (),
 ) -> DeviceBook:
     """One replica on these devices fails."""
     one = replica(1, *devices)
-    failed = replace(one, state=ReplicaState.FAILED, reason=reason)
+    failed = replace(one, state=ReplicaState.FAILED, reason=BOOM, exit_cause=cause)
     return judge(book, Fleet((one, *beside)), Fleet((failed, *beside)), now)
 
 
@@ -62,9 +67,9 @@ def test_a_replica_that_serves_there_long_enough_clears_it() -> None:
     assert not judge(book, well, well, SETTLED_S).strikes
 
 
-@pytest.mark.parametrize("reason", ["node lost: n", "killed by SIGKILL", "its actor died: x", "stopped"])
-def test_what_comes_from_outside_is_no_strike(reason: str) -> None:
-    assert not die(DeviceBook(), 0.0, 3, reason=reason).strikes
+@pytest.mark.parametrize("cause", ExitCause)
+def test_the_cause_alone_says_what_is_a_strike(cause: ExitCause) -> None:
+    assert bool(die(DeviceBook(), 0.0, 3, cause=cause).strikes) == (cause in BY_ITSELF)
 
 
 def test_a_wide_replica_strikes_all_its_devices() -> None:

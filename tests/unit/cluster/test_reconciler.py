@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from cluster.exit_cause import ExitCause
 from cluster.fleet import (
     Desired,
     Fleet,
@@ -361,3 +362,29 @@ def test_a_spec_that_was_rolled_back_can_be_tried_again_at_once() -> None:
     world.want(new, previous={"m": old})  # applied again before a tick saw the old spec
     world.tick()
     assert not world.actions(RollBack)
+
+
+def test_a_replica_killed_soon_after_it_served_did_not_fail_to_start() -> None:
+    world = World(model(), nodes(2))
+    world.until_ready()
+    killed = ReplicaObservation(
+        Reservation.GRANTED, Phase.EXITED, FACTS, "killed by SIGKILL", ExitCause.KILLED_FROM_OUTSIDE
+    )
+    world.seen["m-1"] = killed
+    world.tick(0.1)
+    ended = world.fleet.replica("m-1")
+    assert ended is not None
+    assert (ended.exit_cause, ended.reason) == (ExitCause.KILLED_FROM_OUTSIDE, "killed by SIGKILL")
+    blocked = world.fleet.blocked["m"]
+    assert blocked.startswith("a replica died soon after it served: killed by SIGKILL; next try in")
+    assert "start failed" not in blocked
+
+
+@pytest.mark.parametrize("cause", [ExitCause.NODE_LOST, ExitCause.PROGRAM_ENDED])
+def test_a_lost_node_is_told_by_its_cause_and_not_by_a_sentence(cause: ExitCause) -> None:
+    world = World(model(), nodes(2))
+    world.until_ready()
+    reason = "its node died" if cause is ExitCause.NODE_LOST else "node lost: so the worker says"
+    world.seen["m-1"] = ReplicaObservation(Reservation.GRANTED, Phase.EXITED, FACTS, reason, cause)
+    world.tick(0.1)
+    assert ("m" in world.fleet.health) == (cause is ExitCause.PROGRAM_ENDED)

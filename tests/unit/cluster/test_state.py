@@ -1,9 +1,12 @@
 """The state file: what one controller wrote, the next one reads."""
 
+import json
+import sqlite3
 import stat
 from dataclasses import replace
 from pathlib import Path
 
+from cluster.exit_cause import ExitCause
 from cluster.fleet import Fleet, Replica, WorkerFacts
 from cluster.placement import Placement, Rank
 from cluster.replica import ReplicaState
@@ -57,3 +60,20 @@ def test_a_save_writes_changes_and_forgets_what_is_gone(tmp_path: Path) -> None:
     assert store.desired().drained_nodes == frozenset()
     store.forget_previous(["m"])
     assert store.desired(stopping=True).stopping
+
+
+def test_the_cause_of_an_end_is_kept_and_a_file_without_it_still_loads(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    store = StateStore(path)
+    ended = replace(replica(1, ReplicaState.FAILED), exit_cause=ExitCause.NODE_LOST)
+    store.save_fleet(Fleet((ended,), serial=1))
+    assert store.fleet().replicas == (ended,)
+    store.close()
+    with sqlite3.connect(path) as connection:
+        ((value,),) = connection.execute("SELECT value FROM replicas").fetchall()
+        older = json.loads(value)
+        del older["exit_cause"]
+        connection.execute("UPDATE replicas SET value = ?", (json.dumps(older),))
+    again = StateStore(path)
+    assert again.fleet().replicas == (replace(ended, exit_cause=ExitCause.UNKNOWN),)
+    again.close()
