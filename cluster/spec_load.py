@@ -12,6 +12,7 @@ from cluster.spec import ClusterSpec
 from megatoken.errors import MegatokenError
 
 MAX_SPEC_BYTES = 4 << 20
+MAX_VALUES = 100_000  # with aliases written out: a few hundred bytes of them can stand for more than memory holds
 MAX_SHOWN = 80
 
 
@@ -55,7 +56,16 @@ def dump_spec(spec: ClusterSpec) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key given twice: plain YAML silently keeps the last."""
+    """Refuses a key given twice, where plain YAML silently keeps the last, and aliases that stand for too much."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()  # type: ignore[no-untyped-call]
+        if node is not None:
+            number = _written_out(node, {})
+            if number > MAX_VALUES:
+                text = f"{number} values once its aliases are written out is not allowed; at most {MAX_VALUES}"
+                raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -67,6 +77,22 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values `node` is with every alias replaced by what it names; each node is looked at once."""
+    number = known.get(id(node))
+    if number is None:
+        known[id(node)] = 0  # while it is open
+        number = 1
+        if isinstance(node, yaml.MappingNode):
+            number += sum(_written_out(part, known) for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            number += sum(_written_out(part, known) for part in node.value)
+        known[id(node)] = number
+    elif number == 0:
+        raise yaml.constructor.ConstructorError(None, None, "an alias stands inside what it names", node.start_mark)
+    return number
 
 
 def _line(problem: Any, document: dict[Any, Any]) -> str:

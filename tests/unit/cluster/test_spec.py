@@ -1,5 +1,6 @@
 """The spec: what is allowed, and the one line for each thing that is not."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,15 @@ def test_sizes_that_the_model_does_not_allow(tmp_path: Path, monkeypatch: pytest
 def test_a_replica_wider_than_the_local_machine() -> None:
     spec = load_spec("ray: {cpu_devices: 2}\nmodels: [{name: a, source: x, parallel: {pipeline: 3}}]")
     assert "3 devices a replica is not allowed; ray.cpu_devices gives this cluster 2" in device_problems(spec)[0]
+
+
+def test_aliases_that_grow_without_end_are_refused_at_once() -> None:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 8)]
+    began = time.monotonic()
+    with pytest.raises(SpecError, match="values once its aliases are written out is not allowed"):
+        load_spec("\n".join([*levels, "cluster: *a7", "models: [{name: m, engine_args: {a: *a7}}]"]))
+    with pytest.raises(SpecError, match="an alias stands inside what it names"):
+        load_spec("cluster: &a [*a]")
+    assert time.monotonic() - began < 0.5
+    assert load_spec("models: [{name: m, engine: &e simulated}, {name: n, engine: *e}]").models[1].engine == "simulated"
