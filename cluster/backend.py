@@ -77,7 +77,9 @@ class Backend(Protocol):
         """Ends it, after `grace_s` by force."""
 
     def tail(self, name: str, lines: int, timeout_s: float) -> str:
-        """The last lines that a replica or process wrote. Raises KeyError when there is none of that name."""
+        """The last lines that a replica or process wrote. Raises KeyError when there is none of that name.
+
+        The one method that is called beside the others, from a thread of its own."""
 
     def give_credentials(self, texts: Mapping[str, str], timeout_s: float) -> list[str]:
         """Replaces the credentials files of running replicas and processes; returns those that took theirs in time."""

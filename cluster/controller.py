@@ -56,6 +56,7 @@ Result = TypeVar("Result")
 
 BUSY_WAIT_S = 0.2  # between looks while something is on its way
 POLL_S = 1.0  # between readings of loads and queues
+TAIL_S = 5.0  # for a process to say its last lines
 STOP_GRACE_S = 5.0  # of a worker that has no request left
 CREDENTIALS_S = 2.0  # for processes to take new credentials; those that did not are told again at the next tick
 ROTATION_POLL_S = 0.1
@@ -87,6 +88,7 @@ class Controller:
         self.store = store
         self._make_backend = make_backend
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="backend")
+        self._tails = ThreadPoolExecutor(1, thread_name_prefix="tail")  # a process that does not answer delays no tick
         self._wake = asyncio.Event()
         self.orders = Orders(store, self.tell, self._wake.set)
         self.fleet: Fleet = store.fleet()
@@ -138,6 +140,7 @@ class Controller:
             await self.events.publish(closed=True)
             self.closed.set()
             self._thread.shutdown(wait=False)
+            self._tails.shutdown(wait=False)
 
     async def _turn(self, backend: Backend) -> bool:
         """One tick and the wait after it; says whether the cluster is down. An error is logged and the loop goes on."""
@@ -414,7 +417,8 @@ class Controller:
         for candidate in names:
             if candidate in self.look.replicas or candidate in self.look.processes:
                 try:
-                    return await self._in_thread(lambda found=candidate: backend.tail(found, lines, 5.0))  # type: ignore[misc]
+                    loop = asyncio.get_running_loop()
+                    return await loop.run_in_executor(self._tails, backend.tail, candidate, lines, TAIL_S)
                 except KeyError:
                     raise UnavailableError(f"{candidate} has not started yet") from None
         known = ", ".join(sorted({*self.look.replicas, *self.look.processes})) or "none"

@@ -55,7 +55,7 @@ class _Handle:
 
 
 class RayBackend:
-    """Used from one thread."""
+    """Used from one thread, but for `tail`."""
 
     def __init__(self, cluster: str, runtime_root: Path) -> None:
         context = ray.get_runtime_context()

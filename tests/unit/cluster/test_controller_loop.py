@@ -66,7 +66,8 @@ class Backend:
     def stop_process(self, name: str, grace_s: float) -> None: ...
 
     def tail(self, name: str, lines: int, timeout_s: float) -> str:
-        raise KeyError(name)
+        time.sleep(timeout_s if name == "m-1" else 0.0)
+        return f"{lines} lines of {name}"
 
     def give_credentials(self, texts: Mapping[str, str], timeout_s: float) -> list[str]:
         return list(texts)
@@ -160,3 +161,20 @@ async def test_the_epoch_of_a_throughput_group_is_written_down_before_it_is_told
     running.controller.set_throughput(membership_pb2.ThroughputGroup(epoch=7), "a test")
     assert running.store.get("throughput_epoch") == "7"
     await running.stop()
+
+
+async def test_a_process_that_does_not_say_its_lines_delays_no_tick(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.controller.TAIL_S", 2.0)
+    running.start()
+    try:
+        await running.until(lambda: len(running.serving()) == 2)
+        tail = asyncio.create_task(running.controller.tail("m-1", 3))
+        await asyncio.sleep(0.05)
+        running.backend.replicas.pop("m-1")
+        await running.until(lambda: "m-1" not in running.serving())
+        assert not tail.done()
+        assert await tail == "3 lines of m-1"
+    finally:
+        await running.stop()
