@@ -60,6 +60,7 @@ class Replica:
         self.counters = counters
         self.measures = measures
         self.draining = False
+        self.fenced = ""  # why it may not serve now; empty: it may
         self.dead: str | None = None  # why the engine is gone
         self.drained = asyncio.Event()
         self._on_dead = on_dead
@@ -158,6 +159,8 @@ class Replica:
             raise EngineDeadError(f"replica {self.config.replica}: {self.dead}")
         if self.draining:
             raise UnavailableError(f"replica {self.config.replica} is draining and takes no new requests")
+        if self.fenced:
+            raise UnavailableError(f"replica {self.config.replica} is fenced: {self.fenced}")
 
     def cancel(self, outlet: Outlet, numbers: Sequence[int]) -> None:
         """Aborts these streams of a caller; numbers that do not run (any more) are passed over."""
@@ -209,6 +212,15 @@ class Replica:
             log_event(_log, "replica.draining", replica=self.config.replica, running=self.running)
         self._note_drained()
         return self.running
+
+    def fence(self, reason: str) -> None:
+        """Serves nobody from now on; see fence.py, which calls it."""
+        self.fenced = reason
+        self._end_all(UnavailableError(f"replica {self.config.replica} is fenced: {reason}"), notify_engine=True)
+
+    def unfence(self) -> None:
+        """Serves again."""
+        self.fenced = ""
 
     def end_running(self) -> None:
         """Ends what still runs with UNAVAILABLE, so that a router resumes it elsewhere."""

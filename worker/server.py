@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 import grpc
@@ -13,6 +14,7 @@ from megatoken.access.table import Program
 from megatoken.errors import RequestError
 from megatoken.v1 import tokens_pb2, worker_pb2, worker_pb2_grpc
 from worker.config import TlsConfig, WorkerConfig
+from worker.fence import Fence
 from worker.replica import Replica
 from worker.tokens_service import SERVICE as TOKENS
 from worker.tokens_service import tokens_handler
@@ -42,7 +44,8 @@ class WorkerServer:
         )
         self._server = grpc.aio.server(options=_options(config), interceptors=[gate] if gate is not None else None)
         self._server.add_generic_rpc_handlers((tokens_handler(replica),))
-        worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(replica), self._server)
+        self._fence = Fence(replica, asyncio.get_running_loop())
+        worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(replica, self._fence), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (
             tokens_pb2.DESCRIPTOR.services_by_name["Tokens"].full_name,
@@ -78,6 +81,7 @@ class WorkerServer:
 
     async def stop(self, grace_s: float) -> None:
         """Takes no further calls, and ends those that still run after `grace_s`."""
+        self._fence.stop()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 

@@ -13,6 +13,7 @@ import numpy as np
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1 import worker_pb2, worker_pb2_grpc
+from worker.fence import Fence
 from worker.outlet import Outlet
 from worker.replica import Replica
 
@@ -23,8 +24,9 @@ PROBE_PROMPT: Final = np.array([1], "<u4")
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Answers for one replica."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, fence: Fence) -> None:
         self._replica = replica
+        self._fence = fence
 
     async def Describe(self, request: worker_pb2.DescribeRequest, context: Any) -> worker_pb2.DescribeResponse:
         """What is fixed about this replica."""
@@ -49,6 +51,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def GetLoad(self, request: worker_pb2.GetLoadRequest, context: Any) -> pb.Load:
         """The load as of now."""
         return self._replica.load()
+
+    async def Renew(self, request: worker_pb2.RenewRequest, context: Any) -> worker_pb2.RenewResponse:
+        """Lets the replica serve on, and tells how it is."""
+        config = self._replica.config
+        if (request.replica, request.incarnation) != (config.replica, config.incarnation):
+            meant = f"{request.replica} ({request.incarnation})"
+            text = f"replica: {meant!r} is not here; this is {config.replica} ({config.incarnation})"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        stamp_s = self._fence.renew(request.stamp_s, request.lease_s)
+        return worker_pb2.RenewResponse(stamp_s=stamp_s, load=self._replica.load(), unfinished=self._replica.running)
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
         """Refuses new requests from now on."""

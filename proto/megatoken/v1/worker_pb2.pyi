@@ -48,20 +48,26 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RenewRequest(_message.Message):
-    __slots__ = ("stamp_s", "lease_s")
+    __slots__ = ("stamp_s", "lease_s", "replica", "incarnation")
     STAMP_S_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     stamp_s: float
     lease_s: float
-    def __init__(self, stamp_s: _Optional[float] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    replica: str
+    incarnation: int
+    def __init__(self, stamp_s: _Optional[float] = ..., lease_s: _Optional[float] = ..., replica: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class RenewResponse(_message.Message):
-    __slots__ = ("stamp_s", "load")
+    __slots__ = ("stamp_s", "load", "unfinished")
     STAMP_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    UNFINISHED_FIELD_NUMBER: _ClassVar[int]
     stamp_s: float
     load: _tokens_pb2.Load
-    def __init__(self, stamp_s: _Optional[float] = ..., load: _Optional[_Union[_tokens_pb2.Load, _Mapping]] = ...) -> None: ...
+    unfinished: int
+    def __init__(self, stamp_s: _Optional[float] = ..., load: _Optional[_Union[_tokens_pb2.Load, _Mapping]] = ..., unfinished: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()

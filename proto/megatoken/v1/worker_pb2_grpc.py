@@ -84,7 +84,8 @@ class WorkerServicer(object):
 
     def Renew(self, request, context):
         """Lets the worker serve for lease_s from a moment of its own clock that it told before. A worker whose time is over
-        fences itself: it ends, so that its replacement is alone.
+        fences itself: it serves nobody until it is renewed again, so that its replacement is alone.
+        FAILED_PRECONDITION: this is another replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
