@@ -35,6 +35,7 @@ from cluster.fleet import (
 )
 from cluster.launches import LOOPBACK, Surroundings, worker_launch
 from cluster.links import Links
+from cluster.liveness import LivenessLimits
 from cluster.membership import Versions, content_of
 from cluster.orders import Orders
 from cluster.processes import Record, supervise, wanted_processes
@@ -55,7 +56,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 BUSY_WAIT_S = 0.2  # between looks while something is on its way
-POLL_S = 1.0  # between readings of loads and queues
+POLL_S = 1.0  # between readings of queues and throughput
+RENEW_S = 1.0  # between renewals of workers' leases, which bring their loads
 TAIL_S = 5.0  # for a process to say its last lines
 STOP_GRACE_S = 5.0  # of a worker that has no request left
 CREDENTIALS_S = 2.0  # for processes to take new credentials; those that did not are told again at the next tick
@@ -127,15 +129,16 @@ class Controller:
         )
         self.tell(Happening("controller.started", "controller", "carries on" if self._restored else "starts"))
         self._publish_snapshot()
-        poll = asyncio.create_task(self._poll_forever())
+        loops = [asyncio.create_task(loop()) for loop in (self._poll_forever, self._renew_forever)]
         try:
             while not await self._turn(backend):
                 pass
             if not self.settings.local:  # a local cluster's guard does it, and sooner
                 await self._in_thread(backend.clean)
         finally:
-            poll.cancel()
-            await asyncio.gather(poll, *self._drains.values(), return_exceptions=True)
+            for loop in loops:
+                loop.cancel()
+            await asyncio.gather(*loops, *self._drains.values(), return_exceptions=True)
             await self.links.close()
             await self.events.publish(closed=True)
             self.closed.set()
@@ -201,8 +204,14 @@ class Controller:
             replace(node, draining=node.id in self.orders.desired.drained_nodes) for node in self.look.inventory.nodes
         )
         self.inventory = with_devices_out(Inventory(nodes), self.devices, time.monotonic())
+        now, limits, liveness = time.monotonic(), self._liveness_limits(), self.links.liveness
         replicas = {
-            replica_id: replace(seen, unfinished=self.links.unfinished.get(replica_id))
+            replica_id: replace(
+                seen,
+                unfinished=self.links.unfinished.get(replica_id),
+                hang=liveness.hang(replica_id, limits, now) if seen.phase is Phase.SERVING else None,
+                lease_until_s=liveness.lease_until_s(replica_id, limits, now),
+            )
             for replica_id, seen in self.look.replicas.items()
         }
         return Observation(self.inventory, replicas, self.look.complete)
@@ -383,6 +392,19 @@ class Controller:
     def _readings(self) -> Readings:
         return self.links.readings()
 
+    async def _renew_forever(self) -> None:
+        """Apart from all other reading: a router that does not answer must not cost a worker its lease."""
+        while True:
+            try:
+                await self.links.renew(self.fleet.replicas, self._liveness_limits())
+            except Exception:
+                self._survived("renewal of leases")
+            await asyncio.sleep(RENEW_S)
+
+    def _liveness_limits(self) -> LivenessLimits:
+        control = self.orders.spec.control
+        return LivenessLimits(control.worker_lease_s, control.hang_s, control.probe_s)
+
     async def _poll_forever(self) -> None:
         while True:
             try:
@@ -392,7 +414,6 @@ class Controller:
             await asyncio.sleep(POLL_S)
 
     async def _poll(self) -> None:
-        await self.links.read_loads(self.fleet.replicas, time.monotonic())
         routers = self._addresses("router")
         agents = self._addresses("agent")
         await self.links.read_routers(routers)

@@ -17,11 +17,19 @@ class ExitCause(StrEnum):
     NODE_LOST = "node_lost"
     ACTOR_LOST = "actor_lost"  # what supervises it died, or Ray no longer knows it
     DEVICES_LOST = "devices_lost"  # Ray no longer holds its devices
+    HUNG = "hung"  # its engine makes no step
+    NO_ANSWER = "no_answer"  # its worker does not answer, though Ray calls it alive
     DRAINED = "drained"
     STOPPED = "stopped"  # as asked
 
 
 BY_ITSELF = frozenset(
-    {ExitCause.PROGRAM_ENDED, ExitCause.START_TIMEOUT, ExitCause.START_FAILED, ExitCause.RESERVE_TIMEOUT}
+    {
+        ExitCause.PROGRAM_ENDED,
+        ExitCause.START_TIMEOUT,
+        ExitCause.START_FAILED,
+        ExitCause.RESERVE_TIMEOUT,
+        ExitCause.HUNG,
+    }
 )
 """The replica's own doing, or its device's or its spec's; whatever else ends one comes from outside it."""

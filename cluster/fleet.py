@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.exit_cause import ExitCause
+from cluster.liveness import HangSeen
 from cluster.placement import Placement
 from cluster.replica import LIVE, ReplicaState
 from cluster.spec_model import ModelSpec
@@ -53,6 +54,8 @@ class Replica:
     drain_cause: str = ""
     exit_cause: ExitCause = ExitCause.UNKNOWN
     """Why it ended; `reason` says it to people."""
+    serves_until_s: float = 0.0
+    """Of one that failed out of our reach: its lease may let it serve until then, and its replacement waits."""
 
     @property
     def serial(self) -> int:
@@ -149,6 +152,10 @@ class ReplicaObservation:
     """Why it exited."""
     unfinished: int | None = None
     """Requests it still has, as stated after it refused new ones; None: not stated."""
+    hang: HangSeen | None = None
+    """How it hangs, though its process is there."""
+    lease_until_s: float = 0.0
+    """When it has stopped serving if nothing of it can be reached; 0: it has no lease."""
 
     @property
     def holds_something(self) -> bool:

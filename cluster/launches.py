@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.backend import ProcessLaunch
 from cluster.fleet import Replica
-from cluster.placement import Rank
+from cluster.placement_text import rank_text
 from cluster.secrets_keeper import process_credentials
 from cluster.spec import ClusterSpec
 from cluster.spec_model import ModelSpec
@@ -180,12 +180,6 @@ def agent_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings)
 def _credentials(around: Surroundings, kind: str, name: str) -> str:
     own = process_credentials(around.secrets, kind, name) if around.secrets is not None else None
     return dump(own) if own is not None else ""
-
-
-def rank_text(rank: Rank, inventory: Inventory) -> str:
-    """A rank for people: "rank 0: node-a device 0"."""
-    node = inventory.node(rank.node)
-    return f"rank {rank.rank}: {node.title if node else rank.node} device {rank.device}"
 
 
 def _edge_model(model: ModelSpec) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from cluster.exit_cause import ExitCause
 from cluster.fleet import Limits, Observation, Phase, Replica, ReplicaObservation, Reservation
+from cluster.liveness import Hang
+from cluster.placement_text import rank_text
 from cluster.replica import ReplicaEvent, ReplicaState
 from cluster.spec_model import ModelSpec
 
@@ -38,10 +40,26 @@ def event_for(
                 return ReplicaEvent.FAIL, reason, ExitCause.START_TIMEOUT
             return _if_reservation_lost(seen, observation)
         case ReplicaState.READY:
-            return _if_gone(seen, observation)
+            return _if_gone(seen, observation) or _if_hung(replica, seen, observation)
         case ReplicaState.DRAINING:
-            return _drained(replica, seen, limits, now) or _if_gone(seen, observation)
+            gone = _if_gone(seen, observation) or _if_hung(replica, seen, observation)
+            return _drained(replica, seen, limits, now) or gone
     return None
+
+
+_HANGS = {
+    Hang.NO_ANSWER: (ExitCause.NO_ANSWER, "its worker has not answered for"),
+    Hang.NO_STEP: (ExitCause.HUNG, "its engine has requests and has made no step for"),
+    Hang.NO_TOKEN: (ExitCause.HUNG, "its idle engine was asked for a token and has made no step for"),
+}
+
+
+def _if_hung(replica: Replica, seen: ReplicaObservation, observation: Observation) -> Met | None:
+    if seen.hang is None:
+        return None
+    cause, text = _HANGS[seen.hang.hang]
+    ranks = ", ".join(rank_text(rank, observation.inventory) for rank in replica.placement.ranks)
+    return ReplicaEvent.FAIL, f"{text} {seen.hang.seconds:.0f} s ({ranks})", cause
 
 
 def _drained(replica: Replica, seen: ReplicaObservation, limits: Limits, now: float) -> Met | None:

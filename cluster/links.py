@@ -1,4 +1,4 @@
-"""The controller's gRPC clients: loads of workers, drains, routers' queues, the agents' sample. Decides nothing.
+"""The controller's gRPC clients: workers' leases and loads, drains, routers' queues, agents' samples. Decides nothing.
 
 Every call has a deadline, channels are kept per address and closed when their replica is gone, and what was last read
 stays until it is read again, so that status never waits for a slow worker.
@@ -7,6 +7,7 @@ stays until it is read again, so that status never waits for a slow worker.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import grpc
 import grpc.aio
 
 from cluster.fleet import Replica
+from cluster.liveness import Answered, Liveness, LivenessLimits
 from cluster.status import Readings
 from megatoken.access.channel import Present, presenting
 from megatoken.tls import ClientTls, open_channel
@@ -60,6 +62,8 @@ class Links:
         self._loads: dict[str, tokens_pb2.Load] = {}
         self._meters: dict[str, _Meter] = {}
         self._queued: dict[str, int] = {}
+        self._probes: set[asyncio.Task[None]] = set()
+        self.liveness = Liveness()
         self._slots = asyncio.Semaphore(CONCURRENT_CALLS)
         self.sample = throughput_pb2.ThroughputSample()
         self.unfinished: dict[str, int] = {}
@@ -69,27 +73,52 @@ class Links:
         rates = {replica: meter.rate for replica, meter in self._meters.items()}
         return Readings(dict(self._loads), rates, sum(self._queued.values()))
 
-    async def read_loads(self, replicas: Iterable[Replica], now: float) -> None:
-        """Asks every serving worker for its load; forgets those that are gone."""
+    async def renew(self, replicas: Iterable[Replica], limits: LivenessLimits) -> None:
+        """Renews every serving worker's lease and takes its load; forgets those that are gone, probes the idle."""
         serving = {replica.id: replica for replica in replicas if replica.facts is not None and replica.live}
+        self.liveness.serves(serving, time.monotonic())
         for gone in self._loads.keys() - serving.keys():
             self._loads.pop(gone)
             self._meters.pop(gone, None)
             self.unfinished.pop(gone, None)
-        await asyncio.gather(*(self._read_load(replica, now) for replica in serving.values()))
+        await asyncio.gather(*(self._renew(replica, limits.lease_s) for replica in serving.values()))
+        for replica_id in self.liveness.to_probe(limits, time.monotonic()):
+            probe = asyncio.create_task(self._probe(serving[replica_id], limits.hang_s))
+            self._probes.add(probe)
+            probe.add_done_callback(self._probes.discard)
 
-    async def _read_load(self, replica: Replica, now: float) -> None:
+    async def _renew(self, replica: Replica, lease_s: float) -> None:
         if replica.facts is None:
             return
+        request = worker_pb2.RenewRequest(
+            stamp_s=self.liveness.stamp_s(replica.id),
+            lease_s=lease_s,
+            replica=replica.id,
+            incarnation=replica.facts.incarnation,
+        )
         async with self._slots:
             try:
                 stub = worker_pb2_grpc.WorkerStub(self._channel(replica.facts.address))
-                load = await stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=CALL_TIMEOUT_S)
+                reply = await stub.Renew(request, timeout=CALL_TIMEOUT_S)
             except grpc.aio.AioRpcError:
-                return  # Ray tells when it is dead
+                return  # its silence is what counts
+        now, load = time.monotonic(), reply.load
+        self.liveness.answered(replica.id, Answered(reply.stamp_s, load.steps, reply.unfinished, now))
         self._loads[replica.id] = load
         meter = self._meters.setdefault(replica.id, _Meter(load.generated_tokens, now))
         meter.read(load.generated_tokens, now)
+
+    async def _probe(self, replica: Replica, timeout_s: float) -> None:
+        """Asks an idle engine for a token: of no request, and in no total."""
+        if replica.facts is None:
+            return
+        asked_s = time.monotonic()
+        stub = worker_pb2_grpc.WorkerStub(self._channel(replica.facts.address))
+        try:
+            await stub.Probe(worker_pb2.ProbeRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # any other is the worker's silence, or its end
+                self.liveness.probe_failed(replica.id, asked_s)
 
     async def tell_drain(self, replica: Replica) -> None:
         """Tells a worker to refuse new requests, and keeps how many it still has."""
@@ -130,6 +159,9 @@ class Links:
             await self._channels.pop(address).close()
 
     async def close(self) -> None:
+        for probe in self._probes:
+            probe.cancel()
+        await asyncio.gather(*self._probes, return_exceptions=True)
         await self.keep_only(())
 
     def _channel(self, address: str) -> Any:

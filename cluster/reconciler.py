@@ -38,6 +38,7 @@ from cluster.replica import FINAL, ReplicaEvent, ReplicaState, next_state
 from cluster.rollout import Step, next_step
 from cluster.spec_model import ModelSpec
 
+LEASE_TEXT = "a lost replica may serve until its lease ends; its replacement starts then"
 SLUG = str.maketrans({"/": "-", "_": "-", ".": "-"})
 
 
@@ -72,12 +73,19 @@ class _Tick:
         if event is ReplicaEvent.DRAIN:
             changes["drain_deadline_s"] = self.now + self._drain_timeout_s(replica)
             changes["drain_cause"] = cause
+        if exit_cause is ExitCause.NODE_LOST:
+            changes["serves_until_s"] = self._lease_until_s(replica)
         if event is ReplicaEvent.SERVING:
             changes["facts"] = self.observation.replicas[replica.id].facts
         self.replicas[replica.id] = replace(replica, **changes)  # type: ignore[arg-type]
         message = f"{replica.state} -> {state}" + (f": {reason}" if reason else "")
         fields = {"model": replica.model, "from": replica.state.value, "to": state.value}
         self.happenings.append(Happening("replica.state", replica.id, message, cause, fields))
+
+    def _lease_until_s(self, replica: Replica) -> float:
+        """Until when a replica that cannot be reached may serve; one that never served has no lease."""
+        seen = self.observation.replicas.get(replica.id, ReplicaObservation())
+        return seen.lease_until_s if replica.facts is not None else 0.0
 
     def _drain_timeout_s(self, replica: Replica) -> float:
         asked = self.desired.drain_requests.get(replica.id)
@@ -177,6 +185,8 @@ def _decide(tick: _Tick) -> dict[str, Step]:
             tick.actions.append(RollBack(name, step.roll_back))
             tick.health.pop(name, None)  # these failures have had their effect: applied again, the spec is tried anew
             tick.happenings.append(Happening("model.rollback", name, f"rolled back: {step.roll_back}", "update failed"))
+        if step.put_off:
+            tick.blocked[name] = LEASE_TEXT
         if _has_failed_start(health, model, tick.now):
             tick.blocked[name] = _crash_text(health, tick.now)
         steps[name] = step

@@ -10,7 +10,7 @@ Procedure. Replicas of the wanted revision are `current`, others `old`; those th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.fleet import ModelHealth, Replica
 from cluster.replica import ReplicaState
@@ -22,6 +22,8 @@ class Step:
     """What one model needs now."""
 
     create: int = 0
+    put_off: int = 0
+    """Replicas that are made later: those that they replace are out of reach, and may serve until their leases end."""
     remove: tuple[str, ...] = ()
     """Replica ids that end: READY ones drain, others stop."""
     roll_back: str = ""
@@ -40,11 +42,18 @@ def next_step(
     current = [replica for replica in active if replica.revision == model.revision]
     old = [replica for replica in active if replica.revision != model.revision]
     waits = now < health.not_before_s and health.revision == model.revision
+    leaving = sum(1 for replica in replicas if not replica.live and replica.serves_until_s > now)
     if not old:
-        return _settle(model.replicas, current, waits=waits)
+        return _after(leaving, _settle(model.replicas, current, waits=waits))
     if can_roll_back and health.revision == model.revision and health.failures >= model.update.attempts:
         return Step(roll_back=f"{health.failures} starts failed in a row: {health.last_failure}")
-    return _exchange(model, current, old, replicas, waits=waits)
+    return _after(leaving, _exchange(model, current, old, replicas, waits=waits))
+
+
+def _after(leaving: int, step: Step) -> Step:
+    """The step, with the makings put off that would stand beside replicas whose leases still run."""
+    held = min(leaving, step.create)
+    return replace(step, create=step.create - held, put_off=held)
 
 
 def _settle(wanted: int, current: Sequence[Replica], *, waits: bool) -> Step:

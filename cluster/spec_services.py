@@ -41,6 +41,11 @@ class ControlSpec(Part):
     reserve_timeout_s: float = Field(30.0, gt=0, le=3600, description="limit on Ray's grant of a placement group")
     restart_backoff_s: float = Field(1.0, gt=0, le=600, description="pause after a failed start; doubles, with a bound")
     restart_backoff_max_s: float = Field(60.0, gt=0, le=86_400, description="longest pause between failed starts")
+    worker_lease_s: float = Field(
+        30.0, ge=3, le=3600, description="a worker that is not renewed for this long serves nobody; replaced then"
+    )
+    hang_s: float = Field(60.0, ge=1, le=3600, description="an engine with requests and no step for this long hangs")
+    probe_s: float = Field(30.0, ge=1, le=3600, description="an idle engine is asked for a token this often")
     events_kept: int = Field(2000, ge=10, le=1_000_000, description="events held for `events`; older ones go")
 
 

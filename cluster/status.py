@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cluster.backend import ProcessObservation
 from cluster.fleet import Fleet, Replica
-from cluster.launches import rank_text
+from cluster.placement_text import rank_text
 from cluster.processes import Record
 from cluster.replica import FINAL, ReplicaState
 from cluster.spec_model import ModelSpec

@@ -238,6 +238,7 @@ class Replica:
             generated_tokens=self.counters[totals.GENERATED_TOKENS],
             cached_tokens=self.counters[totals.CACHED_TOKENS],
             busy_us=self.counters[totals.BUSY_US],
+            steps=engine.steps,
         )
 
     def _finish(self, ended: Ended) -> pb.Finish:

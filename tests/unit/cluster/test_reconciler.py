@@ -23,6 +23,7 @@ from cluster.fleet import (
     TellDrain,
     WorkerFacts,
 )
+from cluster.liveness import Hang, HangSeen
 from cluster.reconciler import reconcile
 from cluster.replica import ReplicaState
 from cluster.spec_model import ModelSpec
@@ -388,3 +389,75 @@ def test_a_lost_node_is_told_by_its_cause_and_not_by_a_sentence(cause: ExitCause
     world.seen["m-1"] = ReplicaObservation(Reservation.GRANTED, Phase.EXITED, FACTS, reason, cause)
     world.tick(0.1)
     assert ("m" in world.fleet.health) == (cause is ExitCause.PROGRAM_ENDED)
+
+
+def test_the_replacement_of_a_replica_lost_with_its_node_waits_until_its_lease_is_over() -> None:
+    world = World(model(), nodes(1, 1))
+    world.until_ready()
+    (lost,) = world.fleet.replicas
+    world.seen["m-1"] = replace(SERVING, lease_until_s=world.now + 20.0)
+    gone = lost.placement.driver_node
+    kept = [replace(node, alive=node.id != gone) for node in world.inventory.nodes]
+    world.inventory = Inventory(tuple(kept))
+    world.tick()
+    assert world.states() == {"m-1": "FAILED"}
+    assert world.fleet.replicas[0].exit_cause is ExitCause.NODE_LOST
+    assert "until its lease ends" in world.fleet.blocked["m"]
+    del world.seen["m-1"]  # Ray forgets it; its lease is remembered all the same
+    world.tick(18.0)
+    assert world.states() == {"m-1": "FAILED"}
+    world.tick(1.0)
+    assert world.states() == {"m-1": "FAILED", "m-2": "RESERVING"}
+    assert not world.fleet.blocked
+
+
+def test_one_that_never_served_and_one_that_is_known_to_have_ended_are_replaced_at_once() -> None:
+    starting = World(model(), nodes(1, 1))
+    starting.tick()
+    starting.seen["m-1"] = replace(STARTING, lease_until_s=starting.now + 20.0)
+    starting.tick()
+    node = starting.fleet.replicas[0].placement.driver_node
+    starting.inventory = Inventory(tuple(replace(n, alive=n.id != node) for n in starting.inventory.nodes))
+    starting.tick()
+    del starting.seen["m-1"]
+    starting.tick()
+    assert starting.states()["m-2"] == "RESERVING"
+    killed = World(model(), nodes(1, 1))
+    killed.until_ready()
+    killed.tick(60)
+    killed.seen["m-1"] = ReplicaObservation(
+        Reservation.GRANTED,
+        Phase.EXITED,
+        FACTS,
+        "killed by SIGKILL",
+        ExitCause.KILLED_FROM_OUTSIDE,
+        lease_until_s=killed.now + 20.0,
+    )
+    killed.tick()
+    assert killed.states() == {"m-1": "FAILED", "m-2": "RESERVING"}
+
+
+@pytest.mark.parametrize(
+    ("hang", "cause", "words"),
+    [
+        (Hang.NO_STEP, ExitCause.HUNG, "its engine has requests and has made no step for 61 s"),
+        (Hang.NO_TOKEN, ExitCause.HUNG, "its idle engine was asked for a token"),
+        (Hang.NO_ANSWER, ExitCause.NO_ANSWER, "its worker has not answered for 61 s"),
+    ],
+)
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_replica_that_hangs_is_replaced_and_the_reason_names_its_ranks(
+    hang: Hang, cause: ExitCause, words: str, draining: bool
+) -> None:
+    world = World(model(), nodes(2))
+    world.until_ready()
+    if draining:
+        world.want(model(), drain_requests={"m-1": 300.0})
+        world.tick()
+    world.seen["m-1"] = replace(SERVING, hang=HangSeen(hang, 61.0))
+    world.tick()
+    (replica,) = [replica for replica in world.fleet.replicas if replica.id == "m-1"]
+    assert (replica.state, replica.exit_cause) == (ReplicaState.FAILED, cause)
+    assert words in replica.reason
+    assert "rank 0: n0 device 0" in replica.reason
+    assert world.actions(Release) == [Release("m-1")], "what hangs is ended, its devices come free"
