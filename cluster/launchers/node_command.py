@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from cluster.launchers.failure_detection import FAILURE_DETECTION
 from cluster.launchers.launch_spec import DeviceGroup, RayPorts
 from cluster.spec import ClusterSpec
 
@@ -12,15 +13,13 @@ TOKEN_FILE = "ray_token"
 MIB = 1 << 20
 # Ray's own habits that do not suit a fleet: usage statistics, its metrics agent, blanking the devices of an actor that
 # asked Ray for none (the supervising actor starts engines that must see them), nice 15 for its actors and all that they
-# start, and not noticing that a node is cut off from the head (measured: it served on, 75 s later). With keepalives the
-# node finds the dead connection, and ends itself and its replicas once it could not reconnect for Ray's 60 s.
+# start, and slow failure detection.
 RAY_HABITS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
-    "RAY_grpc_client_keepalive_time_ms": "10000",
-    "RAY_grpc_client_keepalive_timeout_ms": "10000",
+    **FAILURE_DETECTION,
 }
 
 

@@ -1,8 +1,8 @@
 """A Ray cluster over the hosts of a network: one Ray node each, with token authentication and CPU device slots.
 
-It starts what people start by hand (`ray start --head`, `ray start --address`), with small object stores and fast
-failure detection, and hands out the environment that a driver or a `megatoken` command needs. Called by the command
-line (`python -m deploy.netns`) and by tests.
+It starts what people start by hand (`ray start --head`, `ray start --address`), with small object stores and the
+failure detection of a deployed cluster, and hands out the environment that a driver or a `megatoken` command needs.
+Called by the command line (`python -m deploy.netns`) and by tests.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cluster.launchers.failure_detection import FAILURE_DETECTION
 from deploy.netns.hosts import Host, Network, NetworkError
 
 GCS_PORT = 6379
@@ -23,19 +24,6 @@ START_TIMEOUT_S = 180.0
 PARALLEL_STARTS = 8
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's floor is 75 MiB; tokens do not travel through it
 REPOSITORY = Path(__file__).parents[2]
-# The head decides that a silent node is dead after about initial delay, then threshold x (period + timeout): 4-5 s.
-# Ray's own defaults take over a minute, which suits clusters whose nodes pause, and no test.
-FAST_DETECTION = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-    # A node cut off from the head ends itself and its workers about 11 s after the cut: keepalives find the silent
-    # connection, then it tries to connect again for so long. By Ray's defaults it would serve on, cut off, for minutes.
-    "RAY_grpc_client_keepalive_time_ms": "2000",
-    "RAY_grpc_client_keepalive_timeout_ms": "3000",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
-}
 
 
 class RayNodes:
@@ -45,7 +33,7 @@ class RayNodes:
         """`devices` is the number of cpu_device slots that each node offers."""
         self.network = network
         self.devices = devices
-        self.detection = dict(FAST_DETECTION if detection is None else detection)
+        self.detection = dict(FAILURE_DETECTION if detection is None else detection)
         self.token_file = network.directory / "ray-token"
         if not self.token_file.exists():
             descriptor = os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
