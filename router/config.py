@@ -39,7 +39,9 @@ class ResumeConfig(_Part):
     enabled: bool = Field(default=True, description="go on on another replica; a request may opt out")
     max_resumes: int = Field(default=4, ge=0, description="how often one request may move")
     hang_s: float = Field(
-        default=60.0, gt=0, description="a replica with requests and no frame for this long counts as lost"
+        default=60.0,
+        gt=0,
+        description="a replica with requests and no engine step for this long counts as lost",
     )
     retry_budget_ratio: float = Field(default=1.0, ge=0, description="moves per live or started request, in 10 s")
     retry_budget_floor: int = Field(default=256, ge=0, description="retries in 10 s that are always allowed")

@@ -76,6 +76,8 @@ class Replica:
     kv_usage: float = 0.0
     generated_tokens: int = 0  # taken over from it by this router
     last_frame_s: float = 0.0
+    alive_s: float = 0.0  # when its engine last showed that it makes steps, or got its first request
+    engine_steps: int = -1  # that its worker counted, from its last load report of this session; -1: none yet
     rtt_s: float = 0.0
     step_s: float = 0.0  # smoothed time between frames while it has requests
     steps: int = 0  # that step_s was smoothed over

@@ -115,7 +115,8 @@ def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
                 continue
         if len(arrived.stream):
             filled.append(arrived)
-        if len(arrived.stream) or arrived.frame.finish:  # a load alone may come from a worker whose engine hangs
+            arrived.replica.alive_s = now  # tokens are made by steps; ends and loads come from the worker as well
+        if len(arrived.stream) or arrived.frame.finish:
             _time_step(arrived.replica, now)
     if filled:
         _take_tokens(state, filled, details, now)

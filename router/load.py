@@ -1,4 +1,4 @@
-"""Takes a worker's load report: who else uses the replica, and how fast it is."""
+"""Takes a worker's load report: who else uses the replica, how fast it is, and whether its engine makes steps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ def take_load(state: RouterState, replica: Replica, load: tokens_pb2.Load, now: 
     """Updates the replica from its report and measures its capacity from the difference to the last one."""
     has = load.running + load.waiting
     replica.others = max(0, has - replica.in_flight - replica.leased)
+    if load.steps != replica.engine_steps:
+        if replica.engine_steps >= 0:
+            replica.alive_s = now
+        replica.engine_steps = load.steps
     before, was_running = replica.load_totals, replica.running
     replica.running, replica.engine_waiting, replica.kv_usage = load.running, load.waiting, load.kv_usage
     if load.waiting > max(4, _QUEUE_SHARE * replica.capacity.batch):

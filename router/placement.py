@@ -80,7 +80,7 @@ def place(state: RouterState, request: Request, replica: Replica, now: float) ->
     replica.prompt_outstanding += request.charged_prompt
     replica.decode_outstanding += request.charged_decode
     if replica.in_flight == 0:
-        replica.last_frame_s = now
+        replica.last_frame_s = replica.alive_s = now
     replica.in_flight += 1
     replica.circuit.sent(slot)
     if request.prefix_hashes:

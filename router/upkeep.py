@@ -49,11 +49,11 @@ def _watch(state: RouterState, replica: Replica, now: float, unix_s: float) -> N
     """Moves what a drained replica still has at its deadline, and cuts off one that hangs."""
     if replica.draining and 0 < replica.member.drain_deadline_unix_s <= unix_s and replica.in_flight:
         move_all(state, replica, f"replica {replica.name} was drained", now)
-    silent_s = now - replica.last_frame_s
-    if replica.connected and replica.in_flight and silent_s > state.config.resume.hang_s:
+    still_s = now - replica.alive_s
+    if replica.connected and replica.in_flight and still_s > state.config.resume.hang_s:
         if replica.link is not None:
             replica.circuit.trip(now)
-            replica.link.cut(f"no frame for {silent_s:.1f} s")
+            replica.link.cut(f"the engine of replica {replica.name} hangs: no step for {still_s:.1f} s")
         return
     state.fleet.refresh(replica, now)
 

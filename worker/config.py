@@ -30,19 +30,20 @@ class TlsConfig(BaseModel):
 
 
 class FaultConfig(BaseModel):
-    """A fault that the simulated engine makes by itself, once, after `after_s` seconds or `after_tokens` tokens."""
+    """A fault that the simulated engine makes by itself, once: `after_s`, `after_tokens` or `on_token`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["die", "hang", "slow"] = Field(description="die: the engine is gone; hang: no step; slow: long steps")
     after_s: float | None = Field(default=None, ge=0, description="seconds from ready")
     after_tokens: int | None = Field(default=None, ge=0, description="generated tokens of this worker")
+    on_token: int | None = Field(default=None, ge=0, description="a prompt with this token joins the batch: a poison")
     factor: float = Field(default=10.0, gt=1, le=1000, description="slow: how many times longer a step takes")
 
     @model_validator(mode="after")
     def _one_trigger(self) -> FaultConfig:
-        if (self.after_s is None) == (self.after_tokens is None):
-            raise ValueError("give exactly one of after_s and after_tokens")
+        if sum(trigger is not None for trigger in (self.after_s, self.after_tokens, self.on_token)) != 1:
+            raise ValueError("give exactly one of after_s, after_tokens and on_token")
         return self
 
 

@@ -81,6 +81,11 @@ class SimulatedBatch:
         return len(self._waiting)
 
     @property
+    def joined(self) -> list[int]:
+        """Slots that joined for the next step."""
+        return [fresh.slot for fresh in self._fresh]
+
+    @property
     def kv_usage(self) -> float:
         """The share of the KV cache that rows hold."""
         held = int(self._length[: self.running].sum())

@@ -1,7 +1,8 @@
 """An engine without a model, for tests and scale work: settable speeds, seeded tokens, faults on demand.
 
 It keeps time on the event loop: a step takes `step_s` and the time its prefills need, and ends on an absolute
-schedule, so that a late wake-up does not lower the rate. It names itself "simulated" wherever an engine is named.
+schedule, so that a late wake-up does not lower the rate. A prompt longer than `prefill_chunk_tokens` takes a step a
+chunk, and makes no token before the last. It names itself "simulated" wherever an engine is named.
 Never a default.
 """
 
@@ -36,6 +37,9 @@ class SimulatedEngine:
         self._fault_timers: list[asyncio.TimerHandle] = []
         self._schedule_s = 0.0
         self._generated = 0
+        self._chunks_left = 0  # steps of a long prefill before the one that makes a token
+        self._chunk_s = 0.0
+        self._poisoned: dict[int, FaultConfig] = {}  # by slot: what happens once it was in a step
         self._halted = False
 
     def boot(self) -> None:
@@ -69,6 +73,9 @@ class SimulatedEngine:
     def submit(self, request: EngineRequest) -> None:
         """Queues the request; an idle engine starts a step at once."""
         self._batch.add(request)
+        for fault in self._faults:
+            if fault.on_token is not None and fault.on_token in request.prompt:
+                self._poisoned |= dict.fromkeys(request.slots, fault)
         self._state_load()
         if self._timer is None and not self._halted:
             self._schedule_s = self._loop.time()
@@ -77,6 +84,8 @@ class SimulatedEngine:
     def abort(self, slots: Sequence[int]) -> None:
         """Forgets these slots."""
         self._batch.remove(slots)
+        for slot in slots:
+            self._poisoned.pop(slot, None)
         self._state_load()
 
     def exposition(self) -> bytes:
@@ -93,11 +102,26 @@ class SimulatedEngine:
         if not self._batch.running:
             self._timer = None
             return
-        duration_s = (self._step_s + prefill / self._config.prefill_tokens_per_s) * self._slowness
-        self._schedule_s = max(self._schedule_s, self._loop.time() - LATEST_S) + duration_s
+        chunks = max(1, -(-prefill // self._config.prefill_chunk_tokens))
+        self._chunks_left = chunks - 1
+        self._chunk_s = (self._step_s + prefill / self._config.prefill_tokens_per_s / chunks) * self._slowness
+        self._schedule_step()
+
+    def _schedule_step(self) -> None:
+        self._schedule_s = max(self._schedule_s, self._loop.time() - LATEST_S) + self._chunk_s
         self._timer = self._loop.call_at(self._schedule_s, self._end_step)
 
     def _end_step(self) -> None:
+        poison = next((self._poisoned[slot] for slot in self._poisoned if slot in self._batch.joined), None)
+        if poison is not None:
+            self._make_fault(poison)
+            if self._halted:
+                return
+        if self._chunks_left and self._batch.running:
+            self._chunks_left -= 1
+            self.load.steps += 1
+            self._schedule_step()
+            return
         if self._batch.running:  # every request may have been aborted meanwhile
             step = self._batch.step()
             self._generated += len(step.token)

@@ -237,7 +237,47 @@ def test_a_hung_replica_is_cut_off() -> None:
     fleet.tick(4)
     assert not fleet.link(replica).cuts
     fleet.tick(2)
-    assert "no frame for" in fleet.link(replica).cuts[0]
+    assert "no step for" in fleet.link(replica).cuts[0]
+
+
+def test_a_long_prefill_that_makes_steps_is_no_hang() -> None:
+    fleet = CoreFleet(replicas=2, resume={"hang_s": 5})
+    request = fleet.submit()
+    replica = fleet.replica_of(request)
+    for steps in range(90):
+        fleet.frame(replica, load=tokens_pb2.Load(running=1, steps=steps))
+        fleet.tick(1)
+    assert fleet.replica_of(request) is replica
+    assert not fleet.link(replica).cuts
+
+
+@pytest.mark.parametrize("sent", [{"load": tokens_pb2.Load(running=1, steps=7)}, "ends", None])
+def test_a_frozen_engine_hangs_whatever_its_worker_still_says(sent: dict[str, object] | str | None) -> None:
+    fleet = CoreFleet(replicas=1, resume={"hang_s": 5})
+    request = fleet.submit()
+    replica = fleet.replica_of(request)
+    others = [fleet.submit() for _ in range(3)]
+    fleet.frame(replica, load=tokens_pb2.Load(running=1, steps=7))
+    for turn in range(6):
+        if sent == "ends" and turn % 2 == 0:  # the worker confirms cancels by itself
+            slot = others[turn // 2].slot
+            fleet.cancel(others[turn // 2])
+            fleet.frame(replica, finish=[tokens_pb2.Finish(stream=slot, reason=CANCELLED)])
+        elif isinstance(sent, dict):
+            fleet.frame(replica, **sent)
+        fleet.tick(1)
+    assert "no step for" in fleet.link(replica).cuts[0]
+    assert replica.circuit.state is CircuitState.OPEN
+
+
+def test_a_new_session_s_first_report_is_no_sign_of_life() -> None:
+    fleet = CoreFleet(replicas=1, resume={"hang_s": 5})
+    fleet.submit()
+    replica = fleet.replicas[0]
+    fleet.tick(4)
+    fleet.frame(replica, load=tokens_pb2.Load(running=1, steps=7))
+    fleet.tick(2)
+    assert fleet.link(replica).cuts
 
 
 def test_an_idle_replica_is_never_called_hung() -> None:
@@ -371,7 +411,7 @@ def test_a_worker_that_never_confirms_a_cancel_is_cut_off() -> None:
     request = fleet.submit()
     fleet.tick(500)
     replica = fleet.replica_of(fleet.submit())
-    replica.last_frame_s = fleet.now
+    replica.alive_s = fleet.now
     fleet.cancel(request)
     upkeep.slow_tick(fleet.state, fleet.now + 100)
     assert not any("confirm" in cut for cut in fleet.link(replica).cuts)
