@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -18,9 +18,14 @@ from megatoken.frames import U32
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 
+if TYPE_CHECKING:
+    from worker.leases import Leases
+
 FRAME_TOKENS: Final = 65_536  # of a merged frame; 768 KiB at most, well under gRPC's default limit of 4 MiB
 LOOSE_FINISHES: Final = 65_536  # refusals that may wait; what waits otherwise is bounded by what requests may produce
 FRAME_PARTS: Final = 4096  # parts of a merged frame, for those that carry no token
+FRAME_USAGE: Final = 4096  # reports of leases in a frame, some 150 KB
+WAITING_USAGE: Final = 65_536  # reports that may wait; without its report a lease stays charged in full
 FRAME_DETAILS: Final = 256  # details of a merged frame; with 20 logprobs each about 64 KiB
 
 
@@ -42,17 +47,20 @@ class Taken:
     parts: list[Part]
     load: pb.Load | None
     tokens: int
+    usage: list[pb.LeaseUsage] = field(default_factory=list)
 
 
 class Outlet:
     """The parts that wait for one caller, and the streams it has running."""
 
-    def __init__(self) -> None:
+    def __init__(self, leases: Leases | None = None) -> None:
+        self.leases = leases  # what the caller's requests need; None: it is a router, and they need none
         self.slots: dict[int, int] = {}  # the caller's stream number -> slot, of those that run
         self.closed = False
         self._parts: deque[Part] = deque()
         self._loose = 0  # waiting ends that no step reported: refusals, mostly
         self._load: pb.Load | None = None
+        self._usage: list[pb.LeaseUsage] = []
         self._ready = asyncio.Event()
 
     @property
@@ -86,6 +94,12 @@ class Outlet:
         self._load = load
         self._ready.set()
 
+    def state_usage(self, usage: pb.LeaseUsage) -> None:
+        """Has a frame carry what a leased request used; past WAITING_USAGE it is dropped."""
+        if not self.closed and len(self._usage) < WAITING_USAGE:
+            self._usage.append(usage)
+            self._ready.set()
+
     def wake(self) -> None:
         """Lets a waiting writer look again, e.g. after the caller closed its half."""
         self._ready.set()
@@ -94,6 +108,7 @@ class Outlet:
         """The caller is gone: drops what waits."""
         self.closed = True
         self._parts.clear()
+        self._usage.clear()
         self._ready.set()
 
     async def wait(self) -> None:
@@ -104,8 +119,9 @@ class Outlet:
     def take(self) -> Taken | None:
         """Everything that waits, up to a frame's limits; None when nothing does."""
         load, self._load = self._load, None
+        usage, self._usage = self._usage[:FRAME_USAGE], self._usage[FRAME_USAGE:]
         if not self._parts:
-            return None if load is None else Taken([], load, 0)
+            return Taken([], load, 0, usage) if load is not None or usage else None
         parts: list[Part] = []
         tokens, details = 0, 0
         while self._parts and tokens < FRAME_TOKENS and details < FRAME_DETAILS and len(parts) < FRAME_PARTS:
@@ -115,9 +131,9 @@ class Outlet:
             details += len(part.details)
         if not self._parts:
             self._loose = 0
-        if self._parts:
+        if self._parts or self._usage:
             self._ready.set()
-        return Taken(parts, load, tokens)
+        return Taken(parts, load, tokens, usage)
 
 
 def encode_frame(taken: Taken) -> bytes:
@@ -139,6 +155,8 @@ def encode_frame(taken: Taken) -> bytes:
         )
     if taken.load is not None:
         frame.load.CopyFrom(taken.load)
+    if taken.usage:
+        frame.usage.extend(taken.usage)
     encoded: bytes = frame.SerializeToString()
     return encoded
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from megatoken.access.lease import LeaseTerms
 from megatoken.errors import (
     DeadlineError,
     EngineDeadError,
@@ -139,14 +140,23 @@ class Replica:
 
     def _submit(self, outlet: Outlet, number: int, message: columns.GenerateRequest) -> None:
         self._check_open()
+        lease = None
+        if outlet.leases is not None:
+            prompt_tokens = len(message.prompt) // 4
+            lease = outlet.leases.check(message, prompt_tokens, self.facts.max_model_len - prompt_tokens)
         request = check_request(message, self.config.model, self.facts)
         if self._streams.live + request.choices > self.config.max_requests:
             raise OverloadError(
                 f"{self._streams.live} streams run here and {self.config.max_requests} is the limit", RETRY_AFTER_S
             )
         self.engine.check(request)
-        running = Running(request, outlet, time.monotonic(), request.choices)
+        running = Running(request, outlet, time.monotonic(), request.choices, lease=lease)
         self._streams.allot(running, number)
+        if lease is not None and outlet.leases is not None:
+            outlet.leases.take(lease)
+            left_s = outlet.leases.left_s(lease)
+            if left_s is not None:
+                running.lease_end = self._loop.call_later(left_s, self._end_lease, running)
         if message.timeout_ms:
             running.deadline = self._loop.call_later(message.timeout_ms / 1000, self._expire, running)
         self.counters[totals.REQUESTS_STARTED] += 1
@@ -253,6 +263,7 @@ class Replica:
 
     def _release(self, slot: int, reason: int, now_s: float) -> None:
         running = self._streams[slot]
+        running.generated += int(self._streams.generated[slot])
         self._streams.free(slot)
         running.failed |= reason in (pb.FINISH_REASON_CANCELLED, pb.FINISH_REASON_ERROR)
         running.choices_left -= 1
@@ -263,6 +274,8 @@ class Replica:
             return
         if running.deadline is not None:
             running.deadline.cancel()
+        if running.lease is not None:
+            self._settle_lease(running, running.lease)
         which = totals.REQUESTS_FAILED if running.failed else totals.REQUESTS_FINISHED
         self.counters[which] += 1
         self.measures.ended(reason, now_s - running.arrived_s)
@@ -286,6 +299,22 @@ class Replica:
         waited_s = time.monotonic() - running.arrived_s
         error = DeadlineError(f"timeout_ms passed after {waited_s:.3f} s")
         self._abort(slots, pb.FINISH_REASON_ERROR, error)
+
+    def _end_lease(self, running: Running) -> None:
+        slots = [slot for slot in running.request.slots if self._streams.holds(slot, running)]
+        self._abort(slots, pb.FINISH_REASON_ERROR, DeadlineError("lease: it ended while its request ran"))
+
+    def _settle_lease(self, running: Running, lease: LeaseTerms) -> None:
+        """Tells the routers what a leased request really used: the one that signed it settles by that."""
+        if running.lease_end is not None:
+            running.lease_end.cancel()
+        usage = pb.LeaseUsage(
+            lease_id=lease.lease_id,
+            prompt_tokens=len(running.request.prompt),
+            generated_tokens=running.generated,
+        )
+        for outlet in self._sessions:
+            outlet.state_usage(usage)
 
     def _end_all(self, error: MegatokenError, notify_engine: bool) -> None:
         for running in list(self._streams.all()):

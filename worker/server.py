@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from megatoken.access.files import CredentialsFile
+from megatoken.access.gate import Gate
 from megatoken.access.opening import credentials_of, gate_of
-from megatoken.access.table import Program
+from megatoken.access.table import Identity, Program
 from megatoken.errors import RequestError
 from megatoken.v1 import tokens_pb2, worker_pb2, worker_pb2_grpc
 from worker.config import TlsConfig, WorkerConfig
 from worker.fence import Fence
+from worker.leases import LeaseBook, Leases, UncheckedLeases
 from worker.replica import Replica
 from worker.tokens_service import SERVICE as TOKENS
 from worker.tokens_service import tokens_handler
@@ -35,15 +39,16 @@ class WorkerServer:
         self._config = config
         self._replica = replica
         self._health: Any = vars(health)["aio"].HealthServicer()  # missing from the published stubs
+        credentials = credentials_of(config.credentials_file)
         gate = gate_of(
             Program.WORKER,
-            credentials_of(config.credentials_file),
+            credentials,
             config.host,
             unguarded=config.unguarded,
             certificates=config.tls is not None and config.tls.ca_file is not None,
         )
         self._server = grpc.aio.server(options=_options(config), interceptors=[gate] if gate is not None else None)
-        self._server.add_generic_rpc_handlers((tokens_handler(replica),))
+        self._server.add_generic_rpc_handlers((tokens_handler(replica, _leases_of(config, gate, credentials)),))
         self._fence = Fence(replica, asyncio.get_running_loop())
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(replica, self._fence), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -84,6 +89,17 @@ class WorkerServer:
         self._fence.stop()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+
+
+def _leases_of(
+    config: WorkerConfig, gate: Gate | None, credentials: CredentialsFile | None
+) -> Callable[[Any], Leases | None]:
+    """What each call's requests must show: nothing those of a router, a lease all others."""
+    if gate is None or credentials is None:
+        unchecked = UncheckedLeases()
+        return lambda _context: unchecked
+    book = LeaseBook(config.replica, config.incarnation, lambda: credentials.current)
+    return lambda context: None if Identity.ROUTER in gate.identities(context) else book
 
 
 def _options(config: WorkerConfig) -> list[tuple[str, Any]]:

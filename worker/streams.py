@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from megatoken.access.lease import LeaseTerms
 from megatoken.frames import U32, Column
 from megatoken.v1 import tokens_pb2 as pb
 from worker.engines.engine import EngineRequest, Step
@@ -33,6 +34,9 @@ class Running:
     probe: bool = False  # the control plane's own; in no total
     cached_tokens: int = 0
     deadline: Any = None  # asyncio.TimerHandle
+    lease: LeaseTerms | None = None
+    lease_end: Any = None  # asyncio.TimerHandle
+    generated: int = 0  # by the choices that ended
 
 
 class StreamTable:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import grpc
@@ -20,6 +20,7 @@ from megatoken.errors import RETRY_AFTER_KEY, MegatokenError, OverloadError, grp
 from megatoken.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
+from worker.leases import LeaseBook, Leases
 from worker.outlet import Outlet, Part, Taken, encode_frame
 from worker.replica import Replica, StreamInUseError
 
@@ -30,14 +31,17 @@ OVERRUN_RETRY_S: Final = 1.0
 GENERATE_STREAM: Final = 0  # the number of a Generate call's first choice
 
 
-def tokens_handler(replica: Replica) -> Any:
-    """The service's method handlers; messages stay bytes, so that columns are packed and unpacked once."""
+def tokens_handler(replica: Replica, leases_of: Callable[[Any], Leases | None]) -> Any:
+    """The service's method handlers; messages stay bytes, so that columns are packed and unpacked once.
+
+    `leases_of(context)` says what a caller's requests must show; None: it is a router.
+    """
 
     async def session(_requests: Any, context: Any) -> None:
-        await serve_session(replica, context)
+        await serve_session(replica, context, Outlet(leases_of(context)))
 
     async def generate(request: bytes, context: Any) -> None:
-        await serve_generate(replica, request, context)
+        await serve_generate(replica, request, context, Outlet(leases_of(context)))
 
     return grpc.method_handlers_generic_handler(
         SERVICE,
@@ -48,10 +52,10 @@ def tokens_handler(replica: Replica) -> Any:
     )
 
 
-async def serve_session(replica: Replica, context: Any) -> None:
+async def serve_session(replica: Replica, context: Any, outlet: Outlet) -> None:
     """Serves one Session call until the caller closed its half and its requests ended, or the call is gone."""
-    outlet = Outlet()
-    replica.open(outlet, wants_load=True)
+    # Routers are told the load and what leases used; so is everybody on a worker that cannot tell who is one.
+    replica.open(outlet, wants_load=not isinstance(outlet.leases, LeaseBook))
     reader = asyncio.create_task(_read_session(replica, outlet, context))
     reader.add_done_callback(lambda _task: outlet.wake())
     try:
@@ -104,7 +108,7 @@ async def _read_session(replica: Replica, outlet: Outlet, context: Any) -> None:
             replica.cancel(outlet, cancelled.tolist())
 
 
-async def serve_generate(replica: Replica, raw: bytes, context: Any) -> None:
+async def serve_generate(replica: Replica, raw: bytes, context: Any, outlet: Outlet) -> None:
     """Serves one Generate call: a message a step, or fewer when the caller is slow."""
     try:
         request = columns.GenerateRequest.FromString(raw)
@@ -112,7 +116,6 @@ async def serve_generate(replica: Replica, raw: bytes, context: Any) -> None:
         await context.abort(
             grpc.StatusCode.INVALID_ARGUMENT, f"a message of {len(raw)} bytes is no GenerateRequest: {error}"
         )
-    outlet = Outlet()
     replica.open(outlet, wants_load=False)
     try:
         request.timeout_ms = 0  # the call's own deadline counts

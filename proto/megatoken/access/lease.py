@@ -1,4 +1,4 @@
-"""A lease as text: what a router allows one request at one replica, signed so that the replica knows it for the router's.
+"""A lease as text: what a router allows one request at one replica, signed so that the replica knows whose it is.
 
 `ID.TERMS.SIGNATURE`: the id, the terms as JSON and HMAC-SHA256 over both, the latter two in base64url. A router signs
 with the key of that replica alone (credentials.replica_lease_key), so a worker can forge no lease for another. Pure:
@@ -66,7 +66,7 @@ def verify(
         raise ForbiddenError(f"lease: it is for replica {terms.replica!r}, and this is {replica!r}")
     signed, _, signature = text.rpartition(".")
     given = _bytes(signature)
-    if not any([hmac.compare_digest(_signature(signed, key), given) for key in keys]):
+    if not any(hmac.compare_digest(_signature(signed, key), given) for key in keys):
         raise AuthError("lease: its signature is wrong")
     if terms.incarnation != incarnation:
         raise ForbiddenError(f"lease: it is for another incarnation of replica {replica!r}, which has been replaced")
