@@ -23,7 +23,14 @@ from cluster.control_client import CommandError, Unreachable, client_of
 from cluster.controller_main import client_tls
 from cluster.embedded import BringUp
 from cluster.progress import Progress
-from cluster.runtime_dirs import cluster_directory, runtime_root, state_directory
+from cluster.runtime_dirs import (
+    cluster_directory,
+    controller_directory,
+    make_private,
+    runtime_root,
+    state_directory,
+    state_path,
+)
 from cluster.spec import ClusterSpec
 from megatoken.access.files import write_private
 
@@ -44,19 +51,28 @@ class Up:
 
 def bring_up(spec: ClusterSpec, progress: Progress, *, attached: bool) -> Up:
     """Starts Ray if it is local, and the controller; writes the cluster down. Raises CommandError."""
-    root, states = runtime_root(os.environ), state_directory(os.environ)
-    _refuse_running(states, spec.cluster)
-    directory = cluster_directory(root, spec.cluster)
     local = spec.ray.address == "local"
-    if local:
-        shutil.rmtree(directory, ignore_errors=True)  # of a cluster whose guard was killed
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    root, states = runtime_root(os.environ, local=local), state_directory(os.environ)
+    _refuse_running(states, spec.cluster)
+    directory, kept = cluster_directory(root, spec.cluster), controller_directory(os.environ, spec.cluster)
+    try:
+        make_private(root)
+        make_private(states)
+        if local:  # of a cluster whose guard was killed
+            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(kept, ignore_errors=True)
+        make_private(directory)
+    except OSError as error:  # an UnsafeDirectory, most likely
+        raise CommandError(str(error), 2) from None
     ray_temp = Path(tempfile.mkdtemp(prefix="mt-ray-")) if local else None
     config = directory / "bring-up.json"
-    write_private(config, BringUp(spec=spec, runtime_root=root, ray_temp_dir=ray_temp).model_dump_json())
+    # Elsewhere the user may have another home: only a place that was named holds on every machine.
+    state_file = state_path(os.environ, spec.cluster) if local or os.environ.get("MEGATOKEN_RUNTIME_DIR") else None
+    bring_up_config = BringUp(spec=spec, runtime_root=root, state_file=state_file, ray_temp_dir=ray_temp)
+    write_private(config, bring_up_config.model_dump_json())
     progress.say("starting a local Ray" if local else f"connecting to the Ray cluster at {spec.ray.address}")
     known = [record_path(states, spec.cluster), token_path(states, spec.cluster)]
-    started = _Started(directory, ray_temp, known, config, local, attached)
+    started = _Started(directory, ray_temp, [*known, kept], config, local, attached)
     ready = started.wait_ready(progress)
     if "error" in ready:
         started.end()

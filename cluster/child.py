@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cluster.exit_cause import ExitCause
+from cluster.runtime_dirs import make_private
 from megatoken.access.files import write_private
 
 LOG_BYTES = 8 << 20  # a log file is renamed to .1 at this size, so a process keeps at most twice as much
@@ -135,7 +136,7 @@ class Child:
     def _spawn(self) -> tuple[subprocess.Popen[bytes], int]:
         directory = Path(self._launch.directory)
         for part in ("configs", "logs", "counters"):
-            (directory / part).mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(directory / part)
         values = dict(self._launch.config)
         if self._launch.credentials:
             self.give_credentials(self._launch.credentials)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cluster.runtime_dirs import make_private
 from megatoken.access.files import write_private
 from megatoken.tls import ClientTls
 
@@ -43,7 +44,7 @@ def forget(directory: Path, cluster: str) -> None:
 
 def write_record(directory: Path, record: ClusterRecord) -> Path:
     """Writes the record, readable by its owner only; returns its path."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(directory)
     path = record_path(directory, record.cluster)
     write_private(path, json.dumps(record.model_dump(mode="json"), indent=1))
     return path
@@ -51,7 +52,7 @@ def write_record(directory: Path, record: ClusterRecord) -> Path:
 
 def write_token(directory: Path, cluster: str, token: str) -> Path:
     """Keeps the operator's token of a cluster, readable by its owner only; returns its path."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(directory)
     path = token_path(directory, cluster)
     write_private(path, token + "\n")
     return path

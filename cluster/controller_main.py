@@ -19,7 +19,7 @@ from cluster.control_server import ControlServer
 from cluster.controller import Controller, Settings, bind_host
 from cluster.metrics import ControllerMetrics
 from cluster.ports import find_ports
-from cluster.runtime_dirs import cluster_directory
+from cluster.runtime_dirs import state_path
 from cluster.secrets_keeper import SecretsKeeper
 from cluster.service_discovery import serve_controller_metrics
 from cluster.spec import ClusterSpec
@@ -45,7 +45,10 @@ class ControllerActor:
     cannot serve first says what is wrong, for whoever brings the cluster up.
     """
 
-    def __init__(self, state_file: str, runtime_root: str, node_address: str, spec_json: str | None) -> None:
+    def __init__(
+        self, cluster: str, state_file: str, runtime_root: str, node_address: str, spec_json: str | None
+    ) -> None:
+        """`state_file`: empty where it lies at this machine's own place, which the caller cannot know."""
         self._ready = threading.Event()
         self._closed = threading.Event()
         self._address = ""
@@ -55,7 +58,8 @@ class ControllerActor:
         # earlier cluster of that name was lost and left its file.
         self._restarted = was_restarted()
         given = None if self._restarted else spec_json
-        arguments = (Path(state_file), Path(runtime_root), node_address, given)
+        state = Path(state_file) if state_file else state_path(os.environ, cluster)
+        arguments = (state, Path(runtime_root), node_address, given)
         threading.Thread(target=self._live, args=arguments, name="controller", daemon=True).start()
 
     def address(self, timeout_s: float) -> tuple[str, str]:
@@ -235,8 +239,3 @@ def client_tls(spec: ClusterSpec) -> ClientTls | None:
         return None
     own = (tls.cert_file, tls.key_file) if tls.mutual else (None, None)
     return ClientTls(ca_file=tls.ca_file, cert_file=own[0], key_file=own[1], server_name=tls.server_name)
-
-
-def state_path(runtime_root: Path, cluster: str) -> Path:
-    """The state file of a cluster on its head node."""
-    return cluster_directory(runtime_root, cluster) / "controller.sqlite"

@@ -40,6 +40,7 @@ class BringUp(BaseModel):
 
     spec: ClusterSpec
     runtime_root: Path
+    state_file: Path | None = Field(None, description="the controller's; none: where the head's own environment says")
     ray_temp_dir: Path | None = Field(None, description="local Ray: its session directory; short, for socket paths")
 
 
@@ -166,7 +167,7 @@ def start_controller(config: BringUp) -> tuple[Any, str]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from cluster.actors import CONTROLLER_NAME, namespace_of
-    from cluster.controller_main import ControllerActor, state_path
+    from cluster.controller_main import ControllerActor
     from cluster.ray_inventory import inventory_of
 
     spec = config.spec
@@ -186,7 +187,8 @@ def start_controller(config: BringUp) -> tuple[Any, str]:
             scheduling_strategy=NodeAffinitySchedulingStrategy(head.id, soft=False),
         )
         .remote(
-            str(state_path(config.runtime_root, spec.cluster)),
+            spec.cluster,
+            str(config.state_file or ""),
             str(config.runtime_root),
             head.address,
             spec.model_dump_json(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from cluster.fleet import Desired, Fleet, Replica
+from cluster.runtime_dirs import make_private
 from cluster.spec import ClusterSpec
 from cluster.spec_model import ModelSpec
 
@@ -32,7 +33,7 @@ class StateStore:
     """Used from one thread (the controller's event loop); a transaction takes well under a millisecond."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path.parent)
         self._connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level="IMMEDIATE")
         path.chmod(0o600)
         self._connection.execute("PRAGMA journal_mode=WAL")

@@ -67,7 +67,7 @@ def test_a_restarted_controller_whose_port_stays_held_ends_its_process(
     ports = dict(zip(SETTLED_PORTS, find_ports(len(SETTLED_PORTS), "127.0.0.1", random.Random()), strict=True))
     store.put_ports({**ports, service: taken})
     store.close()
-    actor = ControllerActor(str(path), str(tmp_path), "127.0.0.1", None)
+    actor = ControllerActor("c", str(path), str(tmp_path), "127.0.0.1", None)
     assert ended.wait(10), "the actor lives on without a controller"
     assert actor.address(0.0) == ("", "")
     assert f"{service}: {taken} is not allowed; it is in use on 127.0.0.1" in caplog.text
@@ -78,7 +78,7 @@ def test_a_new_controller_first_says_what_is_wrong(
 ) -> None:
     monkeypatch.setattr(controller_main, "was_restarted", lambda: False)
     monkeypatch.setattr(controller_main, "PROBLEM_KEPT_S", 0.5)
-    actor = ControllerActor(str(tmp_path / "state.sqlite"), str(tmp_path), "127.0.0.1", None)
+    actor = ControllerActor("c", str(tmp_path / "state.sqlite"), str(tmp_path), "127.0.0.1", None)
     assert actor.address(10.0) == ("", "no spec was given and the state file holds none")
     assert not ended.is_set()  # whoever asked is to read it, and ends the actor
     assert ended.wait(10)
