@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from megatoken.access.channel import presenting
+from megatoken.access.files import CredentialsFile
 from megatoken.access.opening import credentials_of, gate_of
 from megatoken.access.table import Program
 from megatoken.counters import CounterWriter
@@ -28,7 +29,7 @@ from router.door import Door
 from router.fleet import Fleet, Replica
 from router.health import RouterHealth
 from router.inbox import Inbox
-from router.leases import Leases
+from router.leases import Leases, LeaseSigner
 from router.ledger import Ledger
 from router.link import WorkerLink
 from router.membership import apply_snapshot
@@ -65,8 +66,9 @@ class RouterApp:
         self.keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
         self.state.door = Door(self.keys)
         self.state.faults = Faults(FaultLog())
-        self.leases = Leases(self.state)
         self._credentials = credentials_of(config.credentials_file)
+        self.leases = Leases(self.state, _signer(self._credentials))
+        self.state.on_lease_usage = self.leases.report
         self._gate = gate_of(
             Program.ROUTER,
             self._credentials,
@@ -210,6 +212,10 @@ class RouterApp:
         self._stop_metrics()
         if self.writer is not None:
             self.writer.close()
+
+
+def _signer(credentials: CredentialsFile | None) -> LeaseSigner | None:
+    return LeaseSigner(lambda: credentials.current) if credentials is not None else None
 
 
 def server_options(config: RouterConfig) -> list[tuple[str, int]]:

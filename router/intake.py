@@ -136,6 +136,13 @@ def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
             for finish in frame.finish:
                 _take_finish(state, replica, finish, now)
             pools[id(replica.pool)] = replica.pool
+        if frame.usage and state.on_lease_usage is not None:
+            try:
+                for usage in frame.usage:
+                    state.on_lease_usage(replica, usage, now)
+            except Exception as error:  # without its report a lease stays charged in full
+                state.faults.caught("leases", error)
+            pools[id(replica.pool)] = replica.pool
         if frame.HasField("load"):
             try:
                 take_load(state, replica, frame.load, now)

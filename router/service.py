@@ -70,7 +70,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
     async def Release(self, request: router_pb2.ReleaseRequest, context: Any) -> router_pb2.ReleaseResponse:
         await self._identify(context)
-        self._leases.release(request.lease, request.generated_tokens, request.failed, time.monotonic())
+        self._leases.release(request.lease, request.failed, time.monotonic())
         return router_pb2.ReleaseResponse()
 
     async def ListModels(self, request: router_pb2.ListModelsRequest, context: Any) -> router_pb2.ListModelsResponse:

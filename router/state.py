@@ -17,7 +17,7 @@ from megatoken.v1 import tokens_pb2
 from router.config import RouterConfig
 from router.door import Door
 from router.due import Due
-from router.fleet import Fleet
+from router.fleet import Fleet, Replica
 from router.history import TokenPages
 from router.latency import Latencies
 from router.ledger import Ledger
@@ -53,6 +53,7 @@ class RouterState:
     deadlines: Due = field(default_factory=Due)
     holds: Due = field(default_factory=Due)  # held tokens to pass on
     on_finished: Callable[[Request, tokens_pb2.Finish, float], None] | None = None
+    on_lease_usage: Callable[[Replica, tokens_pb2.LeaseUsage, float], None] | None = None  # as workers report it
     ordinal: int = 0  # of requests that bring no id
 
     def __post_init__(self) -> None:

@@ -122,8 +122,8 @@ def test_a_lease_keeps_its_place_until_it_is_released_or_over() -> None:
     assert fleet.replicas[0].outstanding_tokens == 15
     with pytest.raises(OverloadError, match="no replica of 'm' has room"):
         leases.assign(ask, Caller(), 101.0)
-    leases.release(lease.lease, 7, False, 102.0)
-    leases.release(lease.lease, 7, False, 102.0)
+    leases.release(lease.lease, False, 102.0)
+    leases.release(lease.lease, False, 102.0)
     assert (fleet.replicas[0].outstanding_tokens, leases.ended["released"]) == (0, 1)
     leases.assign(ask, Caller(), 103.0)
     leases.expire(112.0)
