@@ -1,9 +1,12 @@
 """Lifecycle of logs, records, choices of a cluster: the small parts of the command line."""
 
 import stat
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.cli import main
 from cluster.clusters import ClusterRecord, alive, read_records, write_record
@@ -18,6 +21,22 @@ def test_new_lines_are_those_after_what_was_shown() -> None:
     assert new_lines(["a", "b"], ["b", "c"]) == ["c"]
     assert new_lines(["a", "b"], ["x", "y"]) == ["x", "y"]
     assert new_lines(["a"], []) == []
+    assert new_lines(["a", "b", "a", "b"], ["a", "b"]) == []
+    assert new_lines(["x", "a", "a"], ["a", "a", "a"]) == ["a"]
+
+
+@given(st.lists(st.sampled_from("ab"), max_size=12), st.lists(st.sampled_from("ab"), max_size=12))
+def test_new_lines_leave_out_the_longest_overlap(shown: list[str], now: list[str]) -> None:
+    overlap = max(n for n in range(min(len(shown), len(now)) + 1) if shown[len(shown) - n :] == now[:n])
+    assert new_lines(shown, now) == now[overlap:]
+
+
+def test_following_a_long_log_takes_one_pass_over_it() -> None:
+    crashes = ["the same line"] * 100_000
+    started_s = time.process_time()
+    assert new_lines([*crashes, "up again"], [*crashes, "down"]) == [*crashes, "down"]
+    assert new_lines(crashes, [*crashes[1:], "up again"]) == ["up again"]
+    assert time.process_time() - started_s < 3.0  # every overlap: some 10 s a call
 
 
 def test_records_are_private_and_broken_ones_are_passed_over(tmp_path: Path) -> None:
