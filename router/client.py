@@ -171,10 +171,16 @@ class TokenClient:
         *,
         sampling: tokens_pb2.SamplingParams | None = None,
         fields: dict[str, Any] | None = None,
+        lease: router_pb2.AssignResponse | None = None,
         **sampling_fields: Any,
     ) -> TokenStream:
-        """Starts a request. Sampling as a message, or by its field names; `fields` are others of GenerateRequest."""
+        """Starts a request. Sampling as a message, or by its field names; `fields` are others of GenerateRequest.
+
+        `lease` is a router's answer to Assign, for a client that is connected to that lease's address.
+        """
         request = frame_columns_pb2.GenerateRequest(model=model, **(fields or {}))
+        if lease is not None:
+            request.lease, request.request_id = lease.lease, lease.request_id
         try:
             request.prompt = pack(prompt)
         except (OverflowError, ValueError, TypeError):

@@ -140,7 +140,7 @@ class Leases:
         )
 
     def release(self, text: str, failed: bool, now: float) -> None:
-        """The client is done: the place is free again. A lease that is not known has ended already, which is no error."""
+        """The client is done: the place is free again. One that is not known has ended already, which is no error."""
         name = lease_id(text)
         lease = self._vacate(name, now)
         if lease is None:

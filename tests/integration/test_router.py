@@ -323,7 +323,7 @@ async def test_a_leased_replica_is_used_directly(processes: Processes) -> None:
         lease = await stub.Assign(ask, timeout=10)
         assert (lease.replica, lease.address) == ("w0", worker.address)
         async with TokenClient([lease.address]) as direct:
-            stream = direct.generate(MODEL, PROMPT, max_tokens=8, fields={"lease": lease.lease})
+            stream = direct.generate(MODEL, PROMPT, max_tokens=8, lease=lease)
             assert len(await stream.tokens()) == 8
         await stub.Release(router_pb2.ReleaseRequest(lease=lease.lease, generated_tokens=8), timeout=10)
         assert (await status(router)).replicas[0].outstanding_tokens == 0
