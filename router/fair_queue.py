@@ -2,7 +2,8 @@
 
 Each tenant's virtual time moves by the tokens it was served; the waiting request with the smallest start tag goes
 next, so a tenant with a thousand waiting requests and one with a single request take turns. Bounded by the caller
-(admission.py). Cancelled entries are dropped when they come to the front, or all together once they are the more.
+(admission.py). Suspects (quarantine.py) wait apart: `peek` and `pop` pass them over.
+Cancelled entries are dropped when they come to the front, or all together once they are the more.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class FairQueue:
         self._heap: list[tuple[int, float, int, Any]] = []
         self._order = count()
         self._front = deque[Any]()  # resumed requests: before everyone
+        self._suspects = dict[int, Any]()  # by identity, in order of arrival
         self._finish: dict[str, float] = {}
         self._clock = 0.0
         self._gone: set[int] = set()
@@ -50,6 +52,20 @@ class FairQueue:
         """For a request that already ran: it was fair before."""
         self._front.append(item)
         self._counted(item, 1)
+
+    def push_suspect(self, item: Waiting) -> None:
+        """For a request that needs a replica to itself."""
+        self._suspects[id(item)] = item
+        self._counted(item, 1)
+
+    @property
+    def suspects(self) -> int:
+        return len(self._suspects)
+
+    def pop_suspect(self) -> Any:
+        item = self._suspects.pop(next(iter(self._suspects)))
+        self._counted(item, -1)
+        return item
 
     def peek(self) -> Any | None:
         while self._front and id(self._front[0]) in self._gone:
@@ -77,8 +93,10 @@ class FairQueue:
 
     def remove(self, item: Waiting) -> None:
         """Takes a waiting request out wherever it stands. The caller knows that it waits here."""
-        self._gone.add(id(item))
         self._counted(item, -1)
+        if self._suspects.pop(id(item), None) is not None:
+            return
+        self._gone.add(id(item))
         if len(self._gone) > _FEW and len(self._gone) > self.length:
             self._drop_gone()
 
@@ -93,7 +111,7 @@ class FairQueue:
     def items(self) -> list[Any]:
         """All that wait, in no particular order."""
         everything = [*self._front, *(entry[3] for entry in self._heap)]
-        return [item for item in everything if id(item) not in self._gone]
+        return [*self._suspects.values(), *(item for item in everything if id(item) not in self._gone)]
 
     def _counted(self, item: Waiting, sign: int) -> None:
         self.length += sign

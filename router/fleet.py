@@ -18,6 +18,7 @@ from router.prefix_book import PrefixBook
 
 if TYPE_CHECKING:
     from router.policies import Policy
+    from router.request import Request
 
 
 class Link(Protocol):
@@ -83,6 +84,9 @@ class Replica:
     steps: int = 0  # that step_s was smoothed over
     load_totals: tuple[int, int, int] | None = None  # prompt, generated, busy_us of the last report
     prefixes: dict[int, None] = field(default_factory=dict)  # see prefix_book
+    ward: bool = False  # kept for suspects: takes no other request, see quarantine
+    cleared: bool = False  # as a ward it was idle once: who runs there has shown its innocence
+    trial: Request | None = None  # the suspect whose first token is awaited here
 
     @property
     def name(self) -> str:
@@ -122,6 +126,7 @@ class Pool:
     _allowed: float = 0.0
     prefixes: PrefixBook = field(default_factory=PrefixBook)
     adapters: dict[str, list[Replica]] = field(default_factory=dict)  # replicas by adapter that they state
+    has_wards: bool = False  # a replica may be a ward, see quarantine
     measured_tokens_per_s: float = 0.0  # decode capacity of what serves; 0: not measured yet
     rates_by_kind: dict[str, tuple[Rates, int]] = field(default_factory=dict)  # by device kind, and its full batch
     max_model_len: int = 0  # the longest context of a replica
@@ -205,6 +210,7 @@ class Fleet:
             replica.connected
             and not replica.gone
             and not replica.draining
+            and not replica.ward
             and replica.has_room()
             and now >= replica.ejected_until_s
             and replica.circuit.allows(now)

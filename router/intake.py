@@ -132,6 +132,8 @@ def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
         replica, frame = arrived.replica, arrived.frame
         if not replica.connected:  # given up above
             continue
+        if replica.ward:  # a first token may have made place for the next suspect
+            pools[id(replica.pool)] = replica.pool
         if frame.finish:
             for finish in frame.finish:
                 _take_finish(state, replica, finish, now)
@@ -275,7 +277,10 @@ def first_token(state: RouterState, request: Request, now: float) -> None:
     if request.first_on_replica or request.replica is None:
         return
     request.first_on_replica = True
+    request.suspected_of = ""
     replica = request.replica
+    if replica.trial is request:
+        replica.trial = None
     replica.prompt_outstanding -= request.charged_prompt
     state.ledger.add("prompt_tokens", request.prompt_tokens + request.base_tokens)
     request.pool.measures.prompt_tokens += request.prompt_tokens + request.base_tokens
@@ -398,8 +403,12 @@ def _finish(state: RouterState, replica: Replica, request: Request, finish: toke
     state.ledger.add("cached_tokens", finish.cached_tokens)
     request.pool.measures.cached_tokens += finish.cached_tokens
     if finish.reason == ERROR and finish.code in _FAULTS:
-        replica.circuit.failed(now)
-        lose(state, request, finish.message or f"replica {replica.name} failed it", now, known_to_worker=False)
+        if finish.engine_dead:
+            replica.circuit.trip(now)  # before any other end of it is read: nothing may be tried there
+        else:
+            replica.circuit.failed(now)
+        why = finish.message or f"replica {replica.name} failed it"
+        lose(state, request, why, now, known_to_worker=False, died=finish.engine_dead)
         return
     if finish.reason == CANCELLED or (finish.reason == ERROR and finish.code == _FULL):
         lose(state, request, finish.message or f"replica {replica.name} let go of it", now, known_to_worker=False)

@@ -1,4 +1,4 @@
-"""Gives waiting requests a replica: fair queue -> policy -> slot -> the worker's session."""
+"""Gives waiting requests a replica: fair queue -> policy -> slot -> the worker's session. Suspects get one apart."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from megatoken.frames import U32
 from megatoken.v1 import tokens_pb2
-from router import continuation
+from router import continuation, quarantine
 from router.ending import LENGTH, end, fail
 from router.fleet import Pool, Replica
 from router.lifecycle import Event
@@ -31,6 +31,8 @@ def question_of(request: Request) -> Question:
 
 def pump(state: RouterState, pool: Pool, now: float) -> None:
     """Places as many waiting requests of the model as there is room for."""
+    if pool.queue.suspects or pool.has_wards:
+        _try_suspects(state, pool, now)
     while pool.queue.length and pool.open:
         request = pool.queue.peek()
         if request is None:
@@ -47,6 +49,26 @@ def pump(state: RouterState, pool: Pool, now: float) -> None:
             place(state, request, replica, now)
         except Exception as error:
             fail(state, request, "placement", error, now)
+
+
+def _try_suspects(state: RouterState, pool: Pool, now: float) -> None:
+    """Sends each ward its next suspect; without suspects there are no wards."""
+    if pool.queue.suspects:
+        pool.has_wards = True
+        for replica in quarantine.wards(state, pool, now):
+            if not pool.queue.suspects:
+                break
+            request = pool.queue.pop_suspect()
+            replica.trial = request
+            try:
+                place(state, request, replica, now)
+            except Exception as error:
+                replica.trial = None
+                fail(state, request, "placement", error, now)
+        return
+    for replica in pool.replicas:
+        quarantine.close(state, replica, now)
+    pool.has_wards = any(replica.ward for replica in pool.replicas)
 
 
 def place(state: RouterState, request: Request, replica: Replica, now: float) -> None:

@@ -11,18 +11,26 @@ from router.request import Request
 from router.state import RouterState
 
 
-def lose(state: RouterState, request: Request, reason: str, now: float, *, known_to_worker: bool) -> None:
+def lose(
+    state: RouterState, request: Request, reason: str, now: float, *, known_to_worker: bool, died: bool = False
+) -> None:
     """The request's replica has it no more. Queues it for another one, first in line, or ends it with UNAVAILABLE.
 
     known_to_worker: the worker may still send for the slot (it was moved, not lost): it becomes a zombie.
+    died: the replica died or hangs, for which the request may be the cause while it had no token there; see quarantine.
     """
     if request.state is not State.RUNNING:
         return
     replica = request.replica
+    guilty = ""
+    if died and replica is not None and not request.first_on_replica:
+        if replica.trial is request:
+            guilty = _guilty(request, replica, reason)
+        request.suspected_of = replica.name
     _take_back(state, request, now, known_to_worker)
     if replica is not None and replica.index not in request.tried:
         request.tried.append(replica.index)
-    refusal = _refusal(state, request, reason, now)
+    refusal = guilty or _refusal(state, request, reason, now)
     if refusal:
         finish = error_finish(request.stream, UnavailableError(refusal))
         if replica is not None:
@@ -36,7 +44,10 @@ def lose(state: RouterState, request: Request, reason: str, now: float, *, known
         state.ledger.resumes += 1
     request.pool.measures.moved(with_tokens=bool(request.carried), drained=known_to_worker)
     request.placed_s = now  # it waits from now on
-    request.pool.queue.push_front(request)
+    if request.suspected_of:
+        request.pool.queue.push_suspect(request)
+    else:
+        request.pool.queue.push_front(request)
     pump(state, request.pool, now)
 
 
@@ -55,6 +66,13 @@ def _take_back(state: RouterState, request: Request, now: float, known_to_worker
     request.slot = -1
     request.carried = carried
     request.replayed, request.replay_at = b"", 0
+
+
+def _guilty(request: Request, replica: Replica, reason: str) -> str:
+    return (
+        f"{reason}; replicas {request.suspected_of} and {replica.name} were both lost before this request's first "
+        f"token, the second while it was tried there alone: it is not tried again"
+    )
 
 
 def _refusal(state: RouterState, request: Request, reason: str, now: float) -> str:
@@ -80,16 +98,18 @@ def lose_replica(state: RouterState, replica: Replica, reason: str, now: float) 
     replica.load_totals = None
     replica.others = 0
     replica.pool.prefixes.forget(replica)
+    replica.ward = replica.cleared = False
     state.fleet.refresh(replica, now)
     had = [(slot, state.slots.owner[slot]) for slot in state.slots.of_replica(replica.index)]
     if any(owner is not None for _, owner in had):
         replica.circuit.failed(now)
+    died = not (replica.gone and replica.draining)  # one that was drained and removed did not
     for slot, request in had:
         if request is None:
             state.slots.free(slot)
         else:
             try:
-                lose(state, request, reason, now, known_to_worker=False)
+                lose(state, request, reason, now, known_to_worker=False, died=died)
             except Exception as error:  # the others must not stay behind on a replica that is gone
                 fail(state, request, "loss", error, now)
     if replica.gone:

@@ -65,6 +65,7 @@ class Request:
     hold_due: bool = False  # stands in the heap of holds
     carried: bytes = b""  # packed tokens so far while it waits between replicas
     tried: list[int] = field(default_factory=list)  # replicas that lost it
+    suspected_of: str = ""  # the replica that died before giving it a token; empty: none, or it is cleared
     prefix_hashes: tuple[int, ...] = ()
     attempts: int = 0
 

@@ -92,6 +92,11 @@ def _waits(state: RouterState, now: float) -> None:
             if now - since > bound:
                 why = pool.blocked or "no replica had room"
                 text = f"waited {now - since:.1f} s for a replica of {pool.model!r}: {why}"
+                if request.suspected_of:
+                    text = (
+                        f"replica {request.suspected_of} was lost before this request's first token, and for "
+                        f"{now - since:.1f} s no replica of {pool.model!r} was idle to try it alone"
+                    )
                 _end(state, request, UnavailableError(text), now)
 
 

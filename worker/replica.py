@@ -291,6 +291,7 @@ class Replica:
         code, message = (0, "") if error is None else (status_number(error), str(error))
         for slot in slots:
             finish = self._finish(Ended(slot, reason, code=code, message=message))
+            finish.engine_dead = isinstance(error, EngineDeadError)
             self._streams[slot].outlet.finish(finish)
             self._release(slot, reason, now_s)
 

@@ -221,6 +221,7 @@ def test_with_no_other_replica_it_waits_and_then_says_so() -> None:
     assert fleet.end(request) is None
     fleet.connect(replica)
     assert request.state is State.RUNNING
+    fleet.tokens(request, 2)
     fleet.lose(replica)
     fleet.tick(11)
     end = fleet.end(request)
@@ -319,15 +320,83 @@ def test_retries_are_bounded_by_the_budget() -> None:
     assert "retry budget" in fleet.end(ended[0]).message  # type: ignore[union-attr]
 
 
-def test_a_request_that_kills_every_replica_moves_only_so_often() -> None:
+def test_a_request_whose_replicas_die_after_a_token_moves_only_so_often() -> None:
     fleet = CoreFleet(replicas=8, resume={"max_resumes": 2})
     request = fleet.submit()
     losses = 0
     while request.state is State.RUNNING:
+        fleet.tokens(request, losses)
         fleet.lose(fleet.replica_of(request))
         losses += 1
     assert losses == 3
     assert request.state is State.FINISHED
+
+
+def test_a_request_that_kills_every_replica_costs_two_and_is_told_so() -> None:
+    fleet = CoreFleet(replicas=8)
+    request = fleet.submit()
+    first = fleet.replica_of(request)
+    fleet.lose(first)
+    second = fleet.replica_of(request)
+    for _ in range(40):  # nobody joins it
+        fleet.submit()
+    assert second.in_flight == 1
+    fleet.lose(second)
+    end = fleet.end(request)
+    assert end is not None
+    assert (end.reason, end.code) == (ERROR, 14)
+    assert f"replicas {first.name} and {second.name} were both lost" in end.message
+    assert not any(replica.ward for replica in fleet.replicas if replica.connected)
+
+
+def test_a_suspect_waits_for_an_idle_replica_and_is_cleared_by_its_first_token() -> None:
+    fleet = CoreFleet(replicas=2, resume={"wait_s": 10})
+    busy = [fleet.submit() for _ in range(4)]
+    lost, kept = fleet.replicas
+    company = [request for request in busy if request.replica is kept]
+    suspects = [request for request in busy if request.replica is lost]
+    for request in company:
+        fleet.tokens(request, 1)
+    fleet.lose(lost)
+    assert {request.state for request in suspects} == {State.RESUMING}
+    for request in company:
+        fleet.finish(request)
+    assert [request.state for request in suspects] == [State.RUNNING, State.RESUMING]
+    later = fleet.submit()
+    assert later.state is State.QUEUED
+    for request in suspects:
+        fleet.tokens(request, 1)
+    assert [request.state for request in suspects] == [State.RUNNING, State.RUNNING]
+    assert later.state is State.RUNNING
+    for request in [*suspects, later]:
+        fleet.finish(request)
+    fleet.check_idle()
+
+
+def test_a_suspect_that_finds_no_idle_replica_ends_and_says_why() -> None:
+    fleet = CoreFleet(replicas=2, resume={"wait_s": 10})
+    busy = [fleet.submit() for _ in range(4)]
+    lost, kept = fleet.replicas
+    suspect = next(request for request in busy if request.replica is lost)
+    fleet.lose(lost)
+    fleet.tick(11)
+    end = fleet.end(suspect)
+    assert end is not None
+    assert "was idle to try it alone" in end.message
+    fleet.submit()
+    fleet.tick()
+    assert not kept.ward
+
+
+def test_a_drained_replica_s_end_makes_nobody_suspect() -> None:
+    fleet = CoreFleet(replicas=2)
+    request = fleet.submit()
+    replica = fleet.replica_of(request)
+    replica.draining = True
+    fleet.state.fleet.remove(replica)
+    fleet.lose(replica)
+    assert request.suspected_of == ""
+    assert request.state is State.RUNNING
 
 
 def test_failures_in_a_row_open_the_circuit_and_one_probe_closes_it() -> None:

@@ -226,6 +226,7 @@ async def test_a_dead_engine_ends_every_stream_and_tells_the_process_once(world:
     frame = world.frame()
     assert [finish.stream for finish in frame.finish] == [1, 2]
     assert all(finish.code == grpc.StatusCode.UNAVAILABLE.value[0] for finish in frame.finish)
+    assert all(finish.engine_dead for finish in frame.finish)
     assert "it burnt" in frame.finish[0].message
     assert world.deaths == ["it burnt"]
     assert world.engine.aborted == []
