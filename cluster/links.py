@@ -100,7 +100,8 @@ class Links:
             try:
                 stub = worker_pb2_grpc.WorkerStub(self._channel(replica.facts.address))
                 reply = await stub.Renew(request, timeout=CALL_TIMEOUT_S)
-            except grpc.aio.AioRpcError:
+            except grpc.aio.AioRpcError as error:
+                await self._give_up(replica.facts.address, error)
                 return  # its silence is what counts
         now, load = time.monotonic(), reply.load
         self.liveness.answered(replica.id, Answered(reply.stamp_s, load.steps, reply.unfinished, now))
@@ -139,7 +140,8 @@ class Links:
             try:
                 stub = router_pb2_grpc.RouterStub(self._channel(address))
                 status = await stub.GetRouterStatus(router_pb2.GetRouterStatusRequest(), timeout=CALL_TIMEOUT_S)
-            except grpc.aio.AioRpcError:
+            except grpc.aio.AioRpcError as error:
+                await self._give_up(address, error)
                 continue
             self._queued[name] = status.queued
 
@@ -149,7 +151,8 @@ class Links:
             try:
                 stub = throughput_pb2_grpc.ThroughputStub(self._channel(address))
                 self.sample = await stub.GetThroughput(throughput_pb2.GetThroughputRequest(), timeout=CALL_TIMEOUT_S)
-            except grpc.aio.AioRpcError:
+            except grpc.aio.AioRpcError as error:
+                await self._give_up(address, error)
                 continue
             return
 
@@ -163,6 +166,11 @@ class Links:
             probe.cancel()
         await asyncio.gather(*self._probes, return_exceptions=True)
         await self.keep_only(())
+
+    async def _give_up(self, address: str, error: grpc.aio.AioRpcError) -> None:
+        """Closes a channel that does not connect: it has certificates of when it was opened, the next has today's."""
+        if error.code() is grpc.StatusCode.UNAVAILABLE and address in self._channels:
+            await self._channels.pop(address).close()
 
     def _channel(self, address: str) -> Any:
         if address not in self._channels:

@@ -2,15 +2,24 @@
 
 A server with `client_ca_file` asks every client for a certificate that this authority signed (mTLS). Without any of
 this a hop is plain text, which is why everything binds to loopback unless told otherwise.
+
+Certificates are exchanged while servers run: new connections get what the files hold then, and running ones go on. A
+file that is missing, half written or does not fit its key leaves the last good ones in force.
 """
 
 from __future__ import annotations
 
+import logging
+import ssl
 from pathlib import Path
 
 import grpc
 import grpc.aio
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatoken.log import log_event
+
+logger = logging.getLogger(__name__)
 
 
 class ServerTls(BaseModel):
@@ -23,12 +32,67 @@ class ServerTls(BaseModel):
     client_ca_file: Path | None = Field(None, description="set: clients must show a certificate of this authority")
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Credentials for add_secure_port; reads the files now."""
-        return grpc.ssl_server_credentials(
-            [(self.key_file.read_bytes(), self.cert_file.read_bytes())],
-            root_certificates=self.client_ca_file.read_bytes() if self.client_ca_file else None,
-            require_client_auth=self.client_ca_file is not None,
+        """Credentials for add_secure_port; reads the files now, and again when they change. Raises OSError."""
+        files = CertificateFiles(self)
+        return grpc.dynamic_ssl_server_credentials(
+            files.configuration(), files.changed_configuration, require_client_authentication=self.mutual
         )
+
+    @property
+    def mutual(self) -> bool:
+        """Whether clients must show a certificate."""
+        return self.client_ca_file is not None
+
+
+class CertificateFiles:
+    """The files of one server, and whether they changed."""
+
+    def __init__(self, tls: ServerTls) -> None:
+        self._tls = tls
+        self._stamp = self._read_stamp()
+
+    def changed(self) -> bool:
+        """Whether the files differ from those of the last time, and fit each other. Never raises."""
+        try:
+            stamp = self._read_stamp()
+            if stamp == self._stamp:
+                return False
+            self.load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        except (OSError, ssl.SSLError) as error:  # in the middle of an exchange, or a mistake
+            log_event(logger, "tls.unusable", f"{self._tls.cert_file}: {error}", level=logging.WARNING)
+            return False
+        self._stamp = stamp
+        log_event(logger, "tls.reloaded", str(self._tls.cert_file))
+        return True
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Makes a context show and ask for what the files hold now. Raises OSError or ssl.SSLError."""
+        context.load_cert_chain(self._tls.cert_file, self._tls.key_file)
+        if self._tls.client_ca_file is not None:
+            context.load_verify_locations(self._tls.client_ca_file)
+
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        """What gRPC takes. Raises OSError."""
+        tls = self._tls
+        authority = tls.client_ca_file.read_bytes() if tls.client_ca_file else None
+        pair = (tls.key_file.read_bytes(), tls.cert_file.read_bytes())
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=authority)
+
+    def changed_configuration(self) -> grpc.ServerCertificateConfiguration | None:
+        """For gRPC, which asks before each handshake; None: as before."""
+        try:
+            return self.configuration() if self.changed() else None
+        except OSError:  # gone since the look a moment ago; the next connection looks again
+            self._stamp = ()
+            return None
+
+    def _read_stamp(self) -> tuple[tuple[int, int, int], ...]:
+        found = []
+        for path in (self._tls.cert_file, self._tls.key_file, self._tls.client_ca_file):
+            if path is not None:
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+        return tuple(found)
 
 
 class ClientTls(BaseModel):

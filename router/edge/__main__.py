@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from typing import Any
@@ -21,11 +22,13 @@ from typing import Any
 from megatoken.errors import MegatokenError, RequestError
 from megatoken.log import setup_logging
 from megatoken.process import read_arguments, report_ready
+from megatoken.tls import CertificateFiles, ServerTls
 from router.api_keys import KeyRing
 from router.edge.config import EdgeConfig
 from router.edge.serve_args import serve_arguments
 
 BACKLOG = 2048
+CERTIFICATES_S = 1.0  # exchanged certificates are in force within this
 
 
 def bind(config: EdgeConfig) -> socket.socket:
@@ -80,8 +83,6 @@ async def serve(config: EdgeConfig, keys: KeyRing | None, listener: socket.socke
 
     options: dict[str, Any] = {}
     if config.tls is not None:
-        import ssl
-
         options = {
             "ssl_certfile": str(config.tls.cert_file),
             "ssl_keyfile": str(config.tls.key_file),
@@ -103,10 +104,25 @@ async def serve(config: EdgeConfig, keys: KeyRing | None, listener: socket.socke
         timeout_graceful_shutdown=max(1, round(config.limits.drain_s)),
         **options,
     )
+    settings.load()
+    renewing = asyncio.create_task(renew_certificates(config.tls, settings.ssl))
     try:
         await Server(settings).serve(sockets=[listener])
     finally:
+        renewing.cancel()
         await parts.close()
+
+
+async def renew_certificates(tls: ServerTls | None, context: ssl.SSLContext | None) -> None:
+    """Has new connections see exchanged certificates; until cancelled."""
+    if tls is None or context is None:
+        return
+    files = CertificateFiles(tls)
+    while True:
+        await asyncio.sleep(CERTIFICATES_S)
+        if files.changed():
+            with contextlib.suppress(OSError, ssl.SSLError):  # gone since that look; changed again soon
+                files.load_into(context)
 
 
 def main() -> int:
