@@ -383,7 +383,7 @@ class Controller:
             ray_address=self._around.ray_address,
             metrics_address=self.metrics_address,
             nodes=node_statuses(self.inventory, self.fleet, self.orders.desired.drained_nodes),
-            models=model_statuses(self.fleet, self.orders.spec.models, replicas, readings),
+            models=model_statuses(self.fleet, self.orders.spec.models, replicas, readings, now),
             replicas=replicas,
             processes=process_statuses(self.records, self.look.processes, self.inventory),
             throughput=self.links.sample,

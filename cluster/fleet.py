@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from cluster.exit_cause import ExitCause
 from cluster.liveness import HangSeen
-from cluster.placement import Placement
+from cluster.placement import BlockedKind, Placement
 from cluster.replica import LIVE, ReplicaState
 from cluster.spec_model import ModelSpec
 from cluster.topology import Inventory
@@ -94,11 +94,19 @@ class Fleet:
     replicas: tuple[Replica, ...] = ()
     health: Mapping[str, ModelHealth] = field(default_factory=dict)
     blocked: Mapping[str, str] = field(default_factory=dict)
-    """By model: why fewer run than wanted, and what would unblock it."""
+    """By model: why fewer run than wanted, and what would unblock it. Says the same until something changed."""
+    blocked_kinds: Mapping[str, BlockedKind] = field(default_factory=dict)
+    """By model, for each in `blocked`: what kind of thing that is."""
     rollouts: Mapping[str, str] = field(default_factory=dict)
     """By model: progress of an update, for people."""
     serial: int = 0
     """The number of the last replica made; ids are never used twice."""
+
+    def retry_s(self, model: str) -> float | None:
+        """When a start that waits after failures is tried; None where none waits."""
+        if self.blocked_kinds.get(model) is not BlockedKind.STARTS or model not in self.health:
+            return None
+        return self.health[model].not_before_s
 
     def replica(self, replica_id: str) -> Replica | None:
         return next((replica for replica in self.replicas if replica.id == replica_id), None)

@@ -92,10 +92,5 @@ def _model(model: ModelSpec, fleet: Fleet) -> membership_pb2.ModelMember:
         policy=model.policy or "",
         replicas_wanted=model.replicas,
         replicas_ready=ready,
-        blocked=without_countdown(fleet.blocked.get(model.name, "")),
+        blocked=fleet.blocked.get(model.name, ""),
     )
-
-
-def without_countdown(blocked: str) -> str:
-    """The reason without "next try in 3 s", which changes every tick."""
-    return blocked.partition("; next try in")[0]

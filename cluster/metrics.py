@@ -23,24 +23,6 @@ TICK_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0
 NODE_STATES: Final = ("alive", "draining", "drained", "dead")
 MAX_EVENT_KINDS: Final = 64  # kinds are an enumeration of ours; the bound holds when that changes
 
-# The first reason with a word in the sentence wins.
-BLOCKED_WORDS: Final = (
-    ("memory", ("memory", "gib", "kv cache")),
-    ("topology", ("link domain", "tp group", "stage", "one node", "span", "site")),
-    ("constraint", ("label", "constraint", "avoid", "separate", "device kind", "selector", "drained", "draining")),
-    ("spec", ("heads", "layers", "divide", "invalid", "unknown")),
-    ("capacity", ("device", "slot", "capacity", "free", "node")),
-)
-
-
-def blocked_reason(sentence: str) -> str:
-    """The bounded reason for a model's `blocked` sentence: memory, topology, constraint, spec, capacity or other."""
-    lowered = sentence.lower()
-    for reason, words in BLOCKED_WORDS:
-        if any(word in lowered for word in words):
-            return reason
-    return "other"
-
 
 def status_families(status: ClusterStatus) -> list[Metric]:
     """Every gauge that one status gives; a model or replica that is gone from it is gone from the metrics."""
@@ -167,8 +149,8 @@ def _models(status: ClusterStatus) -> list[Metric]:
         who = [model.model]
         wanted.add_metric(who, model.wanted)
         ready.add_metric(who, model.ready)
-        if model.blocked:
-            blocked.add_metric([model.model, blocked_reason(model.blocked)], 1)
+        if model.blocked_kind:
+            blocked.add_metric([model.model, model.blocked_kind], 1)
         rollout.add_metric(who, float(bool(model.rollout)))
         running.add_metric(who, model.running)
         waiting.add_metric(who, model.waiting)

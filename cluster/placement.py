@@ -29,6 +29,7 @@ from cluster.placement_exact import search_exact
 from cluster.placement_floor import Floor
 from cluster.placement_values import (
     Blocked,
+    BlockedKind,
     Constraints,
     Outcome,
     Placement,
@@ -41,6 +42,7 @@ from cluster.topology import Inventory
 
 __all__ = [
     "Blocked",
+    "BlockedKind",
     "Constraints",
     "Outcome",
     "Placement",
@@ -89,7 +91,7 @@ def _partial(
     chosen = set(first.values())
     found = _greedy([request for request in order if request.replica in chosen], floor, spread=True)
     found |= _greedy([request for request in order if request.replica not in chosen], floor, spread=True)
-    reasons: dict[ReplicaRequest, tuple[str, str]] = {}
+    reasons: dict[ReplicaRequest, tuple[BlockedKind, str, str]] = {}
     outcomes: list[Outcome] = []
     for request in requests:
         placement = found.get(request.replica)

@@ -6,15 +6,18 @@ from collections import Counter
 from collections.abc import Sequence
 
 from cluster.placement_floor import Floor, Host, refusal
-from cluster.placement_values import ReplicaRequest, TpSpan
+from cluster.placement_values import BlockedKind, ReplicaRequest, TpSpan
 from cluster.topology import Device, Node
 
+DEVICES = "devices"  # what every replica asks for, with or without constraints
+Explanation = tuple[BlockedKind, str, str]
 
-def explain(request: ReplicaRequest, floor: Floor) -> tuple[str, str]:
-    """(reason, what would unblock it), each a sentence, from the floor as it is after all other placements."""
+
+def explain(request: ReplicaRequest, floor: Floor) -> Explanation:
+    """Why, and what would unblock it, each a sentence, from the floor as it is after all other placements."""
     nodes = floor.inventory.nodes
     if not nodes:
-        return f"{_need(request)}, and the cluster has no nodes.", "Add a node."
+        return BlockedKind.CAPACITY, f"{_need(request)}, and the cluster has no nodes.", "Add a node."
     steps = _static(request, nodes)
     if steps:
         return steps
@@ -24,13 +27,14 @@ def explain(request: ReplicaRequest, floor: Floor) -> tuple[str, str]:
     return _capacity(request, nodes, hosts, clashing)
 
 
-def _static(request: ReplicaRequest, nodes: Sequence[Node]) -> tuple[str, str] | None:
+def _static(request: ReplicaRequest, nodes: Sequence[Node]) -> Explanation | None:
     """Reasons that hold however empty the cluster is: nothing carries what the constraints or the memory ask for."""
     wanted = request.constraints
     devices = [(node, device) for node in nodes for device in node.devices]
     for title, kept, known in _filters(request, devices):
         if not kept:
             return (
+                BlockedKind.CAPACITY if title == DEVICES else BlockedKind.CONSTRAINT,
                 f"{_need(request)}, but no node has {title} (there is: {_listed(known)}).",
                 f"Add such a node, or change the constraint on {title.split(' ')[0]}.",
             )
@@ -39,6 +43,7 @@ def _static(request: ReplicaRequest, nodes: Sequence[Node]) -> tuple[str, str] |
     largest = max((device.memory_bytes for _, device in devices), default=0)
     if need and largest and all(0 < device.memory_bytes < need for _, device in devices):
         return (
+            BlockedKind.MEMORY,
             f"{_need(request)} with {_gib(need)} on each, but the largest allowed device has {_gib(largest)}.",
             "Raise the tensor or pipeline size, lower max_model_len, use smaller weights, or add larger devices.",
         )
@@ -46,6 +51,7 @@ def _static(request: ReplicaRequest, nodes: Sequence[Node]) -> tuple[str, str] |
     if wanted.tp_span is not TpSpan.ANY and most < request.tensor:
         where = "link domain" if wanted.tp_span is TpSpan.LINK else "node"
         return (
+            BlockedKind.TOPOLOGY,
             f"{_need(request)} in TP groups of {request.tensor}, but no {where} has more than {_devices(most)}.",
             f"Lower the tensor size to {most} or less, or allow a TP group to reach further (tp_span).",
         )
@@ -77,7 +83,7 @@ def _filters(
         steps.append((f"label {key}={value}", kept, known))
         left = kept
     if not wanted.device_kinds:
-        steps.append(("devices", left, {node.title for node, _ in left}))
+        steps.append((DEVICES, left, {node.title for node, _ in left}))
     return steps
 
 
@@ -90,14 +96,16 @@ def _most_on_one_link(devices: list[tuple[Node, Device]], span: TpSpan) -> int:
 
 def _capacity(
     request: ReplicaRequest, nodes: Sequence[Node], hosts: Sequence[Host], clashing: Sequence[Host]
-) -> tuple[str, str]:
+) -> Explanation:
     """It would fit on an empty, healthy cluster, or on a larger one of the same make; now it does not."""
     need, span, tensor = request.device_memory_bytes, request.constraints.tp_span, request.tensor
     fits = sum(host.fits(tensor, span, need) for host in hosts)
     free = sum(host.free for host in hosts)
     what = f"{_need(request)} ({_groups(request)})"
     reason = f"{what}, but only {_devices(free)} stand free on the {len(hosts)} nodes it may use"
+    kind = BlockedKind.CAPACITY
     if free >= request.width:
+        kind = BlockedKind.TOPOLOGY
         reason += f", in gaps that hold {fits} of its {request.groups} TP groups"
         if fits >= request.groups:
             reason += " together, but not in one site and of one kind"
@@ -108,6 +116,8 @@ def _capacity(
     if clashing:
         names = _listed({host.node.title for host in clashing})
         reason += f"; {names} stand apart by anti-affinity"
+        if free + sum(host.free for host in clashing) >= request.width:
+            kind = BlockedKind.CONSTRAINT
         hints.append("loosen the anti-affinity")
     if out:
         reason += f"; left out: {_listed(out)}"
@@ -120,9 +130,9 @@ def _capacity(
         hints.append("end the drain")
     kinds = " or ".join(request.constraints.device_kinds)
     missing = max(request.groups - fits, 1) * tensor
-    kind = f" {kinds}" if kinds else ""
-    hints = [f"Free or add {missing}{kind} device{_s(missing)} in whole TP groups of {tensor}", *hints]
-    return reason + ".", ", or ".join(hints) + "."
+    which = f" {kinds}" if kinds else ""
+    hints = [f"Free or add {missing}{which} device{_s(missing)} in whole TP groups of {tensor}", *hints]
+    return kind, reason + ".", ", or ".join(hints) + "."
 
 
 def _need(request: ReplicaRequest) -> str:

@@ -102,12 +102,32 @@ class Placement:
         return ",".join(str(rank.rank) for rank in self.ranks)
 
 
+class BlockedKind(StrEnum):
+    """What keeps a model from running as many replicas as were asked for, where a program asks."""
+
+    CAPACITY = "capacity"
+    """Devices are missing."""
+    MEMORY = "memory"
+    """No allowed device is large enough for a rank."""
+    TOPOLOGY = "topology"
+    """There are devices, but not together as its groups need them."""
+    CONSTRAINT = "constraint"
+    """No node carries what the spec asks for."""
+    SPEC = "spec"
+    """The sizes do not suit the model."""
+    STARTS = "starts"
+    """Its replicas failed, and the next start waits."""
+    LEASE = "lease"
+    """A lost replica may serve on until its lease ends."""
+
+
 @dataclass(frozen=True, slots=True)
 class Blocked:
     """Why a replica has no place, and what would give it one. Both are whole sentences, for `status`."""
 
     replica: str
     model: str
+    kind: BlockedKind
     reason: str
     unblock: str
 

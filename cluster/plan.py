@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from cluster.model_memory import parallel_problems, tensor_sizes
 from cluster.model_shape import ModelShape
-from cluster.placement import Blocked, Outcome, Placement, ReplicaRequest, Separate, TpSpan, place
+from cluster.placement import Blocked, BlockedKind, Outcome, Placement, ReplicaRequest, Separate, TpSpan, place
 from cluster.placement_floor import Floor, refusal
 from cluster.placement_need import device_need_bytes, need_of
 from cluster.placement_request import request_for
@@ -127,7 +127,8 @@ def _refused(model: ModelSpec, problems: Sequence[str]) -> tuple[Outcome, ...]:
         return ()
     reason = "; ".join(problems) + "."
     return tuple(
-        Blocked(f"{model.name}-{number}", model.name, reason, "Change the sizes.") for number in range(model.replicas)
+        Blocked(f"{model.name}-{number}", model.name, BlockedKind.SPEC, reason, "Change the sizes.")
+        for number in range(model.replicas)
     )
 
 

@@ -32,7 +32,7 @@ from cluster.fleet import (
     TellDrain,
 )
 from cluster.lifecycle import event_for
-from cluster.placement import Blocked, Placement, ReplicaRequest, place
+from cluster.placement import Blocked, BlockedKind, Placement, ReplicaRequest, place
 from cluster.placement_request import request_for
 from cluster.replica import FINAL, ReplicaEvent, ReplicaState, next_state
 from cluster.rollout import Step, next_step
@@ -55,9 +55,13 @@ class _Tick:
     serial: int
     models: dict[str, ModelSpec]
     blocked: dict[str, str] = field(default_factory=dict)
+    blocked_kinds: dict[str, BlockedKind] = field(default_factory=dict)
     rollouts: dict[str, str] = field(default_factory=dict)
     actions: list[Action] = field(default_factory=list)
     happenings: list[Happening] = field(default_factory=list)
+
+    def block(self, model: str, kind: BlockedKind, text: str) -> None:
+        self.blocked[model], self.blocked_kinds[model] = text, kind
 
     def send(
         self,
@@ -106,11 +110,13 @@ def reconcile(desired: Desired, fleet: Fleet, observation: Observation, limits: 
     if observation.complete:  # else who holds which device is not known
         _create(tick, steps)
     else:
-        tick.blocked |= {name: text for name, text in fleet.blocked.items() if name in models}
+        for name, text in fleet.blocked.items():
+            if name in models:
+                tick.block(name, fleet.blocked_kinds[name], text)
     _list_actions(tick)
     _tell_blocked(tick, fleet)
     kept = _without_old_endings(tick)
-    following = Fleet(kept, tick.health, tick.blocked, tick.rollouts, tick.serial)
+    following = Fleet(kept, tick.health, tick.blocked, tick.blocked_kinds, tick.rollouts, tick.serial)
     return Plan(following, tuple(tick.actions), tuple(tick.happenings))
 
 
@@ -186,9 +192,9 @@ def _decide(tick: _Tick) -> dict[str, Step]:
             tick.health.pop(name, None)  # these failures have had their effect: applied again, the spec is tried anew
             tick.happenings.append(Happening("model.rollback", name, f"rolled back: {step.roll_back}", "update failed"))
         if step.put_off:
-            tick.blocked[name] = LEASE_TEXT
+            tick.block(name, BlockedKind.LEASE, LEASE_TEXT)
         if _has_failed_start(health, model, tick.now):
-            tick.blocked[name] = _crash_text(health, tick.now)
+            tick.block(name, BlockedKind.STARTS, _crash_text(health))
         steps[name] = step
     return steps
 
@@ -197,12 +203,12 @@ def _has_failed_start(health: ModelHealth, model: ModelSpec, now: float) -> bool
     return health.revision == model.revision and now < health.not_before_s
 
 
-def _crash_text(health: ModelHealth, now: float) -> str:
+def _crash_text(health: ModelHealth) -> str:
     if health.served:
         what = "a replica died soon after it served"
     else:
         what = "start failed" if health.failures == 1 else f"{health.failures} starts failed in a row"
-    return f"{what}: {health.last_failure}; next try in {max(0.0, health.not_before_s - now):.0f} s"
+    return f"{what}: {health.last_failure}"
 
 
 def _create(tick: _Tick, steps: Mapping[str, Step]) -> None:
@@ -239,7 +245,7 @@ def _block(
     tick: _Tick, outcome: Blocked, step: Step, existing: Sequence[Placement], requests: Sequence[ReplicaRequest]
 ) -> None:
     """Says why; and where an update lacks room for one more, lets an old replica go first if that makes the room."""
-    tick.blocked[outcome.model] = f"{outcome.reason} {outcome.unblock}".strip()
+    tick.block(outcome.model, outcome.kind, f"{outcome.reason} {outcome.unblock}".strip())
     old = tick.replicas.get(step.yield_one)
     if old is None or not old.active or _is_freeing(tick):
         return

@@ -96,7 +96,11 @@ def _replica(
 
 
 def model_statuses(
-    fleet: Fleet, models: Iterable[ModelSpec], replicas: Iterable[control_pb2.ReplicaStatus], readings: Readings
+    fleet: Fleet,
+    models: Iterable[ModelSpec],
+    replicas: Iterable[control_pb2.ReplicaStatus],
+    readings: Readings,
+    now: float,
 ) -> list[control_pb2.ModelStatus]:
     """Every wanted model. Requests queued in routers count for the only model, as routers do not split them."""
     wanted = list(models)
@@ -109,7 +113,8 @@ def model_statuses(
                 model=model.name,
                 wanted=model.replicas,
                 ready=sum(1 for row in own if row.state == ReplicaState.READY),
-                blocked=fleet.blocked.get(model.name, ""),
+                blocked=_blocked_text(fleet, model.name, now),
+                blocked_kind=fleet.blocked_kinds.get(model.name, ""),
                 rollout=fleet.rollouts.get(model.name, ""),
                 running=sum(row.running for row in own),
                 waiting=sum(row.waiting for row in own) + (readings.queued if len(wanted) == 1 else 0),
@@ -119,6 +124,12 @@ def model_statuses(
             )
         )
     return found
+
+
+def _blocked_text(fleet: Fleet, model: str, now: float) -> str:
+    """Why fewer run than wanted; where a start waits after failures, for how long."""
+    text, retry_s = fleet.blocked.get(model, ""), fleet.retry_s(model)
+    return text if retry_s is None else f"{text}; next try in {max(0.0, retry_s - now):.0f} s"
 
 
 def process_statuses(

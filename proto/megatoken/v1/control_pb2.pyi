@@ -119,7 +119,7 @@ class NodeStatus(_message.Message):
     def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ..., site: _Optional[str] = ..., state: _Optional[str] = ..., device_kind: _Optional[str] = ..., devices: _Optional[int] = ..., devices_used: _Optional[int] = ..., devices_out: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("model", "wanted", "ready", "blocked", "rollout", "running", "waiting", "generated_tokens_per_s", "source", "engine")
+    __slots__ = ("model", "wanted", "ready", "blocked", "rollout", "running", "waiting", "generated_tokens_per_s", "source", "engine", "blocked_kind")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +130,7 @@ class ModelStatus(_message.Message):
     GENERATED_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKED_KIND_FIELD_NUMBER: _ClassVar[int]
     model: str
     wanted: int
     ready: int
@@ -140,7 +141,8 @@ class ModelStatus(_message.Message):
     generated_tokens_per_s: float
     source: str
     engine: str
-    def __init__(self, model: _Optional[str] = ..., wanted: _Optional[int] = ..., ready: _Optional[int] = ..., blocked: _Optional[str] = ..., rollout: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens_per_s: _Optional[float] = ..., source: _Optional[str] = ..., engine: _Optional[str] = ...) -> None: ...
+    blocked_kind: str
+    def __init__(self, model: _Optional[str] = ..., wanted: _Optional[int] = ..., ready: _Optional[int] = ..., blocked: _Optional[str] = ..., rollout: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens_per_s: _Optional[float] = ..., source: _Optional[str] = ..., engine: _Optional[str] = ..., blocked_kind: _Optional[str] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
     __slots__ = ("replica", "model", "state", "reason", "engine", "address", "ranks", "age_s", "running", "waiting", "kv_usage", "generated_tokens_per_s", "generated_tokens", "incarnation", "spec_generation", "metrics_address", "node")

@@ -53,7 +53,6 @@ def test_versions_grow_exactly_with_changes() -> None:
     assert versions.current.version == 6
 
 
-def test_a_countdown_is_no_change() -> None:
-    versions = Versions(1, 0)
-    assert versions.offer(content(blocked="start failed: boom; next try in 3 s"))
-    assert not versions.offer(content(blocked="start failed: boom; next try in 2 s"))
+def test_what_blocks_a_model_reaches_routers_whole() -> None:
+    said = "start failed: the text holds '; next try in' itself; and more"
+    assert content(blocked=said).models[0].blocked == said

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.placement import Blocked, Constraints, Placement, ReplicaRequest, Separate, TpSpan, place
+from cluster.placement import Blocked, BlockedKind, Constraints, Placement, ReplicaRequest, Separate, TpSpan, place
 from cluster.topology import Device, Inventory, Node
 
 GIB = 1 << 30
@@ -213,3 +213,25 @@ def test_an_empty_cluster_says_so() -> None:
 def test_twice_the_same_replica_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(ValueError, match="m-0 appears twice"):
         place([*wanted(1), *wanted(1)], cluster(node("a")))
+
+
+@pytest.mark.parametrize(
+    ("requests", "inventory", "kind"),
+    [
+        (wanted(9), cluster(node("a")), BlockedKind.CAPACITY),
+        (wanted(1), cluster(), BlockedKind.CAPACITY),
+        (wanted(1, tensor=16), cluster(node("a"), node("b")), BlockedKind.TOPOLOGY),
+        (
+            wanted(1, tensor=4),
+            cluster(node("a", out=(2, 3, 4, 5, 6)), node("b", out=(0, 1, 2, 3, 4))),
+            BlockedKind.TOPOLOGY,
+        ),
+        (wanted(1, device_memory_bytes=400 * GIB), cluster(node("a")), BlockedKind.MEMORY),
+        (wanted(1, constraints=Constraints(sites=("mars",))), cluster(node("a", site="east")), BlockedKind.CONSTRAINT),
+        (wanted(2, constraints=Constraints(separate=Separate.NODE)), cluster(node("a")), BlockedKind.CONSTRAINT),
+    ],
+)
+def test_what_blocks_a_replica_is_data_beside_the_sentence(
+    requests: list[ReplicaRequest], inventory: Inventory, kind: BlockedKind
+) -> None:
+    assert only_blocked(requests, inventory).kind is kind

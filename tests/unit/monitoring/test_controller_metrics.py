@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from cluster.metrics import MAX_EVENT_KINDS, ControllerMetrics, blocked_reason
+from cluster.metrics import MAX_EVENT_KINDS, ControllerMetrics
 from cluster.service_discovery import serve_controller_metrics, targets
 from megatoken.v1.control_pb2 import ClusterStatus, Event, ModelStatus, NodeStatus, ProcessStatus, ReplicaStatus
 
@@ -24,7 +24,16 @@ def status() -> ClusterStatus:
             NodeStatus(node="n1", site="fi", state="alive", device_kind="cpu", devices=4, devices_used=2),
             NodeStatus(node="n2", state="dead", device_kind="MI355X", devices=8, devices_out=["3: rank died twice"]),
         ],
-        models=[ModelStatus(model="chat", wanted=3, ready=1, blocked="needs 8 devices, 2 are free", running=5)],
+        models=[
+            ModelStatus(
+                model="chat",
+                wanted=3,
+                ready=1,
+                blocked="needs 8 devices with memory",
+                blocked_kind="capacity",
+                running=5,
+            )
+        ],
         replicas=[
             ReplicaStatus(
                 replica="chat-0",
@@ -100,21 +109,6 @@ def test_events_and_ticks_are_counted_and_event_kinds_are_bounded(registry: Coll
     assert registry.get_sample_value("megatoken_cluster_events_total", {"kind": "other"}) == 5
     assert registry.get_sample_value("megatoken_cluster_ticks_total", {"outcome": "failed"}) == 1
     assert registry.get_sample_value("megatoken_cluster_tick_seconds_bucket", {"le": "0.005"}) == 1
-
-
-@pytest.mark.parametrize(
-    ("sentence", "reason"),
-    [
-        ("needs 4 devices, 2 are free", "capacity"),
-        ("needs 40 GiB of device memory, 16 GiB are there", "memory"),
-        ("no link domain holds a TP group of 8", "topology"),
-        ("no node carries the label rack=r1", "constraint"),
-        ("tensor 2 does not divide 9 heads", "spec"),
-        ("the moon is full", "other"),
-    ],
-)
-def test_a_blocked_sentence_has_a_bounded_reason(sentence: str, reason: str) -> None:
-    assert blocked_reason(sentence) == reason
 
 
 def test_targets_list_every_process_that_answers_with_its_labels() -> None:
