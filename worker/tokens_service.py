@@ -98,10 +98,10 @@ async def _read_session(replica: Replica, outlet: Outlet, context: Any) -> None:
         try:
             for position, start in enumerate(frame.start, start=1):
                 replica.submit(outlet, start.stream, start.request)
+                if outlet.overrun:
+                    raise OverloadError("this session reads no answers, and too many wait for it", OVERRUN_RETRY_S)
                 if position % STARTS_AT_ONCE == 0:
                     await asyncio.sleep(0)  # a large message must not hold up the other callers
-            if outlet.overrun:
-                raise OverloadError("this session reads no answers, and tens of thousands wait for it", OVERRUN_RETRY_S)
         except StreamInUseError as error:
             raise ValueError(str(error)) from None
         if len(cancelled):

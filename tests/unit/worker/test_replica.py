@@ -305,3 +305,20 @@ async def test_a_session_that_only_sends_is_ended_and_holds_nobody_up(world: Wor
         await _read_session(world.replica, world.outlet, Context())
     counting.cancel()
     assert turns >= LOOSE_FINISHES // STARTS_AT_ONCE - 2
+
+
+async def test_one_message_is_not_made_into_more_answers_than_may_wait(world: World) -> None:
+    wrong = columns.GenerateRequest(prompt=np.array([5000], "<u4").tobytes(), sampling=pb.SamplingParams(n=128))
+    starts = [columns.Start(stream=number * 128, request=wrong) for number in range(LOOSE_FINISHES // 16)]
+    message = columns.ClientFrame(start=starts).SerializeToString()
+
+    class Context:
+        async def read(self) -> bytes:
+            return message
+
+    with pytest.raises(OverloadError, match="reads no answers"):
+        await _read_session(world.replica, world.outlet, Context())
+    waiting = 0
+    while (taken := world.outlet.take()) is not None:
+        waiting += sum(len(part.finishes) for part in taken.parts)
+    assert waiting <= LOOSE_FINISHES + 128
