@@ -17,12 +17,12 @@ from megatoken.errors import (
     UnavailableError,
     grpc_status,
 )
+from megatoken.pieces import prompt_pieces, token_rows
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest, GenerateResponse
 from router.cork import Connection, Corks
 from router.ending import ERROR, error_finish
 from router.outbox import MAX_FRAME_BYTES
-from router.pieces import prompt_pieces, token_rows
 from router.request import Request
 from router.slots import DIRECT
 from router.state import RouterState

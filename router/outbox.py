@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatoken.frames import U32
+from megatoken.pieces import detail_stream, prompt_pieces, token_rows
 from router import wire
-from router.pieces import detail_stream, prompt_pieces, token_rows
 
 U32Column = npt.NDArray[np.uint32]
 _LOOSE: Final = 64

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from megatoken.frames import U32
+from megatoken.pieces import PIECE_BYTES
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
+from worker.part import Part
+from worker.pieces import divided
 
 if TYPE_CHECKING:
     from worker.leases import Leases
@@ -26,18 +29,7 @@ LOOSE_FINISHES: Final = 65_536  # refusals that may wait; what waits otherwise i
 FRAME_PARTS: Final = 4096  # parts of a merged frame, for those that carry no token
 FRAME_USAGE: Final = 4096  # reports of leases in a frame, some 150 KB
 WAITING_USAGE: Final = 65_536  # reports that may wait; without its report a lease stays charged in full
-FRAME_DETAILS: Final = 256  # details of a merged frame; with 20 logprobs each about 64 KiB
-
-
-@dataclass(slots=True)
-class Part:
-    """One engine step's tokens for one caller, as packed columns."""
-
-    stream: bytes
-    count: bytes  # empty: one token a stream
-    token: bytes
-    details: list[pb.Detail]
-    finishes: list[pb.Finish]
+FRAME_DETAILS_BYTES: Final = 1 << 20  # of a merged frame, before the last part; that has half of it, or one row
 
 
 @dataclass(slots=True)
@@ -79,10 +71,12 @@ class Outlet:
         return self._loose > LOOSE_FINISHES
 
     def push(self, part: Part) -> None:
-        """Adds a step's tokens."""
-        if not self.closed:
-            self._parts.append(part)
-            self._ready.set()
+        """Adds a step's tokens; in several parts where their details are large."""
+        if self.closed:
+            return
+        large = part.details and sum(detail.ByteSize() for detail in part.details) > PIECE_BYTES
+        self._parts.extend(divided(part) if large else (part,))
+        self._ready.set()
 
     def finish(self, finish: pb.Finish) -> None:
         """Adds the end of a stream that no step reports."""
@@ -124,11 +118,11 @@ class Outlet:
             return Taken([], load, 0, usage) if load is not None or usage else None
         parts: list[Part] = []
         tokens, details = 0, 0
-        while self._parts and tokens < FRAME_TOKENS and details < FRAME_DETAILS and len(parts) < FRAME_PARTS:
+        while self._parts and tokens < FRAME_TOKENS and details < FRAME_DETAILS_BYTES and len(parts) < FRAME_PARTS:
             part = self._parts.popleft()
             parts.append(part)
             tokens += len(part.token) // 4
-            details += len(part.details)
+            details += sum(detail.ByteSize() for detail in part.details)
         if not self._parts:
             self._loose = 0
         if self._parts or self._usage:

@@ -17,7 +17,8 @@ from megatoken.access.lease import LeaseTerms
 from megatoken.frames import U32, Column
 from megatoken.v1 import tokens_pb2 as pb
 from worker.engines.engine import EngineRequest, Step
-from worker.outlet import Outlet, Part
+from worker.outlet import Outlet
+from worker.part import Part
 
 FIRST_SLOTS: Final = 256
 

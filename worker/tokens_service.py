@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -21,7 +22,8 @@ from megatoken.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from worker.leases import LeaseBook, Leases
-from worker.outlet import Outlet, Part, Taken, encode_frame
+from worker.outlet import Outlet, Taken, encode_frame
+from worker.part import Part
 from worker.replica import Replica, StreamInUseError
 
 SERVICE: Final = "megatoken.v1.Tokens"
@@ -150,19 +152,55 @@ async def _abort(context: Any, finish: pb.Finish) -> None:
 
 
 def responses(taken: Taken) -> Iterator[bytes]:
-    """The GenerateResponse messages of what was taken: at most one a choice, and one more a detail after the first."""
-    tokens: dict[int, list[Any]] = {}
-    details: dict[int, list[pb.Detail]] = {}
-    finishes: dict[int, pb.Finish] = {}
+    """The GenerateResponse messages of what was taken: one a choice, and one more for each detail after the first."""
+    messages: dict[int, list[_Message]] = {}
     for part in taken.parts:
-        for choice, values in _choices(part):
-            tokens.setdefault(choice, []).append(values)
+        own = {choice: [values.tobytes()] for choice, values in _choices(part)}
+        details: dict[int, list[pb.Detail]] = {}
         for detail in part.details:
             details.setdefault(detail.stream, []).append(detail)
+        for choice in {**own, **details}:
+            _add(messages.setdefault(choice, []), own.get(choice, []), details.get(choice, []))
         for finish in part.finishes:
-            finishes[finish.stream] = finish
-    for choice in sorted({*tokens, *details, *finishes}):
-        yield from _choice_responses(choice, tokens.get(choice, []), details.get(choice, []), finishes.get(choice))
+            waiting = messages.setdefault(finish.stream, [])
+            if not waiting:
+                waiting.append(_Message())
+            waiting[-1].finish = finish
+    for choice in sorted(messages):
+        for message in messages[choice]:
+            yield message.encoded(choice)
+
+
+@dataclass(slots=True)
+class _Message:
+    """One GenerateResponse in the making."""
+
+    tokens: list[bytes] = field(default_factory=list)
+    detail: pb.Detail | None = None
+    finish: pb.Finish | None = None
+
+    def encoded(self, choice: int) -> bytes:
+        response = columns.GenerateResponse(tokens=b"".join(self.tokens), choice=choice)
+        if self.detail is not None:
+            self.detail.stream = 0
+            response.detail.CopyFrom(self.detail)
+        if self.finish is not None:
+            self.finish.stream = 0
+            response.finish.CopyFrom(self.finish)
+        encoded: bytes = response.SerializeToString()
+        return encoded
+
+
+def _add(messages: list[_Message], tokens: list[bytes], details: list[pb.Detail]) -> None:
+    """A step's tokens of one choice; a detail begins a message, and goes with the tokens of its own step."""
+    for early in details[:-1]:  # a prompt's rows ahead of its tokens
+        messages.append(_Message(detail=early))
+    if details:
+        messages.append(_Message(tokens, details[-1]))
+    elif messages:
+        messages[-1].tokens += tokens
+    else:
+        messages.append(_Message(tokens))
 
 
 def _choices(part: Part) -> Iterator[tuple[int, Any]]:
@@ -175,21 +213,3 @@ def _choices(part: Part) -> Iterator[tuple[int, Any]]:
     for choice, length in zip(stream.tolist(), count.tolist(), strict=True):
         yield choice, token[start : start + length]
         start += length
-
-
-def _choice_responses(
-    choice: int, tokens: list[Any], details: list[pb.Detail], finish: pb.Finish | None
-) -> Iterator[bytes]:
-    if len(details) > 1:  # each detail goes with its own step's tokens, and steps and details come in the same order
-        for values, detail in zip(tokens[:-1], details[:-1], strict=False):
-            detail.stream = 0
-            yield columns.GenerateResponse(tokens=values.tobytes(), choice=choice, detail=detail).SerializeToString()
-        tokens, details = tokens[-1:], details[-1:]
-    response = columns.GenerateResponse(tokens=b"".join([values.tobytes() for values in tokens]), choice=choice)
-    if details:
-        details[-1].stream = 0
-        response.detail.CopyFrom(details[-1])
-    if finish is not None:
-        finish.stream = 0
-        response.finish.CopyFrom(finish)
-    yield response.SerializeToString()

@@ -7,7 +7,8 @@ import numpy as np
 from megatoken.frames import column
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import GenerateResponse
-from worker.outlet import Part, Taken
+from worker.outlet import Taken
+from worker.part import Part
 from worker.tokens_service import responses
 
 
@@ -40,3 +41,15 @@ def test_each_detail_goes_with_its_own_tokens() -> None:
     parts = [part([0], [token], details=[pb.Detail(stream=0, logprobs=pb.Logprobs(width=1))]) for token in (1, 2, 3)]
     parts[-1].finishes.append(pb.Finish(stream=0))
     assert read(parts) == [(0, [1], True, False), (0, [2], True, False), (0, [3], True, True)]
+
+
+def test_a_prompt_s_rows_ahead_of_its_tokens_are_kept() -> None:
+    def rows(first: int) -> pb.Detail:
+        return pb.Detail(stream=0, prompt_logprobs=pb.Logprobs(width=1, rank=[first]))
+
+    parts = [part([], [], details=[rows(1)]), part([], [], details=[rows(2), rows(3)]), part([0], [7])]
+    parts.append(part([], [], finishes=[pb.Finish(stream=0)]))
+    messages = [GenerateResponse.FromString(raw) for raw in responses(Taken(parts, None, 0))]
+    assert [list(message.detail.prompt_logprobs.rank) for message in messages] == [[1], [2], [3]]
+    assert [column(message.tokens).tolist() for message in messages] == [[], [], [7]]
+    assert [message.HasField("finish") for message in messages] == [False, False, True]
