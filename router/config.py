@@ -54,6 +54,7 @@ class BreakerConfig(_Part):
     failures: int = Field(default=5, ge=1, description="failures in a row that open the circuit")
     open_s: float = Field(default=2.0, gt=0, description="first pause; doubles up to max_open_s")
     max_open_s: float = Field(default=30.0, gt=0)
+    probe_timeout_s: float = Field(default=10.0, gt=0, description="longest wait for the one token that closes it")
     eject_ratio: float = Field(
         default=0.25, gt=0, lt=1, description="ejected when slower than this share of its kind's median"
     )

@@ -38,9 +38,8 @@ def uncharge(state: RouterState, request: Request, now: float) -> Replica | None
         replica.prompt_outstanding = replica.decode_outstanding = 0.0
     request.charged_prompt = request.charged_decode = 0
     request.replica = None
-    if replica.trial is request:
+    if replica.trial is request:  # every way off a replica leads through here
         replica.trial = None
-    replica.circuit.let_go(request.slot)  # every way off a replica leads through here
     state.fleet.refresh(replica, now)
     return replica
 

@@ -26,6 +26,9 @@ class Link(Protocol):
 
     def send_start(self, slot: int, request: bytes) -> None: ...
     def send_cancel(self, slot: int) -> None: ...
+    def probe(self) -> None:
+        """Has the engine make a token of the router's own; the shell tells recovery.probed what came of it."""
+
     def cut(self, reason: str) -> None:
         """Ends the session; the shell reports it lost, and opens another if the replica is still a member."""
 
@@ -213,7 +216,7 @@ class Fleet:
             and not replica.ward
             and replica.has_room()
             and now >= replica.ejected_until_s
-            and replica.circuit.allows(now)
+            and replica.circuit.closed
         )
         if usable and replica.open_at < 0:
             replica.open_at = len(replica.pool.open)

@@ -45,6 +45,7 @@ class WorkerLink:
         self._starts: list[bytes] = []
         self._cancels: list[int] = []
         self._something = asyncio.Event()
+        self._probe_due = asyncio.Event()
         self._call: Any = None
         self._why = ""
         self._task: asyncio.Task[None] | None = None
@@ -64,6 +65,9 @@ class WorkerLink:
     def send_cancel(self, slot: int) -> None:
         self._cancels.append(slot)
         self._something.set()
+
+    def probe(self) -> None:
+        self._probe_due.set()
 
     def cut(self, reason: str) -> None:
         self._why = reason
@@ -105,10 +109,12 @@ class WorkerLink:
             self._call = call
             self._starts.clear()
             self._cancels.clear()
+            self._probe_due.clear()
             self._replica.link = self
             recovery.connect(self._state, self._replica, time.monotonic())
             helpers.append(asyncio.create_task(self._write(call)))
             helpers.append(asyncio.create_task(self._ping(channel)))
+            helpers.append(asyncio.create_task(self._probe(channel)))
             await self._read(call)
         except (aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
             if self._replica.connected:
@@ -175,6 +181,25 @@ class WorkerLink:
                 self._replica.rtt_s = took if rtt == 0 else min(took, rtt + 0.1 * (took - rtt))
                 take_load(self._state, self._replica, load, now)
             await asyncio.sleep(PING_EVERY_S)
+
+    async def _probe(self, channel: aio.Channel) -> None:
+        """Probes whenever the core asks for it. No request, and the worker counts it in no total."""
+        probe = channel.unary_unary(
+            "/megatoken.v1.Worker/Probe",
+            request_serializer=worker_pb2.ProbeRequest.SerializeToString,
+            response_deserializer=worker_pb2.ProbeResponse.FromString,
+        )
+        while True:
+            await self._probe_due.wait()
+            self._probe_due.clear()
+            well = False
+            try:
+                await probe(worker_pb2.ProbeRequest(), timeout=self._state.config.breaker.probe_timeout_s)
+                well = True
+            except aio.AioRpcError as error:
+                log.warning("replica %s is not well yet: %s", self._replica.name, _short(error))
+            finally:  # a circuit must not stay half-open
+                recovery.probed(self._state, self._replica, time.monotonic(), well=well)
 
 
 def _short(error: BaseException) -> str:

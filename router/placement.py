@@ -104,7 +104,6 @@ def place(state: RouterState, request: Request, replica: Replica, now: float) ->
     if replica.in_flight == 0:
         replica.last_frame_s = replica.alive_s = now
     replica.in_flight += 1
-    replica.circuit.sent(slot)
     if request.prefix_hashes:
         request.pool.prefixes.record(replica, request.prefix_hashes)
     state.latencies.queue.add(now - request.arrived_s, now)

@@ -53,7 +53,7 @@ def _usable(replica: Replica, now: float) -> bool:
         and not replica.gone
         and not replica.draining
         and now >= replica.ejected_until_s
-        and replica.circuit.allows(now)
+        and replica.circuit.closed
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatoken.errors import UnavailableError
+from router.circuit import CircuitState
 from router.ending import end, error_finish, fail, uncharge
 from router.fleet import Replica
 from router.lifecycle import Event, State
@@ -101,7 +102,7 @@ def lose_replica(state: RouterState, replica: Replica, reason: str, now: float) 
     replica.ward = replica.cleared = False
     state.fleet.refresh(replica, now)
     had = [(slot, state.slots.owner[slot]) for slot in state.slots.of_replica(replica.index)]
-    if any(owner is not None for _, owner in had):
+    if any(owner is not None for _, owner in had) or replica.circuit.state is CircuitState.HALF_OPEN:
         replica.circuit.failed(now)
     died = not (replica.gone and replica.draining)  # one that was drained and removed did not
     for slot, request in had:
@@ -114,6 +115,18 @@ def lose_replica(state: RouterState, replica: Replica, reason: str, now: float) 
                 fail(state, request, "loss", error, now)
     if replica.gone:
         state.fleet.release(replica)
+
+
+def probed(state: RouterState, replica: Replica, now: float, *, well: bool) -> None:
+    """A probe of the replica is over. Without a verdict within its deadline it is not well."""
+    if replica.circuit.state is not CircuitState.HALF_OPEN:  # something else decided meanwhile
+        return
+    if well:
+        replica.circuit.succeeded()
+    else:
+        replica.circuit.failed(now)
+    state.fleet.refresh(replica, now)
+    pump(state, replica.pool, now)
 
 
 def connect(state: RouterState, replica: Replica, now: float) -> None:

@@ -46,7 +46,7 @@ def tick(state: RouterState, now: float, unix_s: float) -> None:
 
 
 def _watch(state: RouterState, replica: Replica, now: float, unix_s: float) -> None:
-    """Moves what a drained replica still has at its deadline, and cuts off one that hangs."""
+    """Moves what a drained replica still has at its deadline, cuts off a hung one, probes one whose pause is over."""
     if replica.draining and 0 < replica.member.drain_deadline_unix_s <= unix_s and replica.in_flight:
         move_all(state, replica, f"replica {replica.name} was drained", now)
     still_s = now - replica.alive_s
@@ -55,6 +55,8 @@ def _watch(state: RouterState, replica: Replica, now: float, unix_s: float) -> N
             replica.circuit.trip(now)
             replica.link.cut(f"the engine of replica {replica.name} hangs: no step for {still_s:.1f} s")
         return
+    if replica.connected and replica.link is not None and replica.circuit.begin_probe(now):
+        replica.link.probe()
     state.fleet.refresh(replica, now)
 
 

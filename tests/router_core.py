@@ -37,12 +37,16 @@ class ScriptedLink:
         self.started: dict[int, tokens_pb2.GenerateRequest] = {}
         self.cancelled: list[int] = []
         self.cuts: list[str] = []
+        self.probes = 0
 
     def send_start(self, slot: int, request: bytes) -> None:
         self.started[slot] = tokens_pb2.GenerateRequest.FromString(request)
 
     def send_cancel(self, slot: int) -> None:
         self.cancelled.append(slot)
+
+    def probe(self) -> None:
+        self.probes += 1
 
     def cut(self, reason: str) -> None:
         self.cuts.append(reason)

@@ -123,6 +123,9 @@ class Link:
     def send_cancel(self, slot: int) -> None:
         self.simulation.after(self.engine.kind.rtt_s / 2, self._cancel, slot)
 
+    def probe(self) -> None:
+        recovery.probed(self.simulation.state, self.replica, self.simulation.now, well=True)
+
     def cut(self, reason: str) -> None:
         raise RuntimeError(f"{self.replica.name} was cut: {reason}")
 

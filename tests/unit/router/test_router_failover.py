@@ -399,9 +399,9 @@ def test_a_drained_replica_s_end_makes_nobody_suspect() -> None:
     assert request.state is State.RUNNING
 
 
-def test_failures_in_a_row_open_the_circuit_and_one_probe_closes_it() -> None:
+def test_failures_in_a_row_open_the_circuit_and_a_probe_that_is_no_request_closes_it() -> None:
     fleet = CoreFleet(replicas=1, breaker={"failures": 2, "open_s": 1.0})
-    replica = fleet.replicas[0]
+    replica, link = fleet.replicas[0], fleet.link(fleet.replicas[0])
     request = fleet.submit()
     for _ in range(2):
         fleet.finish(request, ERROR, code=13, message="boom")  # sent again, as it had no token
@@ -410,38 +410,33 @@ def test_failures_in_a_row_open_the_circuit_and_one_probe_closes_it() -> None:
     fleet.cancel(request)
     fleet.tick(0.5)
     waiting = [fleet.submit(), fleet.submit()]
+    assert link.probes == 0
+    for _ in range(3):
+        fleet.tick(1)
+        assert (link.probes, replica.circuit.state) == (1, CircuitState.HALF_OPEN)
     assert {r.state for r in waiting} == {State.QUEUED}
-    fleet.tick(1)
-    assert [r.state for r in waiting] == [State.RUNNING, State.QUEUED]  # half-open: one probe
-    fleet.tokens(waiting[0], 1)
-    fleet.tick()
+    recovery.probed(fleet.state, replica, fleet.now, well=False)
+    assert replica.circuit.state is CircuitState.OPEN
+    fleet.tick(2.1)
+    assert (link.probes, {r.state for r in waiting}) == (2, {State.QUEUED})
+    recovery.probed(fleet.state, replica, fleet.now, well=True)
     assert replica.circuit.state is CircuitState.CLOSED
-    assert waiting[1].state is State.RUNNING
+    assert {r.state for r in waiting} == {State.RUNNING}
 
 
-@pytest.mark.parametrize(
-    "verdict",
-    [{"reason": ERROR, "code": 8}, {"reason": ERROR, "code": 3}, {"reason": CANCELLED}, None],
-    ids=["full", "caller", "let_go", "drained"],
-)
-def test_a_probe_without_a_verdict_is_followed_by_another(verdict: dict[str, int] | None) -> None:
+def test_a_session_lost_during_a_probe_is_probed_again() -> None:
     fleet = CoreFleet(replicas=1, breaker={"failures": 1, "open_s": 1.0})
     replica = fleet.replicas[0]
     replica.circuit.failed(fleet.now)
     fleet.tick(1.1)
-    probe = fleet.submit()
-    second = fleet.submit()
-    assert (probe.state, second.state) == (State.RUNNING, State.QUEUED)
-    if verdict is None:
-        recovery.move_all(fleet.state, replica, "drained", fleet.now)
-    else:
-        fleet.finish(probe, **verdict)
-    fleet.tick(0.1)
-    running = [request for request in (probe, second) if request.state is State.RUNNING]
-    assert len(running) == 1
-    fleet.tokens(running[0], 1)
-    fleet.tick(0.1)
-    assert replica.circuit.state is CircuitState.CLOSED
+    assert fleet.link(replica).probes == 1
+    fleet.lose(replica)
+    fleet.connect(replica)
+    recovery.probed(fleet.state, replica, fleet.now, well=True)  # of the session before: no verdict on this one
+    fleet.tick(1.0)
+    assert fleet.link(replica).probes == 0
+    fleet.tick(1.1)
+    assert fleet.link(replica).probes == 1
 
 
 def test_a_replica_far_slower_than_its_kind_is_left_out_for_a_while() -> None:

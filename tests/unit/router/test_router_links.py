@@ -13,6 +13,7 @@ from megatoken.tls import ClientTls
 from megatoken.v1 import membership_pb2
 from router import link as link_module
 from router import watch as watch_module
+from router.circuit import CircuitState
 from router.edge import link as edge_module
 from router.inbox import Inbox
 from router.link import WorkerLink
@@ -20,6 +21,7 @@ from router.membership import apply_snapshot
 from router.secure import channel_to
 from router.watch import watch_membership
 from tests.fake_router import FakeRouter
+from tests.fake_worker import FakeWorker
 from tests.router_core import CoreFleet
 
 TLS = ClientTls(ca_file=Path("/nowhere/ca.pem"))
@@ -57,6 +59,27 @@ async def test_a_link_to_a_worker_goes_on_after_an_unreadable_certificate(monkey
         assert fleet.state.ledger.connection_faults == 3
         await link.close()
     assert not replica.connected
+
+
+async def test_an_open_circuit_is_probed_at_the_worker_and_closes_when_it_is_well() -> None:
+    fleet = CoreFleet(replicas=1, breaker={"failures": 1, "open_s": 1.0})
+    (replica,) = fleet.replicas
+    fleet.lose(replica)
+    link = WorkerLink(fleet.state, Inbox(fleet.state), replica, Channels(failures=0))
+    async with FakeWorker(replica.name, replica.member.incarnation) as worker:
+        replica.member = type(replica.member)(**{**fields(replica.member), "address": worker.address})
+        link.start()
+        await soon(lambda: replica.connected)
+        worker.well = False
+        replica.circuit.failed(0.0)
+        fleet.tick(2)
+        await soon(lambda: worker.probes == 1 and replica.circuit.state is CircuitState.OPEN)
+        worker.well = True
+        replica.circuit.until_s = fleet.now
+        fleet.tick(1)
+        await soon(lambda: replica.circuit.closed)
+        assert worker.probes == 2
+        await link.close()
 
 
 def fields(member: Any) -> dict[str, Any]:

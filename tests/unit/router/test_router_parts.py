@@ -110,11 +110,11 @@ def test_a_new_replica_starts_from_its_kind() -> None:
     assert capacity.decode_tokens_per_s > 50_000
 
 
-EVENTS = ("failed", "succeeded", "let_go", "sent", "allows_now", "allows_later")
+EVENTS = ("failed", "succeeded", "probe_early", "probe_due")
 AFTER = {  # state -> event -> state, with one failure to open
     CircuitState.CLOSED: dict.fromkeys(EVENTS, CircuitState.CLOSED) | {"failed": CircuitState.OPEN},
     CircuitState.OPEN: dict.fromkeys(EVENTS, CircuitState.OPEN)
-    | {"allows_later": CircuitState.HALF_OPEN, "succeeded": CircuitState.CLOSED},
+    | {"probe_due": CircuitState.HALF_OPEN, "succeeded": CircuitState.CLOSED},
     CircuitState.HALF_OPEN: dict.fromkeys(EVENTS, CircuitState.HALF_OPEN)
     | {"failed": CircuitState.OPEN, "succeeded": CircuitState.CLOSED},
 }
@@ -126,13 +126,13 @@ def test_the_circuit_by_table(state: CircuitState, event: str) -> None:
     circuit = Circuit(failures_to_open=1, open_s=1.0, max_open_s=8.0, state=state, until_s=10.0)
     if event == "failed":
         circuit.failed(5.0)
-    elif event.startswith("allows"):
-        circuit.allows(5.0 if event == "allows_now" else 11.0)
-    elif event in ("sent", "let_go"):
-        getattr(circuit, event)(3)
+    elif event.startswith("probe"):
+        begun = circuit.begin_probe(5.0 if event == "probe_early" else 11.0)
+        assert begun is (state is CircuitState.OPEN and event == "probe_due")
     else:
-        getattr(circuit, event)()
+        circuit.succeeded()
     assert circuit.state is AFTER[state][event]
+    assert circuit.closed is (circuit.state is CircuitState.CLOSED)
 
 
 def test_pauses_double_up_to_their_bound() -> None:
@@ -142,21 +142,17 @@ def test_pauses_double_up_to_their_bound() -> None:
         circuit.failed(now)
         pauses.append(circuit.until_s - now)
         now = circuit.until_s
-        assert circuit.allows(now)
+        assert circuit.begin_probe(now)
     assert pauses == [1.0, 2.0, 4.0, 5.0, 5.0]
 
 
 def test_one_probe_at_a_time() -> None:
     circuit = Circuit(1, 1.0, 8.0)
     circuit.failed(0.0)
-    assert not circuit.allows(0.5)
-    assert circuit.allows(1.0)
-    circuit.sent(7)
-    assert not circuit.allows(1.1)
-    circuit.let_go(4)  # one from before the circuit opened
-    assert not circuit.allows(1.1)
-    circuit.let_go(7)  # the probing request was cancelled: no verdict
-    assert circuit.allows(1.2)
+    assert [circuit.begin_probe(now) for now in (0.5, 1.0, 1.1)] == [False, True, False]
+    assert not circuit.closed
+    circuit.failed(1.2)
+    assert [circuit.begin_probe(now) for now in (2.5, 3.2)] == [False, True]
 
 
 def test_the_retry_budget_forgets_after_its_window() -> None:
