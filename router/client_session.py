@@ -14,6 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from megatoken.errors import MegatokenError, RequestError
+from megatoken.fields import fields_at_most
 from megatoken.frames import MalformedFrame, column
 from megatoken.v1.frame_columns_pb2 import ClientFrame, Start
 from router import wire
@@ -89,7 +90,7 @@ class ClientSession(SessionSink):
                 return
             now = time.monotonic()
             most = self._config.limits.max_streams_per_session
-            if not wire.fields_at_most(raw, most + 1):  # before a decoder makes an object of each; cancels are one
+            if not fields_at_most(raw, most + 1):  # before a decoder makes an object of each; cancels are one
                 raise MalformedFrame(f"{len(raw)} bytes with more than is allowed: at most {most} requests a message")
             try:
                 frame = ClientFrame.FromString(raw)

@@ -18,6 +18,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from megatoken.errors import RETRY_AFTER_KEY, MegatokenError, OverloadError, grpc_status
+from megatoken.fields import fields_at_most
 from megatoken.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
@@ -29,6 +30,7 @@ from worker.replica import Replica, StreamInUseError
 SERVICE: Final = "megatoken.v1.Tokens"
 END: Final[Any] = vars(grpc.aio)["EOF"]  # missing from the published stubs
 STARTS_AT_ONCE: Final = 64
+STARTS_A_MESSAGE: Final = 1 << 17  # four times what a router sends in one; decoded, some 30 MB
 OVERRUN_RETRY_S: Final = 1.0
 GENERATE_STREAM: Final = 0  # the number of a Generate call's first choice
 
@@ -92,6 +94,8 @@ async def _read_session(replica: Replica, outlet: Outlet, context: Any) -> None:
         raw = await context.read()
         if raw is END:
             return
+        if not fields_at_most(raw, STARTS_A_MESSAGE):  # before a decoder makes an object of each; cancels are one
+            raise ValueError(f"a message of {len(raw)} bytes holds more than {STARTS_A_MESSAGE} requests")
         try:
             frame = columns.ClientFrame.FromString(raw)
             cancelled = column(frame.cancel)

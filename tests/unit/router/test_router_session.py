@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatoken.fields import fields_at_most
 from megatoken.frames import pack
 from megatoken.v1 import tokens_pb2
 from router import wire
@@ -121,11 +122,11 @@ async def test_a_message_of_too_many_requests_ends_its_session() -> None:
 
 
 def test_counting_fields_stops_at_what_is_no_message() -> None:
-    assert wire.fields_at_most(b"\x0a" * 5000, 1000)  # each is a length, of ten bytes
-    assert not wire.fields_at_most(b"\x08\x01" * 1001, 1000)
-    assert not wire.fields_at_most(b"\x0d\x00\x00\x00\x00" * 1001, 1000)
-    assert wire.fields_at_most(b"\x0b" * 5000, 1000)
-    assert wire.fields_at_most(b"\xff" * 5000, 1000)
+    assert fields_at_most(b"\x0a" * 5000, 1000)  # each is a length, of ten bytes
+    assert not fields_at_most(b"\x08\x01" * 1001, 1000)
+    assert not fields_at_most(b"\x0d\x00\x00\x00\x00" * 1001, 1000)
+    assert fields_at_most(b"\x0b" * 5000, 1000)
+    assert fields_at_most(b"\xff" * 5000, 1000)
 
 
 def test_a_finish_is_encoded_once_for_many_streams() -> None:

@@ -19,7 +19,7 @@ from worker.engines.engine import Ended, EngineFacts, EngineLoad, EngineRequest,
 from worker.measures import Measures
 from worker.outlet import LOOSE_FINISHES, Outlet, encode_frame
 from worker.replica import Replica, StreamInUseError
-from worker.tokens_service import STARTS_AT_ONCE, _read_session
+from worker.tokens_service import STARTS_A_MESSAGE, STARTS_AT_ONCE, _read_session
 from worker.totals import open_counters
 
 
@@ -322,3 +322,15 @@ async def test_one_message_is_not_made_into_more_answers_than_may_wait(world: Wo
     while (taken := world.outlet.take()) is not None:
         waiting += sum(len(part.finishes) for part in taken.parts)
     assert waiting <= LOOSE_FINISHES + 128
+
+
+async def test_a_message_of_more_requests_than_any_router_sends_is_not_even_decoded(world: World) -> None:
+    message = b"\x0a\x00" * (STARTS_A_MESSAGE + 1)
+
+    class Context:
+        async def read(self) -> bytes:
+            return message
+
+    with pytest.raises(ValueError, match="holds more than 131072 requests"):
+        await _read_session(world.replica, world.outlet, Context())
+    assert world.outlet.take() is None
