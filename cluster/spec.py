@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.spec_model import POLICIES, ModelSpec, Part
+from cluster.spec_model import ModelSpec, Part, require_policy
 from cluster.spec_services import (
     ANY_PORT,
     METRICS_OFFSET,
@@ -61,8 +61,7 @@ class ClusterSpec(Part):
                 raise ValueError(f"{field}: {port} is not allowed; {ports[port]} has that port already")
             if port != ANY_PORT:
                 ports[port] = field
-        if self.routers.policy not in POLICIES:
-            raise ValueError(f"routers.policy: {self.routers.policy!r} is not allowed; one of {', '.join(POLICIES)}")
+        require_policy("routers.policy", self.routers.policy)
         if self.edge.count and not self.routers.count:
             raise ValueError(
                 f"routers.count: 0 is not allowed with edge.count {self.edge.count}; an edge needs a router"

@@ -15,7 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cluster.placement_values import Separate, TpSpan
 from worker.config import SimulatedConfig
 
-POLICIES = ("round_robin", "least_tokens", "prefix", "affinity", "lora", "site")
+POLICIES = ("round_robin", "least_tokens", "prefix", "affinity", "site")
+# Workers neither start several engine cores nor tell routers of adapters, so a spec that counts on either is refused.
+NO_DATA_PARALLEL = "one replica runs one engine core; ask for more `replicas` instead"
+NO_ADAPTERS = "adapters are not served; merge each into its base model and serve that as a model of its own"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 CONTROL_FIELDS = ("replicas", "policy", "drain_timeout_s", "start_timeout_s", "update", "standalone_tokens_per_s")
 
@@ -26,15 +29,29 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def require_policy(field: str, policy: str) -> None:
+    """Raises ValueError for a routing policy that a spec may not name."""
+    if policy == "lora":  # routers know it, for workers that state adapters
+        raise ValueError(f"{field}: 'lora' is not allowed; {NO_ADAPTERS}")
+    if policy not in POLICIES:
+        raise ValueError(f"{field}: {policy!r} is not allowed; one of {', '.join(POLICIES)}")
+
+
 class ParallelSpec(Part):
     """How one replica is split over devices."""
 
     tensor: int = Field(1, ge=1, le=1024, description="ranks a layer is split over; divides the attention heads")
     pipeline: int = Field(1, ge=1, le=1024, description="stages the layers are split over; at most the layers")
-    data: int = Field(1, ge=1, le=1024, description="engine cores behind one worker, each with all the weights")
+    data: int = Field(1, ge=1, le=1024, description="engine cores behind one worker: 1 so far")
     expert: int = Field(
         1, ge=1, le=1024, description="ranks the experts are split over: 1 (off) or tensor x data, as vLLM has it"
     )
+
+    @model_validator(mode="after")
+    def _one_engine_core(self) -> Self:
+        if self.data > 1:
+            raise ValueError(f"data: {self.data} is not allowed; {NO_DATA_PARALLEL}")
+        return self
 
     @model_validator(mode="after")
     def _experts_fit(self) -> Self:
@@ -105,8 +122,14 @@ class ModelSpec(Part):
             raise ValueError("source is missing; builtin:NAME, a directory, or a Hugging Face id")
         if self.engine == "vllm" and self.simulated is not None:
             raise ValueError("simulated is given, but engine is 'vllm'; drop it or set engine: simulated")
-        if self.policy is not None and self.policy not in POLICIES:
-            raise ValueError(f"policy: {self.policy!r} is not allowed; one of {', '.join(POLICIES)}")
+        if self.policy is not None:
+            require_policy("policy", self.policy)
+        for name in self.engine_args:
+            words = name.lstrip("-").replace("-", "_").lower()
+            if "lora" in words:
+                raise ValueError(f"engine_args.{name} is not allowed; {NO_ADAPTERS}")
+            if words.startswith("data_parallel"):
+                raise ValueError(f"engine_args.{name} is not allowed; {NO_DATA_PARALLEL}")
         if self.name in self.placement.anti_affinity and self.replicas > 1:
             raise ValueError("placement.anti_affinity names the model itself; use placement.separate: node")
         return self

@@ -45,6 +45,25 @@ def complaints(text: str) -> tuple[str, ...] | None:
         ("models: [{name: a, source: x, simulated: {}}]", "engine is 'vllm'"),
         ("models: [{name: a, source: x, policy: best}]", "policy: 'best' is not allowed; one of round_robin"),
         ("models: [{name: a, source: x, parallel: {expert: 3, tensor: 2}}]", "expert: 3 is not allowed; 1, or"),
+        (
+            "models: [{name: a, source: x, parallel: {data: 2}}]",
+            "parallel: data: 2 is not allowed; one replica",
+        ),
+        (
+            "models: [{name: a, source: x, engine_args: {data-parallel-size: 2}}]",
+            "data-parallel-size is not allowed; one",
+        ),
+        (
+            "models: [{name: a, source: x, engine_args: {enable_lora: true}}]",
+            "enable_lora is not allowed; adapters are",
+        ),
+        (
+            "models: [{name: a, source: x, engine_args: {lora_modules: {b: /b}}}]",
+            "lora_modules is not allowed; adapters",
+        ),
+        ("models: [{name: a, source: x, engine_args: {--max-loras: 2}}]", "merge each into its base model"),
+        ("models: [{name: a, source: x, policy: lora}]", "policy: 'lora' is not allowed; adapters are not served"),
+        ("routers: {policy: lora}", "routers.policy: 'lora' is not allowed; adapters are not served"),
         ("models: [{name: a, source: x, placement: {anti_affinity: [z]}}]", "anti_affinity: 'z' is not allowed"),
         ("models: [{name: '-a', source: x}]", "is not allowed"),
         ("routers: {policy: best}", "routers.policy: 'best' is not allowed; one of round_robin"),
