@@ -33,7 +33,9 @@ class ApiKey(BaseModel):
     models: tuple[str, ...] | None = Field(default=None, description="models it may ask for; unset: all")
     requests_per_minute: float | None = Field(default=None, gt=0)
     tokens_per_minute: float | None = Field(default=None, gt=0, description="prompt + generated")
+    bytes_per_minute: float | None = Field(default=None, gt=0, description="encoded requests")
     concurrency: int | None = Field(default=None, ge=1, description="requests at once")
+    highest_priority: int = Field(default=0, description="the most urgent priority it may ask for; lower runs earlier")
     weight: float = Field(default=1.0, gt=0, description="share of a full fleet, relative to others")
 
 

@@ -75,6 +75,8 @@ class LimitsConfig(_Part):
     max_connections_streams: int = Field(default=4096, ge=1, description="concurrent gRPC calls a connection may have")
     max_header_bytes: int = Field(default=16 << 10, ge=1024)
     max_n: int = Field(default=128, ge=1)
+    max_timeout_ms: int = Field(default=24 * 3_600_000, ge=1, description="a longer timeout_ms is refused")
+    max_delay_ms: int = Field(default=3_600_000, ge=1, description="a longer max_delay_ms is refused")
     client_stall_s: float = Field(
         default=60.0, gt=0, description="a client that reads nothing for this long is cut off"
     )

@@ -24,6 +24,11 @@ class Caller:
     key: ApiKey | None = None
     site: str = ""
 
+    @property
+    def highest_priority(self) -> int:
+        """The most urgent priority that it may ask for; lower runs earlier."""
+        return 0 if self.key is None else self.key.highest_priority
+
 
 class Door:
     """One for the process. Keys that were withdrawn stop working for running sessions too: each request looks again."""
@@ -55,10 +60,10 @@ class Door:
             raise AuthError(f"model: this API key is not allowed {model!r}; one of: {', '.join(key.models)}")
         return caller if key is caller.key else Caller(key.name, key)
 
-    def enter(self, caller: Caller, requests: int, cost_tokens: int, now: float) -> None:
+    def enter(self, caller: Caller, requests: int, cost_tokens: int, now: float, size_bytes: int = 0) -> None:
         """Charges the tenant. Raises OverloadError, and charges nothing then."""
         if caller.key is not None:
-            self._usage.setdefault(caller.tenant, Usage()).enter(caller.key, requests, cost_tokens, now)
+            self._usage.setdefault(caller.tenant, Usage()).enter(caller.key, requests, cost_tokens, now, size_bytes)
 
     def leave(self, caller: Caller, charged_tokens: int, used_tokens: int) -> None:
         """One request ended; what it was charged too much comes back."""

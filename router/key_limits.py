@@ -1,4 +1,4 @@
-"""What one tenant may still do now: requests and tokens a minute as token buckets, and requests at once. Pure.
+"""What one tenant may still do now: requests, tokens and bytes a minute as token buckets, and requests at once. Pure.
 
 Tokens are charged as prompt + expected output when a request enters, and put right when it ends.
 """
@@ -33,10 +33,14 @@ class Usage:
 
     requests: Bucket | None = None
     tokens: Bucket | None = None
+    bytes: Bucket | None = None
     live: int = 0
 
-    def enter(self, key: ApiKey, requests: int, cost_tokens: int, now: float) -> None:
-        """Charges requests of `cost_tokens` together. Raises OverloadError, with the time to come back, or charges."""
+    def enter(self, key: ApiKey, requests: int, cost_tokens: int, now: float, size_bytes: int = 0) -> None:
+        """Charges requests of `cost_tokens` and `size_bytes` together.
+
+        Raises OverloadError with the time to come back, and charges nothing then.
+        """
         if key.concurrency is not None and self.live + requests > key.concurrency:
             raise OverloadError(
                 f"key {key.name!r} has {self.live} requests at once, its limit is {key.concurrency}", 1.0
@@ -45,10 +49,14 @@ class Usage:
             self.requests = self._bucket(self.requests, key.requests_per_minute, requests, now, key.name, "requests")
         if key.tokens_per_minute is not None:
             self.tokens = self._bucket(self.tokens, key.tokens_per_minute, cost_tokens, now, key.name, "tokens")
+        if key.bytes_per_minute is not None:
+            self.bytes = self._bucket(self.bytes, key.bytes_per_minute, size_bytes, now, key.name, "bytes")
         if key.requests_per_minute is not None and self.requests is not None:
             self.requests.level -= requests
         if key.tokens_per_minute is not None and self.tokens is not None:
             self.tokens.level -= cost_tokens
+        if key.bytes_per_minute is not None and self.bytes is not None:
+            self.bytes.level -= size_bytes
         self.live += requests
 
     def leave(self, charged_tokens: int, used_tokens: int) -> None:

@@ -15,7 +15,7 @@ from router.placement import pump
 from router.prefix_book import block_hashes
 from router.request import Request, Sink
 from router.state import RouterState
-from router.validation import check_request, pool_of
+from router.validation import check_priority, check_request, pool_of
 from router.wire import DRAINING
 
 _RESUME_OFF = 2  # tokens.proto, Resume
@@ -81,12 +81,14 @@ def _admit(
     caller = state.door.admit(caller, message.model)
     pool = pool_of(state.fleet, message.model)
     prompt_tokens, max_tokens = check_request(message, pool, state.config.limits)
+    check_priority(message, caller.highest_priority)
     choices = max(1, message.sampling.n)
+    size_bytes = message.ByteSize()
     expected = pool.expected_output(max_tokens)
     cost = (prompt_tokens + expected) * choices
     refused = admission.refusal(
         pool, cost, choices, prompt_tokens, state.live + choices - 1, deadline_s - now, state.config.admission
-    ) or admission.no_memory(pool, state.live_bytes, message.ByteSize() * choices, state.config.admission)
+    ) or admission.no_memory(pool, state.live_bytes, size_bytes * choices, state.config.admission)
     if refused is not None:
         raise refused
     if not message.request_id:
@@ -125,7 +127,7 @@ def _admit(
         )
         for choice in range(choices)
     ]
-    state.door.enter(caller, choices, cost, now)
+    state.door.enter(caller, choices, cost, now, size_bytes)
     if own is not None:
         try:
             own(requests)

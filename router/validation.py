@@ -42,12 +42,26 @@ def check_request(request: GenerateRequest, pool: Pool, limits: LimitsConfig) ->
         raise RequestError("prompt", f"{length} tokens", f"at most {limits.max_prompt_tokens} tokens")
     if pool.vocab_size and int(prompt.max()) >= pool.vocab_size:
         raise RequestError("prompt", int(prompt.max()), f"token ids below the vocabulary's size, {pool.vocab_size}")
+    _check_times(request, limits)
     sampling = request.sampling
     context = pool.max_model_len
     wanted = _max_tokens(sampling, length, context)
     _check_sampling(sampling, limits)
     _check_numbers(sampling)
     return length, wanted
+
+
+def check_priority(request: GenerateRequest, highest: int) -> None:
+    """Raises RequestError for a priority that goes before what the caller may ask for: it would pass all fairness."""
+    if request.priority < highest:
+        raise RequestError("priority", request.priority, f"{highest} or more for this caller (lower runs earlier)")
+
+
+def _check_times(request: GenerateRequest, limits: LimitsConfig) -> None:
+    if request.timeout_ms > limits.max_timeout_ms:
+        raise RequestError("timeout_ms", request.timeout_ms, f"at most {limits.max_timeout_ms}")
+    if request.max_delay_ms > limits.max_delay_ms:
+        raise RequestError("max_delay_ms", request.max_delay_ms, f"at most {limits.max_delay_ms}")
 
 
 def _max_tokens(sampling: tokens_pb2.SamplingParams, length: int, context: int) -> int:

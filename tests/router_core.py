@@ -16,6 +16,7 @@ from megatoken.frames import U32, pack
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from router import recovery, upkeep
+from router.api_keys import ApiKey
 from router.config import RouterConfig
 from router.door import Caller
 from router.fleet import Fleet, Member, Replica
@@ -98,7 +99,12 @@ class CoreFleet:
         return replica.link
 
     def submit(
-        self, prompt: tuple[int, ...] = (1, 2, 3), timeout_s: float = float("inf"), tenant: str = "t", **fields: Any
+        self,
+        prompt: tuple[int, ...] = (1, 2, 3),
+        timeout_s: float = float("inf"),
+        tenant: str = "t",
+        key: ApiKey | None = None,
+        **fields: Any,
     ) -> Request:
         """One request, or the first choice of it. Fields of GenerateRequest or of its sampling."""
         message = frame_columns_pb2.GenerateRequest(model=self.pool.model, prompt=pack(prompt))
@@ -114,7 +120,7 @@ class CoreFleet:
         sink, number = self.sink, self._next
         own = sink.requests
         requests = submit(
-            self.state, sink, sink.index, number, message, Caller(tenant), self.now + timeout_s, self.now,
+            self.state, sink, sink.index, number, message, Caller(tenant, key), self.now + timeout_s, self.now,
             lambda made: own.update({request.stream: request for request in made}),
         )  # fmt: skip
         return requests[0]

@@ -6,6 +6,7 @@ import pytest
 
 from megatoken.errors import DeadlineError, OverloadError, RequestError, UnavailableError
 from megatoken.v1 import tokens_pb2
+from router.api_keys import ApiKey
 from router.intake import on_frames
 from router.lifecycle import TRANSITIONS, Event, IllegalTransition, State, step
 from tests.router_core import CANCELLED, ERROR, LENGTH, STOP, CoreFleet
@@ -91,10 +92,11 @@ def test_requests_over_the_replicas_room_wait_and_go_first_come_first_served() -
 
 def test_lower_priority_numbers_go_first_and_tenants_take_turns() -> None:
     fleet = CoreFleet(replicas=1, max_running=1, admission={"replica_slack": 1.0})
+    rushed = ApiKey(name="greedy", sha256="0" * 64, highest_priority=-1)
     running = fleet.submit()
     greedy = [fleet.submit(tenant="greedy", max_tokens=10) for _ in range(5)]
     modest = fleet.submit(tenant="modest", max_tokens=10)
-    urgent = fleet.submit(tenant="greedy", priority=-1, max_tokens=10)
+    urgent = fleet.submit(tenant="greedy", key=rushed, priority=-1, max_tokens=10)
     order = []
     while running is not None:
         fleet.finish(running)
@@ -102,6 +104,25 @@ def test_lower_priority_numbers_go_first_and_tenants_take_turns() -> None:
         order.append(running)
     assert order[0] is urgent
     assert order.index(modest) <= 2
+
+
+def test_nobody_goes_before_the_others_without_a_key_that_lets_them() -> None:
+    fleet = CoreFleet()
+    rushed = ApiKey(name="t", sha256="0" * 64, highest_priority=-1)
+    for key, asked, allowed in ((None, -1, 0), (rushed, -2, -1)):
+        with pytest.raises(RequestError, match=f"priority: {asked} is not allowed; {allowed} or more"):
+            fleet.submit(key=key, priority=asked)
+    fleet.submit(key=rushed, priority=-1)
+    fleet.submit(priority=5)
+
+
+def test_times_that_a_request_may_ask_for_are_bounded() -> None:
+    fleet = CoreFleet(limits={"max_timeout_ms": 1000, "max_delay_ms": 50})
+    with pytest.raises(RequestError, match="timeout_ms: 1001 is not allowed; at most 1000"):
+        fleet.submit(timeout_ms=1001)
+    with pytest.raises(RequestError, match="max_delay_ms: 51 is not allowed; at most 50"):
+        fleet.submit(max_delay_ms=51)
+    fleet.submit(timeout_ms=1000, max_delay_ms=50)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +335,7 @@ def test_what_ended_leaves_nothing_in_memory_whatever_its_deadline_was() -> None
 def test_the_heap_of_holds_follows_what_is_live() -> None:
     fleet = CoreFleet(replicas=1)
     for _ in range(1000):
-        request = fleet.submit(delivery=tokens_pb2.DELIVERY_COALESCE, max_delay_ms=4_000_000)
+        request = fleet.submit(delivery=tokens_pb2.DELIVERY_COALESCE, max_delay_ms=3_600_000)
         fleet.tokens(request, 1)
         fleet.tokens(request, 2)
         fleet.finish(request)

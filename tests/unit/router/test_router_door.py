@@ -103,6 +103,15 @@ def test_tokens_a_minute_are_put_right_at_the_end() -> None:
     usage.enter(limited, 1, 200, 0.0)
 
 
+def test_bytes_a_minute_count_what_has_no_tokens() -> None:
+    fleet = CoreFleet()
+    limited = key(bytes_per_minute=1000)
+    fleet.submit(key=limited, cache_salt="s" * 800)
+    with pytest.raises(OverloadError, match="1000 bytes a minute"):
+        fleet.submit(key=limited, cache_salt="s" * 800)
+    fleet.submit(key=limited)
+
+
 def test_concurrency_counts_choices_and_ends() -> None:
     usage = Usage()
     limited = key(concurrency=2)
