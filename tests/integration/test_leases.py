@@ -144,7 +144,7 @@ async def test_only_a_lease_opens_a_worker_to_a_client_and_only_once(site: Site)
         lease = await assign(channel)
         good = request(lease.lease, lease.request_id)
         other = next(address for replica, address in addresses.items() if replica != lease.replica)
-        forged = lease.lease[:-4] + ("AAAA" if lease.lease[-4:] != "AAAA" else "BBBB")
+        forged = lease.lease.replace(",32,8,", ",32,9,")
         for address, message, code, why in [
             (lease.address, request(), unknown, "needs one, from a router's Assign"),
             (lease.address, request("made up", lease.request_id), unknown, "not one that a router signed"),
