@@ -17,7 +17,7 @@ from worker.collective.ledger import WIDTH, Totals, Writer
 
 SUFFIX = ".counters"
 LEDGER_FILE = "ledger.id"
-MAX_FILES = 10_000  # incarnations a node may have had; beyond it the newest are left out, and that is said
+MAX_FILES = 10_000  # read a tick; with more than that a file waits for its turn, and that is said
 
 
 class CounterFiles:
@@ -27,17 +27,30 @@ class CounterFiles:
         self._directory = directory
         self._writers: dict[str, tuple[int, Writer]] = {}  # by file name: inode, header
         self._bad: dict[str, int] = {}
+        self._tick = 0
+        self._read_in: dict[str, int] = {}  # by file name: the last tick that read it
+        self._crowded = False
         self.problems: list[str] = []  # sentences that the agent logs and clears
 
     def read(self) -> list[tuple[Writer, Totals]]:
-        """(header, totals) of each readable file. A file that is none is named once in `problems`."""
+        """(header, totals) of each readable file. A file that is none is named once in `problems`.
+
+        Beyond MAX_FILES it takes those that were never read, then those unread for longest: the ledger keeps what a
+        file said before, so one that waits counts a few ticks late, and none is left out.
+        """
         try:
             names = sorted(entry.name for entry in os.scandir(self._directory) if entry.name.endswith(SUFFIX))
         except FileNotFoundError:
             return []
-        if len(names) > MAX_FILES:
-            self.problems.append(f"{self._directory}: {len(names)} counter files; the first {MAX_FILES} are read")
-            del names[MAX_FILES:]
+        crowded = len(names) > MAX_FILES
+        if crowded and not self._crowded:
+            self.problems.append(f"{self._directory}: {len(names)} counter files; {MAX_FILES} are read a tick, in turn")
+        self._crowded = crowded
+        self._tick += 1
+        names = sorted(names, key=lambda name: self._read_in.get(name, 0))  # stable: among equals by name
+        self._read_in = {name: self._read_in.get(name, 0) for name in names}
+        del names[MAX_FILES:]
+        self._read_in |= dict.fromkeys(names, self._tick)
         found = []
         for name in names:
             reading = self._read_one(name)

@@ -122,6 +122,22 @@ def test_a_truncated_file_does_not_end_the_reader(tmp_path) -> None:
     assert len(files.problems) == 1
 
 
+def test_with_more_files_than_a_tick_reads_each_has_its_turn_and_a_new_one_is_first(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("worker.collective.counter_files.MAX_FILES", 2)
+
+    def write(name: str) -> None:
+        CounterWriter(tmp_path / f"{name}.1.counters", {"kind": "worker", "id": name, "incarnation": 1}).close()
+
+    files = CounterFiles(tmp_path)
+    for name in ("a", "b", "c", "d", "e"):
+        write(name)
+    seen = [[writer.id for writer, _ in files.read()] for _ in range(3)]
+    assert seen == [["a", "b"], ["c", "d"], ["e", "a"]]
+    write("z")
+    assert [writer.id for writer, _ in files.read()] == ["z", "b"]
+    assert len(files.problems) == 1, "said once"
+
+
 def test_a_directory_keeps_its_identity(tmp_path) -> None:
     first = ledger_id(tmp_path / "counters")
     assert ledger_id(tmp_path / "counters") == first
