@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from router.affinity_seeds import seed_of
 from router.capacity import Capacity, Rates
 from router.circuit import Circuit
 from router.config import AdmissionConfig, BreakerConfig
@@ -128,6 +132,7 @@ class Pool:
     _made: float = 0.0
     _allowed: float = 0.0
     prefixes: PrefixBook = field(default_factory=PrefixBook)
+    seeds: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))  # of replicas, in their order
     adapters: dict[str, list[Replica]] = field(default_factory=dict)  # replicas by adapter that they state
     has_wards: bool = False  # a replica may be a ward, see quarantine
     measured_tokens_per_s: float = 0.0  # decode capacity of what serves; 0: not measured yet
@@ -237,6 +242,7 @@ class Fleet:
 
 def index_members(pool: Pool) -> None:
     """Called when the members of a pool, or what they state, change."""
+    pool.seeds = np.array([seed_of(r.name) for r in pool.replicas], np.uint64)
     pool.max_model_len = max((r.member.max_model_len for r in pool.replicas), default=0)
     pool.vocab_size = min((r.member.vocab_size for r in pool.replicas if r.member.vocab_size), default=0)
     pool.adapters.clear()

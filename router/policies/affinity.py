@@ -1,16 +1,20 @@
 """affinity: requests with the same affinity key go to the same replica while it has room and is not far behind.
 
-Rendezvous hashing over a few draws: the key seeds a sequence of candidates, so that keys keep their replica when
-others come and go, and the cost is the same for any number of replicas. A replica more than SPILL_S seconds of work
+Rendezvous hashing (highest random weight, Thaler and Ravishankar 1998): each replica's weight for a key is a hash of
+both, and the heaviest that may serve has the key. So a replica that joins n others takes 1 / (n + 1) of the keys and
+moves no other, and one that leaves gives each of its keys to the next heaviest. Names count, not incarnations.
+A replica more than SPILL_S seconds of work
 behind a random other one gives the request to the less loaded (bounded imbalance). No key: least_tokens.
 """
 
 from __future__ import annotations
 
 import random
-import zlib
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
+from router.affinity_seeds import seed_of
 from router.policies.least_tokens import score, two_choices
 
 if TYPE_CHECKING:
@@ -18,19 +22,25 @@ if TYPE_CHECKING:
     from router.policies import Question
 
 SPILL_S: Final = 2.0
-_PROBES: Final = 8
 
 
 def home(pool: Pool, key: str) -> Replica | None:
-    """The replica of a key. Stable: picks by hash among all members, probing on while a draw may not serve."""
+    """The replica of a key: of those that may serve, the one of the highest weight."""
     members = pool.replicas
-    if not members:
+    if not members or not pool.open:
         return None
-    for probe in range(_PROBES):
-        replica = members[zlib.crc32(f"{probe}:{key}".encode()) % len(members)]
-        if replica.open_at >= 0:
-            return replica
-    return None
+    weights = _mixed(pool.seeds ^ seed_of(key))
+    heaviest = members[int(weights.argmax())]
+    if heaviest.open_at >= 0:
+        return heaviest
+    return next(members[at] for at in np.argsort(weights)[::-1].tolist() if members[at].open_at >= 0)
+
+
+def _mixed(words: Any) -> Any:
+    """The finaliser of MurmurHash3: every bit of a word depends on all of them."""
+    words = (words ^ (words >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    words = (words ^ (words >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return words ^ (words >> np.uint64(33))
 
 
 class Affinity:

@@ -94,6 +94,25 @@ def test_affinity_keeps_a_key_until_its_replica_is_far_behind() -> None:
     assert len(chosen(fleet, "affinity", 200)) == 7  # no key: spread, but for the one that is far behind
 
 
+def test_a_replica_that_joins_takes_its_share_of_keys_and_moves_no_other() -> None:
+    def homes(fleet: CoreFleet) -> dict[str, str]:
+        rng, policy = random.Random(1), make_policy("affinity")
+        keys = [f"chat-{i}" for i in range(4000)]
+        replicas = {key: policy.choose(fleet.pool, Question(10, 10, affinity=key), rng) for key in keys}
+        return {key: replica.name for key, replica in replicas.items() if replica is not None}
+
+    fleet = fleet_of(outstanding=[0] * 4)
+    before = homes(fleet)
+    assert all(800 < count < 1200 for count in Counter(before.values()).values())
+    fleet.add_replica("m-new")
+    after = homes(fleet)
+    moved = {key: name for key, name in after.items() if name != before[key]}
+    assert set(moved.values()) == {"m-new"}
+    assert 0.17 < len(moved) / 4000 < 0.23
+    fleet.lose(next(r for r in fleet.replicas_now() if r.name == "m-new"))
+    assert homes(fleet) == before
+
+
 def test_an_affinity_key_whose_home_is_down_goes_to_one_other_and_not_back_to_the_dead() -> None:
     fleet = fleet_of(outstanding=[0] * 8)
     (name,) = chosen(fleet, "affinity", 5, affinity="k")
