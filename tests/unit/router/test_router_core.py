@@ -219,6 +219,8 @@ def test_first_then_all_is_two_pieces() -> None:
     assert fleet.received(request) == [0]
     fleet.finish(request)
     assert fleet.received(request) == list(range(40))
+    pieces = [count for frame in fleet.frames for count in frame.count or [1] * len(frame.stream) if frame.token]
+    assert pieces == [1, 39]
     assert fleet.state.held == 0
 
 
