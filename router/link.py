@@ -1,7 +1,8 @@
 """WorkerLink: the router's one session to one replica's worker, reopened with backoff while the replica is a member.
 
 A shell: reads frames and hands them to the core, writes what the core wants to start and cancel. Starts and cancels
-that come while a write is under way go out together in the next message.
+that come while a write is under way go out together in the next message. Before a session begins, the worker says who
+it is: an address may have been taken over by another replica, or by a new life of this one.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ MAX_BATCH_BYTES = 2 << 20  # of starts in one ClientFrame; a single larger one g
 CONNECT_S = 10.0
 PING_EVERY_S = 5.0
 PING_TIMEOUT_S = 5.0
+DESCRIBE_S = 5.0
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -105,6 +107,8 @@ class WorkerLink:
         helpers: list[asyncio.Task[None]] = []
         try:
             await asyncio.wait_for(channel.channel_ready(), CONNECT_S)
+            if not await self._is_it(channel):
+                return
             call = cast(Any, channel).stream_stream("/megatoken.v1.Tokens/Session")()
             self._call = call
             self._starts.clear()
@@ -119,6 +123,8 @@ class WorkerLink:
         except (aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
             if self._replica.connected:
                 log.warning("session to replica %s ended: %s", self._replica.name, _short(error))
+            else:
+                log.info("replica %s does not answer yet: %s", self._replica.name, _short(error))
         except asyncio.CancelledError:
             if asyncio.current_task() is self._task and self._task is not None and self._task.cancelling():
                 raise
@@ -127,6 +133,23 @@ class WorkerLink:
             for helper in helpers:
                 helper.cancel()
             await channel.close(None)
+
+    async def _is_it(self, channel: aio.Channel) -> bool:
+        """Whether the replica's own worker answers at its address. Raises AioRpcError when none does."""
+        describe = channel.unary_unary(
+            "/megatoken.v1.Worker/Describe",
+            request_serializer=worker_pb2.DescribeRequest.SerializeToString,
+            response_deserializer=worker_pb2.DescribeResponse.FromString,
+        )
+        found = await describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_S)
+        member = self._replica.member
+        if (found.replica, found.incarnation) == (member.replica, member.incarnation):
+            return True
+        log.warning(
+            "%s (%d) answers at %s, and not replica %s (%d): it gets no request",
+            found.replica, found.incarnation, member.address, member.replica, member.incarnation,
+        )  # fmt: skip
+        return False
 
     async def _read(self, call: Any) -> None:
         replica, inbox = self._replica, self._inbox

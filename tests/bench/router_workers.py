@@ -21,7 +21,7 @@ from grpc import aio
 
 from megatoken.frames import U32, column
 from megatoken.process import die_with_parent
-from megatoken.v1 import frame_columns_pb2, tokens_pb2
+from megatoken.v1 import frame_columns_pb2, tokens_pb2, worker_pb2
 from router import wire
 
 LOAD_EVERY_S = 0.5
@@ -130,7 +130,8 @@ async def serve(context: Any, replica: Replica) -> None:
         reader.cancel()
 
 
-async def main(settings: dict[str, Any]) -> None:
+async def listen(name: str, settings: dict[str, Any]) -> tuple[aio.Server, str]:
+    """One replica's own server, since a router asks who answers at an address."""
     server = aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)])
 
     async def session(_: Any, context: Any) -> None:
@@ -140,18 +141,30 @@ async def main(settings: dict[str, Any]) -> None:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "the benchmark's replicas report in frames only")
         return b""
 
+    async def describe(_: bytes, _context: Any) -> bytes:
+        return worker_pb2.DescribeResponse(replica=name, incarnation=1).SerializeToString()
+
     tokens = {"Session": grpc.stream_stream_rpc_method_handler(session)}
-    worker = {"GetLoad": grpc.unary_unary_rpc_method_handler(get_load)}
+    worker = {
+        "GetLoad": grpc.unary_unary_rpc_method_handler(get_load),
+        "Describe": grpc.unary_unary_rpc_method_handler(describe),
+    }
     server.add_generic_rpc_handlers(
         (
             grpc.method_handlers_generic_handler("megatoken.v1.Tokens", tokens),
             grpc.method_handlers_generic_handler("megatoken.v1.Worker", worker),
         )
     )
-    ports = [server.add_insecure_port("127.0.0.1:0") for _ in range(settings["replicas"])]
+    port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    print(json.dumps({"addresses": [f"127.0.0.1:{port}" for port in ports]}), flush=True)
-    await server.wait_for_termination()
+    return server, f"127.0.0.1:{port}"
+
+
+async def main(settings: dict[str, Any]) -> None:
+    """Serves the replicas m-0, m-1 and so on."""
+    listening = [await listen(f"m-{i}", settings) for i in range(settings["replicas"])]
+    print(json.dumps({"addresses": [address for _, address in listening]}), flush=True)
+    await asyncio.gather(*(server.wait_for_termination() for server, _ in listening))
 
 
 if __name__ == "__main__":

@@ -52,13 +52,32 @@ async def test_a_link_to_a_worker_goes_on_after_an_unreadable_certificate(monkey
     fleet.lose(replica)
     channels = Channels(failures=3)
     link = WorkerLink(fleet.state, Inbox(fleet.state), replica, channels)
-    async with FakeRouter(lambda _: []) as worker:
+    async with FakeWorker(replica.name, replica.member.incarnation) as worker:
         replica.member = type(replica.member)(**{**fields(replica.member), "address": worker.address})
         link.start()
         await soon(lambda: replica.connected)
         assert fleet.state.ledger.connection_faults == 3
         await link.close()
     assert not replica.connected
+
+
+@pytest.mark.parametrize(("name", "incarnation"), [("m-1", 1), ("m-0", 2)])
+async def test_a_link_uses_no_other_replica_at_its_address_and_tries_again(
+    monkeypatch: pytest.MonkeyPatch, name: str, incarnation: int
+) -> None:
+    monkeypatch.setattr(link_module, "_BACKOFF_S", (0.01,))
+    fleet = CoreFleet(replicas=1)
+    (replica,) = fleet.replicas
+    fleet.lose(replica)
+    link = WorkerLink(fleet.state, Inbox(fleet.state), replica, Channels(failures=0))
+    async with FakeWorker(name, incarnation) as worker:
+        replica.member = type(replica.member)(**{**fields(replica.member), "address": worker.address})
+        link.start()
+        await soon(lambda: worker.described >= 3)
+        assert (replica.connected, worker.sessions) == (False, 0)
+        worker.replica, worker.incarnation = replica.name, replica.member.incarnation
+        await soon(lambda: replica.connected and worker.sessions)
+        await link.close()
 
 
 async def test_an_open_circuit_is_probed_at_the_worker_and_closes_when_it_is_well() -> None:
