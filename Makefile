@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install
 # One line that counts, instead of pip's hundreds.
 COUNT   := awk '/^ *(Collecting|Processing|Requirement already)/ { printf "\r      %d packages seen", ++n; fflush() } /^Installing/ { printf ", installing"; fflush() } END { print "" }'
 
-.PHONY: demo test test-failed lint format setup model test-unit test-multinode bench bench-plan bench-router bench-throughput proto clean
+.PHONY: demo test test-failed lint format setup model test-unit test-multinode chaos bench bench-plan bench-router bench-throughput proto clean
 
 demo: setup
 	$(BIN)/python -m cluster.demo
@@ -60,6 +60,10 @@ test-unit: $(VENV)/.installed
 
 test-multinode: setup
 	$(PYTEST) tests/netns
+
+## chaos: campaigns of faults in full, about 15 minutes; `make test` runs a short form of each.
+chaos: setup
+	GRPC_VERBOSITY=NONE $(BIN)/python -m tests.chaos
 
 bench: setup
 	$(BIN)/python -m tests.bench.serving

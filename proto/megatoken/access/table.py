@@ -85,7 +85,7 @@ METHODS: Final[Mapping[Program, Mapping[str, Callers]]] = {
         f"{_V1}Tokens/Generate": frozenset({Identity.ROUTER, Identity.LEASE}),
         f"{_V1}Tokens/Session": frozenset({Identity.ROUTER, Identity.LEASE}),
         f"{_V1}Worker/Describe": _CONTROL | {Identity.ROUTER},
-        f"{_V1}Worker/GetLoad": _CONTROL,
+        f"{_V1}Worker/GetLoad": _CONTROL | {Identity.ROUTER},
         f"{_V1}Worker/Renew": frozenset({Identity.CONTROLLER}),
         f"{_V1}Worker/Drain": frozenset({Identity.CONTROLLER}),
         f"{_V1}Worker/Probe": _CONTROL | {Identity.ROUTER},
