@@ -19,6 +19,7 @@ from megatoken.access.files import CredentialsFile
 from megatoken.access.opening import credentials_of, gate_of
 from megatoken.access.table import Program
 from megatoken.counters import CounterWriter
+from megatoken.loop_lag import watch_loop
 from megatoken.supervise import FaultLog, Faults, every
 from megatoken.tls import bind
 from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, throughput_pb2, throughput_pb2_grpc, tokens_pb2
@@ -33,7 +34,7 @@ from router.leases import Leases, LeaseSigner
 from router.ledger import Ledger
 from router.link import WorkerLink
 from router.membership import apply_snapshot
-from router.metrics import LeaseCollector, serve_metrics
+from router.metrics import LeaseCollector, loop_lag, serve_metrics
 from router.request_log import log_request
 from router.secure import channel_to
 from router.service import RouterService, tokens_handler
@@ -82,6 +83,7 @@ class RouterApp:
         self.throughput = ThroughputRelay(self._ask_key)
         if config.request_log:
             self.state.on_finished = log_request
+        self._lag_s = loop_lag()
         self._inbox = Inbox(self.state)
         self.address = ""
         self.metrics_address = ""
@@ -118,7 +120,7 @@ class RouterApp:
         self.address = f"{config.advertise_host or config.host}:{port}"
         if config.metrics_port is not None:
             self.metrics_address, self._stop_metrics = serve_metrics(
-                self.state, ThroughputCollector(self.throughput), LeaseCollector(self.leases)
+                self.state, ThroughputCollector(self.throughput), LeaseCollector(self.leases), self._lag_s
             )
         await self._set_serving(True)
         if config.static_snapshot is not None:
@@ -129,6 +131,7 @@ class RouterApp:
         if config.throughput_agent is not None:
             following = self.throughput.follow(config.throughput_agent, self._channel)
             self._tasks.append(asyncio.create_task(following))
+        self._tasks.append(asyncio.create_task(watch_loop(self._lag_s[()])))
         self._keep_up(TICK_S, self._tick, "upkeep")
         self._keep_up(SLOW_TICK_S, self._slow_tick, "slow upkeep")
         self._keep_up(SLOW_TICK_S, self._expire_leases, "leases")

@@ -17,7 +17,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from megatoken import metrics as shared
-from megatoken.metrics import FastHistogram
+from megatoken.loop_lag import LOOP_LAG_BUCKETS_S
+from megatoken.metrics import FastHistogram, FastHistograms
 from router.fleet import Replica
 from router.leases import Leases
 from router.measures import Measures
@@ -181,6 +182,11 @@ def _add_histogram(family: HistogramMetricFamily, labels: list[str], histogram: 
     edges = [*(repr(float(bound)) for bound in histogram.bounds), "+Inf"]
     cumulative = np.cumsum(histogram.counts).tolist()
     family.add_metric(labels, list(zip(edges, cumulative, strict=True)), histogram.sum)
+
+
+def loop_lag() -> FastHistograms:
+    """How late the router's event loop is; filled by megatoken.loop_lag."""
+    return FastHistograms(PREFIX + "loop_lag_seconds", "Lateness of the event loop, over time.", LOOP_LAG_BUCKETS_S)
 
 
 def router_registry(state: RouterState, *others: Collector) -> CollectorRegistry:

@@ -33,6 +33,7 @@ _log = logging.getLogger("worker")
 
 async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> int:
     """Serves a booted engine; returns the exit status."""
+    from megatoken.loop_lag import watch_loop
     from worker.measures import Measures
     from worker.replica import Replica
     from worker.server import WorkerServer
@@ -72,7 +73,9 @@ async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> i
         block_size=facts.block_size,
         kv_cache_tokens=facts.kv_cache_tokens,
     )
+    watching = asyncio.create_task(watch_loop(replica.measures.loop_lag_s))
     await _either(stopping, died)
+    watching.cancel()
     await server.state_health(serving=False)
     if replica.dead is None:
         replica.drain()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from megatoken.errors import MegatokenError, OverloadError, RequestError
+from megatoken.loop_lag import LOOP_LAG_BUCKETS_S
 from megatoken.metrics import (
     DURATION_BUCKETS_S,
     FRAME_TOKENS_BUCKETS,
@@ -38,6 +39,7 @@ class Measures:
         self.queue_s = FastHistogram(QUEUE_BUCKETS_S)
         self.duration_s = FastHistogram(DURATION_BUCKETS_S)
         self.frame_tokens = FastHistogram(FRAME_TOKENS_BUCKETS)
+        self.loop_lag_s = FastHistogram(LOOP_LAG_BUCKETS_S)
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.refusals = dict.fromkeys(REFUSALS, 0)
         self.frames = 0

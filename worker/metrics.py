@@ -116,6 +116,7 @@ class WorkerCollector(Collector):
             ("queue_seconds", "Arrival to first scheduled.", measures.queue_s),
             ("request_duration_seconds", "Arrival to end.", measures.duration_s),
             ("frame_tokens", "Tokens a frame.", measures.frame_tokens),
+            ("loop_lag_seconds", "Lateness of the event loop, over time.", measures.loop_lag_s),
         ):
             yield self._histogram(name, text, histogram)
 

@@ -1,0 +1,38 @@
+"""A loop that is held up shows as late for as long as it was held up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+from megatoken.loop_lag import LOOP_LAG_BUCKETS_S, note, watch_loop
+from megatoken.metrics import FastHistogram
+
+
+def test_a_late_firing_counts_for_those_that_were_due_meanwhile() -> None:
+    lag = FastHistogram(LOOP_LAG_BUCKETS_S)
+    note(lag, 0.0005)
+    assert lag.counts.sum() == 1
+    note(lag, 0.1)  # 100, 90, .. 0 ms
+    assert lag.counts.sum() == 12
+    assert abs(lag.sum - 0.5505) < 1e-6
+
+
+def test_a_process_that_was_stopped_for_long_counts_no_more_than_a_bound() -> None:
+    lag = FastHistogram(LOOP_LAG_BUCKETS_S)
+    note(lag, 86_400.0)
+    assert lag.counts.sum() == 10_000
+
+
+async def test_a_loop_held_up_is_seen() -> None:
+    lag = FastHistogram(LOOP_LAG_BUCKETS_S)
+    watching = asyncio.create_task(watch_loop(lag))
+    await asyncio.sleep(0.05)
+    time.sleep(0.3)  # noqa: ASYNC251
+    await asyncio.sleep(0.05)
+    watching.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching
+    assert lag.quantiles([0.999])[0] > 0.2
+    assert lag.counts[lag.bounds.searchsorted(0.1) :].sum() >= 15, "a third of a second is many firings"
