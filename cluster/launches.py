@@ -105,6 +105,7 @@ def router_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings
         "host": _host(routers.host, node, around),
         "port": around.ports["routers.port"],
         "reuse_port": True,
+        "own_port": 0,
         "controllers": [around.controller],
         "node": node.title,
         "site": node.site,

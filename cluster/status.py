@@ -150,6 +150,7 @@ def process_statuses(
                 reason=record.reason,
                 address=str(facts.get("address") or "") if serving else "",
                 metrics_address=str(facts.get("metrics_address") or "") if serving else "",
+                own_address=str(facts.get("own_address") or "") if serving else "",
             )
         )
     return found

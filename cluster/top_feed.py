@@ -130,7 +130,8 @@ class Feed:
 
     async def _poll_routers(self) -> None:
         while True:
-            routers = {entry.name: entry.address for entry in self._status.processes if entry.kind == "router"}
+            processes = self._status.processes
+            routers = {one.name: one.own_address or one.address for one in processes if one.kind == "router"}
             wanted = dict(sorted((name, address) for name, address in routers.items() if address)[:MAX_ROUTERS])
             answers = await asyncio.gather(*(self._ask_router(address) for address in wanted.values()))
             self._routers = {name: answer for name, answer in zip(wanted, answers, strict=True) if answer is not None}

@@ -23,7 +23,13 @@ async def _main(config: RouterConfig, ready_fd: int | None) -> None:
         loop.add_signal_handler(number, stopping.set)
     app = RouterApp(config, time.time_ns())
     await app.start()
-    report_ready(ready_fd, address=app.address, metrics_address=app.metrics_address, router=config.router)
+    report_ready(
+        ready_fd,
+        address=app.address,
+        own_address=app.own_address,
+        metrics_address=app.metrics_address,
+        router=config.router,
+    )
     await stopping.wait()
     await app.stop()
 

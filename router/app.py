@@ -86,6 +86,7 @@ class RouterApp:
         self._lag_s = loop_lag()
         self._inbox = Inbox(self.state)
         self.address = ""
+        self.own_address = ""  # where this router alone answers, when others share its address
         self.metrics_address = ""
         self._links: dict[Replica, WorkerLink] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -113,8 +114,11 @@ class RouterApp:
         reflection.enable_server_reflection(names, server)
         try:
             port = bind(server, f"{config.host}:{config.port}", config.tls)
-        except RuntimeError:
-            raise OSError(f"port: {config.port} on {config.host} is taken; a free one, or 0 for any") from None
+            if config.own_port is not None:
+                own_port = bind(server, f"{config.host}:{config.own_port}", config.tls)
+                self.own_address = f"{config.advertise_host or config.host}:{own_port}"
+        except RuntimeError as error:
+            raise OSError(f"port: one on {config.host} is taken ({error}); a free one, or 0 for any") from None
         await server.start()
         self._server = server
         self.address = f"{config.advertise_host or config.host}:{port}"

@@ -104,6 +104,9 @@ class RouterConfig(_Part):
     host: str = Field(default="127.0.0.1", description="address to bind")
     port: int = Field(default=0, ge=0, le=65535, description="0: any free port")
     reuse_port: bool = Field(default=False, description="share the port with other routers of this node (SO_REUSEPORT)")
+    own_port: int | None = Field(
+        default=None, ge=0, le=65535, description="serve here too, where no other router does; 0: any free port"
+    )
     advertise_host: str | None = Field(default=None, description="address that others reach it by; default: host")
     metrics_host: str = Field(default="127.0.0.1")
     metrics_port: int | None = Field(default=0, description="Prometheus; 0: any free port, null: none")

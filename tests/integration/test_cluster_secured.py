@@ -22,11 +22,12 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster.control_client import shown
 from megatoken.access.channel import presenting
 from megatoken.access.credentials import METADATA_KEY
 from megatoken.errors import AuthError
 from megatoken.tls import ClientTls, open_channel
-from megatoken.v1 import control_pb2, control_pb2_grpc, worker_pb2, worker_pb2_grpc
+from megatoken.v1 import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc, worker_pb2, worker_pb2_grpc
 from router.client import TokenClient
 from tests.certificates import Authority
 from tests.clusters import RunningCluster, running
@@ -61,7 +62,7 @@ class Secured:
         return {
             "cluster": "secured",
             "control": {"port": 0},
-            "routers": {"port": 0},
+            "routers": {"port": 0, "count": 2},
             "edge": {"port": 0},
             "ray": {"cpu_devices": 2},
             "security": {"tls": tls, "api_keys_file": str(self.keys)},
@@ -120,7 +121,7 @@ async def drain(channel: Any) -> None:
 async def test_every_process_is_up_with_agents_and_the_counts_of_all_agree(secured: Secured) -> None:
     cluster = secured.cluster
     kinds = [process["kind"] for process in cluster.status()["processes"] if process["state"] == "READY"]
-    assert sorted(kinds) == ["agent", "edge", "router"]
+    assert sorted(kinds) == ["agent", "edge", "router", "router"]
     async with TokenClient([cluster.address("router")], tls=secured.tls(), api_key="key-1") as client:
         assert len(await client.generate(MODEL, [1, 2, 3], max_tokens=64, ignore_eos=True).tokens()) == 64
 
@@ -159,6 +160,19 @@ async def changed(look: Callable[[], bytes], before: bytes, within_s: float = 10
             return
         assert time.monotonic() < deadline, "what was exchanged is still in force"
         await asyncio.sleep(0.2)
+
+
+async def test_each_router_is_read_by_itself_with_keys_on(secured: Secured) -> None:
+    routers = [process for process in secured.cluster.status()["processes"] if process["kind"] == "router"]
+    names = set()
+    for router in routers:
+        present = shown(secured.operator_token())
+        async with presenting(open_channel(router["own_address"], secured.tls()), present) as channel:
+            stub = router_pb2_grpc.RouterStub(channel)
+            answer = await stub.GetRouterStatus(router_pb2.GetRouterStatusRequest(), timeout=5)
+            assert answer.router == router["name"].partition(".")[0]
+            names.add(answer.router)
+    assert len(names) == 2
 
 
 class Load:
@@ -214,7 +228,7 @@ async def test_tokens_are_rotated_under_load_and_no_request_is_lost(secured: Sec
 
 
 async def test_certificates_are_exchanged_under_load_and_no_stream_is_lost(secured: Secured) -> None:
-    def shown() -> bytes:
+    def certificate() -> bytes:
         host, _, port = secured.cluster.address("edge").rpartition(":")
         context = ssl.create_default_context(cafile=str(secured.authority.ca_file))
         cert, key = secured.authority.issue("looker")
@@ -223,12 +237,12 @@ async def test_certificates_are_exchanged_under_load_and_no_stream_is_lost(secur
         with socket.create_connection((host, int(port)), 5) as plain, context.wrap_socket(plain) as wrapped:
             return wrapped.getpeercert(binary_form=True) or b""
 
-    before = await asyncio.to_thread(shown)
+    before = await asyncio.to_thread(certificate)
     async with load(secured):
         secured.key_file.unlink()
         await asyncio.sleep(0.1)
         secured.authority.issue("node")  # a new key and a new certificate in the same files
-        await changed(shown, before)
+        await changed(certificate, before)
         await rescale(secured)  # new connections on every hop
     assert secured.cluster.status()["throughput"]["complete"]
 

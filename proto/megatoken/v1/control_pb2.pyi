@@ -183,7 +183,7 @@ class ReplicaStatus(_message.Message):
     def __init__(self, replica: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., engine: _Optional[str] = ..., address: _Optional[str] = ..., ranks: _Optional[_Iterable[str]] = ..., age_s: _Optional[float] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., generated_tokens: _Optional[int] = ..., incarnation: _Optional[int] = ..., spec_generation: _Optional[int] = ..., metrics_address: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("name", "kind", "node", "state", "reason", "address", "metrics_address")
+    __slots__ = ("name", "kind", "node", "state", "reason", "address", "metrics_address", "own_address")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -191,6 +191,7 @@ class ProcessStatus(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    OWN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: str
     node: str
@@ -198,7 +199,8 @@ class ProcessStatus(_message.Message):
     reason: str
     address: str
     metrics_address: str
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., node: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    own_address: str
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., node: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., own_address: _Optional[str] = ...) -> None: ...
 
 class WatchEventsRequest(_message.Message):
     __slots__ = ("after_sequence", "follow")
