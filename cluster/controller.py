@@ -60,6 +60,8 @@ POLL_S = 1.0  # between readings of queues and throughput
 RENEW_S = 1.0  # between renewals of workers' leases, which bring their loads
 TAIL_S = 5.0  # for a process to say its last lines
 STOP_GRACE_S = 5.0  # of a worker that has no request left
+STUCK_S = 180.0  # no call of Ray that returns takes this long; past it the controller is started anew
+STUCK_CHECK_S = 1.0
 CREDENTIALS_S = 2.0  # for processes to take new credentials; those that did not are told again at the next tick
 ROTATION_POLL_S = 0.1
 LIVE_STATES_MOVING = frozenset({ReplicaState.RESERVING, ReplicaState.STARTING, ReplicaState.DRAINING})
@@ -114,6 +116,8 @@ class Controller:
         self._drains: dict[str, asyncio.Task[None]] = {}
         self._restored = bool(self.fleet.replicas)
         self.log_lines: deque[str] = deque(maxlen=1)
+        self._turned_s = time.monotonic()
+        """When a tick last ended, well or not."""
         self.on_event: Callable[[control_pb2.Event], None] = lambda _event: None
         self.on_tick: Callable[[float, bool], None] = lambda _seconds, _ok: None
         self.on_fault: Callable[[str], None] = lambda _what: None
@@ -124,26 +128,36 @@ class Controller:
     async def run(self) -> None:
         """Ticks until the cluster was taken down. Raises when the backend cannot be made."""
         backend = self._backend = await self._in_thread(self._make_backend)
+        self._turned_s = time.monotonic()
         self._around = Surroundings(
             self.address, self.store.ports(), backend.ray_address, self.settings.local, self.secrets.current
         )
         self.tell(Happening("controller.started", "controller", "carries on" if self._restored else "starts"))
         self._publish_snapshot()
         loops = [asyncio.create_task(loop()) for loop in (self._poll_forever, self._renew_forever)]
+        turns = asyncio.create_task(self._turns(backend))
         try:
-            while not await self._turn(backend):
-                pass
+            while not turns.done():
+                await asyncio.wait((turns,), timeout=STUCK_CHECK_S)
+                if time.monotonic() - self._turned_s > STUCK_S:  # the next one finds what runs, and may find Ray well
+                    raise RuntimeError(f"no tick ended within {STUCK_S:.0f} s: a call of Ray does not return")
+            turns.result()
             if not self.settings.local:  # a local cluster's guard does it, and sooner
                 await self._in_thread(backend.clean)
         finally:
-            for loop in loops:
+            for loop in (turns, *loops):
                 loop.cancel()
-            await asyncio.gather(*loops, *self._drains.values(), return_exceptions=True)
+            await asyncio.gather(turns, *loops, *self._drains.values(), return_exceptions=True)
             await self.links.close()
             await self.events.publish(closed=True)
             self.closed.set()
             self._thread.shutdown(wait=False)
             self._tails.shutdown(wait=False)
+
+    async def _turns(self, backend: Backend) -> None:
+        """Ticks until the cluster is down."""
+        while not await self._turn(backend):
+            self._turned_s = time.monotonic()
 
     async def _turn(self, backend: Backend) -> bool:
         """One tick and the wait after it; says whether the cluster is down. An error is logged and the loop goes on."""
@@ -426,7 +440,8 @@ class Controller:
         for name, record in self.records.items():
             seen = self.look.processes.get(name)
             if record.kind == kind and record.state == "READY" and seen is not None and seen.facts:
-                found[name] = str(seen.facts["address"])
+                # Routers of a node share an address; each has one of its own for us.
+                found[name] = str(seen.facts.get("own_address") or seen.facts["address"])
         return found
 
     async def tail(self, name: str, lines: int) -> str:

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from megatoken.access.credentials import Credentials
 from megatoken.access.lease import LeaseTerms, lease_id, verify
-from megatoken.errors import ForbiddenError, OverloadError
+from megatoken.errors import ForbiddenError, OverloadError, RequestError
 from megatoken.v1 import frame_columns_pb2 as columns
 
 MAX_REMEMBERED: Final = 1 << 18  # leases used and not over; some 30 MB
@@ -88,6 +88,8 @@ class LeaseBook:
         )
         if terms.lease_id in self._used:
             raise ForbiddenError("lease: it was used already; each request needs its own")
+        if request.priority < 0:  # its key was not asked: who goes before others is the router's to say
+            raise RequestError("priority", request.priority, "0 or more with a lease")
         self._forget(now_s)
         if len(self._used) >= self._most:
             raise OverloadError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -178,3 +179,23 @@ async def test_a_process_that_does_not_say_its_lines_delays_no_tick(
         assert await tail == "3 lines of m-1"
     finally:
         await running.stop()
+
+
+async def test_a_controller_whose_ticks_stand_still_ends_so_that_it_is_started_anew(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.controller.STUCK_S", 0.5)
+    monkeypatch.setattr("cluster.controller.STUCK_CHECK_S", 0.1)
+    running.start()
+    await running.until(lambda: len(running.serving()) == 2)
+    await asyncio.sleep(1.0)
+    assert running.task is not None
+    assert not running.task.done(), "ticks end, so it lives"
+    hold = threading.Event()
+    monkeypatch.setattr(running.backend, "look", lambda: hold.wait(30) or Look())
+    try:
+        with pytest.raises(RuntimeError, match="a call of Ray does not return"):
+            await asyncio.wait_for(running.task, 10)
+    finally:
+        hold.set()
+        running.store.close()

@@ -10,7 +10,7 @@ import pytest
 
 from megatoken.access.credentials import Credentials
 from megatoken.access.lease import LeaseTerms, sign
-from megatoken.errors import ForbiddenError, OverloadError
+from megatoken.errors import ForbiddenError, OverloadError, RequestError
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from tests.unit.worker.test_replica import World
@@ -64,6 +64,13 @@ def test_a_request_is_no_larger_than_its_lease(prompt_tokens: int, sampling: dic
         return
     with pytest.raises(ForbiddenError, match=why):
         book().check(request, prompt_tokens, 97)
+
+
+def test_a_lease_lets_nobody_go_before_others() -> None:
+    request = ask(lease())
+    request.priority = -1
+    with pytest.raises(RequestError, match="priority: -1 is not allowed; 0 or more with a lease"):
+        book().check(request, 3, 97)
 
 
 @pytest.mark.parametrize(("room", "choices", "granted"), [(97, 1, 8), (97, 2, 4), (5, 1, 5)])
