@@ -149,7 +149,7 @@ class RayBackend:
     # -- acting --
 
     def reserve(self, replica: Replica) -> None:
-        if replica.id in self._groups:
+        if self._group(replica.id) is not None:  # also one that an earlier controller asked for
             return
         ranks = replica.placement.ranks
         bundles = [{CPU_RESOURCE if rank.kind == CPU_KIND else "GPU": 1.0} for rank in ranks]

@@ -271,11 +271,12 @@ def _held(tick: _Tick) -> list[Placement]:
 
 
 def _list_actions(tick: _Tick) -> None:
+    known = tick.observation.complete  # else what is not seen may well be there, and would be asked for twice
     for replica in tick.replicas.values():
         seen = tick.observation.replicas.get(replica.id, ReplicaObservation())
-        if replica.state is ReplicaState.RESERVING and seen.reservation is Reservation.NONE:
+        if known and replica.state is ReplicaState.RESERVING and seen.reservation is Reservation.NONE:
             tick.actions.append(Reserve(replica))
-        elif replica.state is ReplicaState.STARTING and seen.phase is Phase.NONE:
+        elif known and replica.state is ReplicaState.STARTING and seen.phase is Phase.NONE:
             tick.actions.append(Start(replica))
         elif replica.state is ReplicaState.DRAINING:
             if tick.now - replica.since_s >= tick.limits.drain_grace_s:

@@ -166,6 +166,16 @@ def test_nothing_is_concluded_from_a_look_that_failed() -> None:
     assert world.states() == before
 
 
+def test_nothing_is_asked_for_again_after_a_look_that_failed() -> None:
+    world = World(model(2), nodes(2))
+    world.tick()
+    world.seen = {"m-1": ReplicaObservation(Reservation.GRANTED), "m-2": ReplicaObservation(Reservation.PENDING)}
+    world.tick()
+    assert world.states() == {"m-1": "STARTING", "m-2": "RESERVING"}
+    world.seen.clear()
+    assert world.tick(complete=False).actions == (), "both may well be there: they were only not seen"
+
+
 def test_shrinking_drains_a_ready_replica_and_stops_one_that_never_served() -> None:
     world = World(model(3), nodes(3))
     world.until_ready()
