@@ -60,7 +60,7 @@ class Replica:
     @property
     def serial(self) -> int:
         """The number in its id; later replicas have higher ones."""
-        return int(self.id.rpartition("-")[2])
+        return serial_of(self.id)
 
     @property
     def live(self) -> bool:
@@ -70,6 +70,11 @@ class Replica:
     def active(self) -> bool:
         """Counts towards the wanted number: live and not on its way out."""
         return self.live and self.state is not ReplicaState.DRAINING
+
+
+def serial_of(replica_id: str) -> int:
+    """The number in a replica's id."""
+    return int(replica_id.rpartition("-")[2])
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from cluster.fleet import (
     RollBack,
     Start,
     TellDrain,
+    serial_of,
 )
 from cluster.lifecycle import event_for
 from cluster.placement import Blocked, BlockedKind, Placement, ReplicaRequest, place
@@ -103,7 +104,8 @@ def reconcile(desired: Desired, fleet: Fleet, observation: Observation, limits: 
     """The next fleet, and the actions that bring the cluster closer to `desired`."""
     models = {model.name: model for model in desired.models}
     replicas = {replica.id: replica for replica in fleet.replicas}
-    tick = _Tick(desired, observation, limits, now, replicas, dict(fleet.health), fleet.serial, models)
+    serial = max([fleet.serial, *(serial_of(replica_id) for replica_id in _unknown(observation, replicas))])
+    tick = _Tick(desired, observation, limits, now, replicas, dict(fleet.health), serial, models)
     _advance(tick)
     _honour_drains(tick)
     steps = _decide(tick)
@@ -220,6 +222,12 @@ def _create(tick: _Tick, steps: Mapping[str, Step]) -> None:
             requests.append(request_for(tick.models[name], f"{name.translate(SLUG).lower()}-{serial}", need))
     if not requests:
         return
+    strangers = _unknown(tick.observation, tick.replicas)
+    if strangers:  # of a fleet whose state file was lost: which devices they hold is not known, and they are ending
+        for request in requests:
+            text = f"waits for the end of {', '.join(strangers)}, which nothing is known of"
+            tick.block(request.model, BlockedKind.CAPACITY, text)
+        return
     existing = _held(tick)
     for outcome in place(requests, tick.observation.inventory, existing):
         if isinstance(outcome, Placement):
@@ -283,9 +291,13 @@ def _list_actions(tick: _Tick) -> None:
                 tick.actions.append(TellDrain(replica))
         elif replica.state in FINAL and seen.holds_something:
             tick.actions.append(Release(replica.id))
-    for replica_id, seen in tick.observation.replicas.items():
-        if replica_id not in tick.replicas and seen.holds_something:
-            tick.actions.append(Release(replica_id))
+    tick.actions += [Release(replica_id) for replica_id in _unknown(tick.observation, tick.replicas)]
+
+
+def _unknown(observation: Observation, replicas: Mapping[str, Replica]) -> list[str]:
+    """Ids that hold something and are of no replica that we remember."""
+    seen = observation.replicas.items()
+    return [replica_id for replica_id, held in seen if held.holds_something and replica_id not in replicas]
 
 
 def _tell_blocked(tick: _Tick, before: Fleet) -> None:

@@ -176,6 +176,18 @@ def test_nothing_is_asked_for_again_after_a_look_that_failed() -> None:
     assert world.tick(complete=False).actions == (), "both may well be there: they were only not seen"
 
 
+def test_a_fleet_that_was_forgotten_ends_before_another_is_made_under_other_ids() -> None:
+    world = World(model(1), nodes(1))
+    world.seen = {"m-7": SERVING}
+    plan = world.tick()
+    assert plan.actions == (Release("m-7"),)
+    assert world.states() == {}, "which device it holds is not known"
+    assert "m-7" in plan.fleet.blocked["m"]
+    world.seen.clear()
+    world.tick()
+    assert world.states() == {"m-8": "RESERVING"}, "no id is used twice"
+
+
 def test_shrinking_drains_a_ready_replica_and_stops_one_that_never_served() -> None:
     world = World(model(3), nodes(3))
     world.until_ready()
