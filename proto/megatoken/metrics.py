@@ -170,6 +170,7 @@ class MetricsServer:
 
     def __init__(self, host: str, port: int, routes: Mapping[str, Route]) -> None:
         places = threading.BoundedSemaphore(MAX_SCRAPES)
+        self.paths = frozenset(routes)
 
         class Handler(BaseHTTPRequestHandler):
             timeout = SCRAPE_TIMEOUT_S

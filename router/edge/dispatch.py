@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from megatoken.access.table import Identity, Program, callers_of_route
 from megatoken.errors import AuthError
 from router.door import Caller, Door
 from router.edge.exchange import EXCHANGE, Exchange
@@ -24,11 +25,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS: Final = frozenset({"/health", "/ping"})  # need no key, as with vLLM
-INNER_PATHS: Final = ("/metrics", "/version")  # vLLM's app has them too; here they have an address of their own
 KEY_HEADERS: Final = (b"authorization", b"x-api-key")
-INNER_SUBPATHS: Final = tuple(f"{path}/" for path in INNER_PATHS)
 MAX_TRACEPARENT: Final = 128  # bytes; version 00 has 55
+HEALTH_PATH: Final = "/health"
 MODELS_PATH: Final = "/v1/models"
 
 
@@ -71,14 +70,15 @@ class Dispatch:
             await self._default.app(scope, receive, send)
             return
         path = scope["path"]
-        if path == "/health":
+        allowed = callers_of_route(Program.EDGE, path)
+        if path == HEALTH_PATH:
             await answer(send, 200 if self._is_healthy() else 503, b"")
-        elif path in INNER_PATHS or path.startswith(INNER_SUBPATHS):
-            await answer(send, 404, error_body(404, "NotFoundError", f"{path} is not served at this address"))
-        elif path in OPEN_PATHS:
+        elif Identity.ANYONE in allowed:
             await self._default.app(scope, receive, send)
-        else:
+        elif Identity.CLIENT in allowed:
             await self._guarded(scope, receive, send)
+        else:  # of vLLM's app too, whose own controls, metrics and version are not for clients
+            await answer(send, 404, error_body(404, "NotFoundError", f"{path[:80]} is not served at this address"))
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         shown = credentials(scope)

@@ -16,6 +16,7 @@ import openai
 import pytest
 import pytest_asyncio
 
+from megatoken.access.table import Program, callers_of_route
 from megatoken.v1.tokens_pb2 import FINISH_REASON_ERROR, FINISH_REASON_LENGTH, Detail, Finish, Logprobs
 from tests.fake_router import END, FakeRouter
 from tests.processes import Processes, Started
@@ -244,6 +245,19 @@ async def test_the_trace_context_goes_on(stage: Stage) -> None:
 async def test_tokenize_and_back(stage: Stage) -> None:
     tokens = (await post(stage, "/tokenize", model="tiny", prompt="Hello", add_special_tokens=False)).json()["tokens"]
     assert (await post(stage, "/detokenize", model="tiny", tokens=tokens)).json()["prompt"] == "Hello"
+
+
+async def test_every_route_of_vllms_app_is_for_clients_or_closed(stage: Stage) -> None:
+    closed = {"/load", "/version", "/metrics", "/kv_event_sources", "/v1/systemone", "/scale_elastic_ep"}
+    closed |= {"/is_scaling_elastic_ep"}
+    async with httpx.AsyncClient() as client:
+        paths = (await client.get(stage.url + "/openapi.json")).json()["paths"]
+        for path in paths:  # a new version of vLLM that has more is to be looked at
+            named = callers_of_route(Program.EDGE, path.replace("{response_id}", "resp_1"))
+            assert bool(named) is (path not in closed), path
+        for path in closed:
+            assert (await client.get(stage.url + path)).status_code == 404
+            assert (await client.post(stage.url + path)).status_code == 404
 
 
 async def test_models_health_metrics(stage: Stage) -> None:

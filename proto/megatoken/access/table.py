@@ -104,12 +104,41 @@ ROUTES: Final[Mapping[Program, Mapping[str, Callers]]] = {
     Program.ROUTER: {"/metrics": _ANYONE},
     Program.WORKER: {"/metrics": _ANYONE},
     Program.AGENT: {"/metrics": _ANYONE},
+    # vLLM's app has more; what is not named here is not served. A path that ends in / stands for all below it.
+    Program.EDGE: {
+        "/health": _ANYONE,
+        "/ping": _ANYONE,
+        "/v1/models": _CLIENT,
+        "/v1/models/": _CLIENT,
+        "/v1/chat/completions": _CLIENT,
+        "/v1/chat/completions/batch": _CLIENT,
+        "/v1/completions": _CLIENT,
+        "/v1/responses": _CLIENT,
+        "/v1/responses/": _CLIENT,
+        "/v1/messages": _CLIENT,
+        "/v1/messages/count_tokens": _CLIENT,
+        "/tokenize": _CLIENT,
+        "/detokenize": _CLIENT,
+        "/invocations": _CLIENT,
+        "/generative_scoring": _CLIENT,
+        "/openapi.json": _CLIENT,
+    },
 }
 
 
 def callers_of(program: Program, method: str) -> Callers:
     """Who may call a gRPC method (`/package.Service/Method`); nobody when the table has no entry."""
     return METHODS[program].get(method, frozenset())
+
+
+def callers_of_route(program: Program, path: str) -> Callers:
+    """Who may ask for an HTTP path; nobody when the table has no entry for it, nor for a folder above it."""
+    routes = ROUTES[program]
+    while path not in routes:
+        path = path[: path.rstrip("/").rfind("/") + 1]
+        if path in ("", "/"):
+            return frozenset()
+    return routes[path]
 
 
 def known_to(program: Program) -> tuple[Identity, ...]:
