@@ -328,10 +328,12 @@ def _check_replay(
     if request.replay_at < len(request.replayed):
         return b"", []
     request.replayed = b""
-    kept = []
+    kept, old = [], len(had) // 4  # rows that the client has, of one detail after the other
     for raw in details:
         detail = tokens_pb2.Detail.FromString(raw)
-        continuation.drop_rows(detail, len(had) // 4)
+        rows = len(detail.logprobs.rank)
+        continuation.drop_rows(detail, min(old, rows))
+        old -= min(old, rows)
         if detail.logprobs.rank:
             kept.append(detail.SerializeToString())
     return packed[len(had) :], kept

@@ -231,6 +231,25 @@ def test_with_no_other_replica_it_waits_and_then_says_so() -> None:
     fleet.check_idle()
 
 
+def test_a_replay_passes_on_every_new_row_however_many_details_its_last_frame_has() -> None:
+    fleet = CoreFleet()
+    request = fleet.submit(max_tokens=9, seed=7, temperature=1.0, logprobs=0)
+
+    def row(value: int) -> tokens_pb2.Detail:
+        return tokens_pb2.Detail(
+            stream=request.slot, logprobs=tokens_pb2.Logprobs(width=1, token=[value], logprob=[0.0], rank=[value])
+        )
+
+    fleet.frame(fleet.replica_of(request), stream=[request.slot], token=[1], detail=[row(1)])
+    fleet.lose(fleet.replica_of(request))
+    slot = request.slot
+    details = [row(1), row(2), row(3)]
+    fleet.frame(fleet.replica_of(request), stream=[slot], count=[3], token=[1, 2, 3], detail=details)
+    assert fleet.received(request) == [1, 2, 3]
+    rows = [rank for frame in fleet.frames for detail in frame.detail for rank in detail.logprobs.rank]
+    assert rows == [1, 2, 3]
+
+
 def test_a_hung_replica_is_cut_off() -> None:
     fleet = CoreFleet(replicas=2, resume={"hang_s": 5})
     request = fleet.submit()
