@@ -103,7 +103,6 @@ class Controller:
         self.events = EventLog(self.orders.spec.control.events_kept, time.time)
         epoch = int(store.get("epoch") or time.time())
         self.versions = Versions(epoch, int(store.get("version") or 0))
-        self._version_told = self.versions.current.version
         self.snapshot_changed = asyncio.Condition()
         self.credentials = CredentialsFile(secrets.own_path)
         self.links = Links(settings.tls, self.credentials.metadata)
@@ -188,9 +187,9 @@ class Controller:
         self.look = await self._in_thread(backend.look)
         now = time.monotonic()
         plan = reconcile(self.orders.desired, self.fleet, self._observation(), self._limits(), now)
+        self.store.save_fleet(plan.fleet)  # a disk that takes nothing leaves all as it was, to be decided anew
         self.devices = judge(self.devices, self.fleet, plan.fleet, now)
         self.fleet = plan.fleet
-        self.store.save_fleet(plan.fleet)
         for happening in plan.happenings:
             self.tell(happening)
         self._publish_snapshot()  # before anything is done: who drains or failed is told even if an action fails
@@ -359,12 +358,11 @@ class Controller:
         content = content_of(self.fleet, self.orders.spec.models, inventory, routers, self.throughput, offset_s)
         if not self.look.complete and self.versions.current.version:
             content.routers.MergeFrom(self.versions.current.routers)
-        self.versions.offer(content)
-        current = self.versions.current
-        if current.version != self._version_told:
-            self.store.put(epoch=str(current.epoch), version=str(current.version))
-            self._version_told = current.version  # a version that could not be written down is told at the next tick
+        if self.versions.offer(content, self._write_version):
             self._notify = asyncio.ensure_future(self._notify_watchers())
+
+    def _write_version(self, snapshot: membership_pb2.Snapshot) -> None:
+        self.store.put(epoch=str(snapshot.epoch), version=str(snapshot.version))
 
     async def _notify_watchers(self) -> None:
         async with self.snapshot_changed:

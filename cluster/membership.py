@@ -6,7 +6,7 @@ its file starts a later epoch, so that routers take its word over their older sn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from cluster.fleet import Fleet, Replica
 from cluster.replica import ReplicaState
@@ -47,12 +47,16 @@ class Versions:
     def __init__(self, epoch: int, version: int) -> None:
         self.current = membership_pb2.Snapshot(epoch=epoch, version=version)
 
-    def offer(self, content: membership_pb2.Snapshot) -> bool:
-        """Takes `content` as the present snapshot when it differs; says whether it did."""
+    def offer(self, content: membership_pb2.Snapshot, write: Callable[[membership_pb2.Snapshot], None]) -> bool:
+        """Takes `content` as the present snapshot when it differs; says whether it did.
+
+        `write` puts its number down first: one that it raises for was told to nobody, and is offered again.
+        """
         content.epoch, content.version = self.current.epoch, self.current.version
         if content == self.current:
             return False
         content.version += 1
+        write(content)
         self.current = content
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -199,3 +200,30 @@ async def test_a_controller_whose_ticks_stand_still_ends_so_that_it_is_started_a
     finally:
         hold.set()
         running.store.close()
+
+
+async def test_what_a_full_disk_does_not_take_is_neither_done_nor_told_until_it_does(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    running.controller.on_event = lambda event: said.append(event.message)
+    running.start()
+    try:
+        await running.until(lambda: len(running.serving()) == 2)
+        before = running.controller.versions.current.version
+
+        def full(*_: object, **__: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        with monkeypatch.context() as disk:
+            disk.setattr(running.store, "save_fleet", full)
+            disk.setattr(running.store, "put", full)
+            running.backend.replicas.pop("m-1")
+            await running.until(lambda: running.faults.count("tick") >= 3)
+            assert running.controller.versions.current.version == before
+            assert not [message for message in said if "gone" in message]
+        await running.until(lambda: "m-3" in running.serving())
+        assert running.serving() == ["m-2", "m-3"]
+        assert said.count("READY -> FAILED: its worker is gone") == 1
+    finally:
+        await running.stop()

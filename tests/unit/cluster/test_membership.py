@@ -1,6 +1,9 @@
 """What routers are told: phases, deadlines, and versions that grow exactly with changes."""
 
+import errno
 from dataclasses import replace
+
+import pytest
 
 from cluster.fleet import Fleet, Replica, WorkerFacts
 from cluster.membership import Versions, content_of
@@ -44,13 +47,27 @@ def test_a_drain_deadline_is_told_in_unix_time() -> None:
 
 def test_versions_grow_exactly_with_changes() -> None:
     versions = Versions(7, 3)
+    written: list[membership_pb2.Snapshot] = []
     one, two = replica(1, ReplicaState.READY), replica(2, ReplicaState.READY)
-    assert versions.offer(content(one))
-    assert not versions.offer(content(one))
+    assert versions.offer(content(one), written.append)
+    assert not versions.offer(content(one), written.append)
     assert (versions.current.epoch, versions.current.version) == (7, 4)
-    assert versions.offer(content(one, two))
-    assert versions.offer(content(one))
+    assert versions.offer(content(one, two), written.append)
+    assert versions.offer(content(one), written.append)
     assert versions.current.version == 6
+    assert [snapshot.version for snapshot in written] == [4, 5, 6]
+
+
+def test_a_version_that_could_not_be_written_down_is_told_to_nobody() -> None:
+    versions = Versions(7, 3)
+
+    def full(_snapshot: membership_pb2.Snapshot) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        versions.offer(content(replica(1, ReplicaState.READY)), full)
+    assert versions.current.version == 3
+    assert not versions.current.replicas
 
 
 def test_what_blocks_a_model_reaches_routers_whole() -> None:
