@@ -356,8 +356,11 @@ def _details(state: RouterState, replica: Replica, frame: Frame) -> dict[int, li
         slot = detail.stream
         if slot >= state.slots.size or int(state.slots.replica[slot]) != replica.index:
             continue
-        if state.slots.owner[slot] is not None:
+        request = state.slots.owner[slot]
+        if request is not None:
             detail.stream = int(state.slots.stream[slot])
+            if detail.prompt_logprobs.rank and not continuation.new_prompt_rows(request, detail):
+                continue
             found.setdefault(slot, []).append(detail.SerializeToString())
     return found
 

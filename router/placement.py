@@ -95,6 +95,7 @@ def place(state: RouterState, request: Request, replica: Replica, now: float) ->
     request.slot, request.replica, request.base_tokens = slot, replica, base
     request.placed_s = now
     request.first_on_replica = False
+    request.prompt_rows_here = 0
     request.charged_prompt = request.prompt_tokens + base
     if request.prefix_hashes:
         request.charged_prompt -= min(cached_tokens(replica, request.prefix_hashes), request.prompt_tokens - 1)

@@ -63,6 +63,8 @@ class Request:
     sent_tokens: int = 0  # with held delivery: passed on so far
     held_details: list[bytes] = field(default_factory=list)
     hold_due: bool = False  # stands in the heap of holds
+    prompt_rows: int = 0  # of the prompt's log probabilities that the client has had, over all attempts
+    prompt_rows_here: int = 0  # that this attempt has sent
     carried: bytes = b""  # packed tokens so far while it waits between replicas
     tried: list[int] = field(default_factory=list)  # replicas that lost it
     suspected_of: str = ""  # the replica that died before giving it a token; empty: none, or it is cleared

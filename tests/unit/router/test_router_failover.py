@@ -250,6 +250,26 @@ def test_a_replay_passes_on_every_new_row_however_many_details_its_last_frame_ha
     assert rows == [1, 2, 3]
 
 
+def test_rows_of_the_prompt_that_came_before_a_death_are_not_sent_twice() -> None:
+    fleet = CoreFleet()
+    request = fleet.submit(max_tokens=9, prompt_logprobs=0)
+
+    def send(*ranks: int) -> None:
+        rows = tokens_pb2.Logprobs(width=1, token=ranks, logprob=[0.0] * len(ranks), rank=ranks)
+        detail = tokens_pb2.Detail(stream=request.slot, prompt_logprobs=rows)
+        fleet.frame(fleet.replica_of(request), detail=[detail])
+
+    send(1, 2)
+    fleet.lose(fleet.replica_of(request))
+    send(1)
+    send(2, 3)
+    send(4)
+    fleet.tokens(request, 7)
+    assert fleet.received(request) == [7]
+    rows = [rank for frame in fleet.frames for detail in frame.detail for rank in detail.prompt_logprobs.rank]
+    assert rows == [1, 2, 3, 4]
+
+
 def test_a_hung_replica_is_cut_off() -> None:
     fleet = CoreFleet(replicas=2, resume={"hang_s": 5})
     request = fleet.submit()
