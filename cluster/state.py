@@ -1,12 +1,14 @@
 """Desired state and the fleet in one SQLite file, so that a restarted controller carries on where the last one was.
 
-WAL mode; every save is one transaction. The file belongs to one controller at a time. Values are the pydantic spec and
+WAL mode; every save is one transaction. The file belongs to one controller at a time. A damaged file is set aside and
+counts as lost. Values are the pydantic spec and
 the frozen dataclasses of fleet.py as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +20,8 @@ from cluster.runtime_dirs import make_private
 from cluster.spec import ClusterSpec
 from cluster.spec_model import ModelSpec
 
+logger = logging.getLogger(__name__)
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS replicas (id TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -26,6 +30,7 @@ CREATE TABLE IF NOT EXISTS drained_nodes (node TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS drain_requests (replica TEXT PRIMARY KEY, timeout_s REAL NOT NULL);
 """
 BUSY_TIMEOUT_S = 5.0
+DAMAGED = ".damaged"
 _REPLICA = TypeAdapter(Replica)
 
 
@@ -34,11 +39,13 @@ class StateStore:
 
     def __init__(self, path: Path) -> None:
         make_private(path.parent)
-        self._connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level="IMMEDIATE")
-        path.chmod(0o600)
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=NORMAL")
-        self._connection.executescript(SCHEMA)
+        try:
+            self._connection = _open(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # busy, or a full disk: the file itself is whole
+                raise
+            _set_aside(path, error)
+            self._connection = _open(path)
         self._saved: dict[str, Replica] = {}
 
     def close(self) -> None:
@@ -143,3 +150,29 @@ class StateStore:
 
     def _put(self, key: str, value: str) -> None:
         self._connection.execute("REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Raises sqlite3.DatabaseError for a file that is none of SQLite's, or of which a part is missing."""
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level="IMMEDIATE")
+    try:
+        path.chmod(0o600)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        connection.executescript(SCHEMA)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _set_aside(path: Path, error: sqlite3.DatabaseError) -> None:
+    """A damaged file is kept for people and started anew: a controller that cannot start helps nobody."""
+    logger.error("state file %s is damaged (%s); it is kept as %s%s", path, error, path.name, DAMAGED)
+    for suffix in ("", "-wal", "-shm"):
+        part = path.with_name(path.name + suffix)
+        if part.exists():
+            part.replace(path.with_name(path.name + DAMAGED + suffix))

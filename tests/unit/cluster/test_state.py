@@ -6,6 +6,8 @@ import stat
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from cluster.exit_cause import ExitCause
 from cluster.fleet import Fleet, Replica, WorkerFacts
 from cluster.placement import Placement, Rank
@@ -77,3 +79,23 @@ def test_the_cause_of_an_end_is_kept_and_a_file_without_it_still_loads(tmp_path:
     again = StateStore(path)
     assert again.fleet().replicas == (replace(ended, exit_cause=ExitCause.UNKNOWN),)
     again.close()
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut off", "something else"])
+def test_a_damaged_file_is_set_aside_and_a_new_one_begun(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "state.sqlite"
+    store = StateStore(path)
+    store.put_spec(default_spec(), {})
+    store.save_fleet(Fleet((replica(1), replica(2)), serial=2))
+    store.close()
+    whole = path.read_bytes()
+    kept = {"emptied": b"", "cut off": whole[: len(whole) // 2 + 100], "something else": bytes(range(256)) * 64}[damage]
+    path.write_bytes(kept)
+    again = StateStore(path)
+    assert again.spec() is None
+    assert again.fleet() == Fleet()
+    again.put(epoch="7")
+    again.close()
+    if kept:
+        assert path.with_name("state.sqlite.damaged").read_bytes() == kept
+    assert StateStore(path).get("epoch") == "7"
