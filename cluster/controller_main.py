@@ -200,11 +200,13 @@ def start_metrics(controller: Controller, host: str, advertise: str, port: int, 
 def settle_ports(store: StateStore, spec: ClusterSpec, host: str) -> None:
     """Finds a free port for each service whose port the spec leaves open, once: a restart keeps it."""
     fixed: Mapping[str, int] = spec.ports
-    settled = store.ports()
+    before = store.ports()
+    settled = dict(before)
     settled |= {name: fixed[name] for name in SETTLED_PORTS if fixed.get(name, 0)}
     missing = [name for name in SETTLED_PORTS if name not in settled]
     settled |= zip(missing, find_ports(len(missing), host, random.Random()), strict=True)
-    store.put_ports(settled)
+    if settled != before:  # a controller starts again on a full disk
+        store.put_ports(settled)
 
 
 def collect_logs(runtime_root: Path, state_file: Path) -> deque[str]:

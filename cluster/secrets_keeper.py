@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from megatoken.access.credentials import ClusterSecrets, Credentials, dump, new_secrets
 from megatoken.access.files import read_private, write_private
 from megatoken.access.table import Identity, Program
-from megatoken.errors import UnavailableError
+from megatoken.errors import RequestError, UnavailableError
 
 OVERLAP_S: Final = 60.0  # an operator's own copy of the token may be fetched within this
 PATIENCE_S: Final = 30.0  # a process that takes nothing for this long is out of reach, and fetches it when it returns
@@ -81,9 +81,19 @@ class SecretsKeeper:
             self._put(self._current.ended())
 
     def _put(self, secrets: ClusterSecrets) -> None:
-        write_private(self._path, dump(secrets))
-        write_private(self.own_path, dump(secrets.credentials(Identity.CONTROLLER, Program.CONTROLLER)))
+        _keep(self._path, dump(secrets))
+        _keep(self.own_path, dump(secrets.credentials(Identity.CONTROLLER, Program.CONTROLLER)))
         self._current = secrets
+
+
+def _keep(path: Path, text: str) -> None:
+    """Writes what is not in the file yet: a controller starts again on a full disk."""
+    try:
+        written = read_private(path, path.name) == text
+    except RequestError:
+        written = False
+    if not written:
+        write_private(path, text)
 
 
 def process_credentials(secrets: ClusterSecrets, kind: str, name: str) -> Credentials | None:

@@ -132,3 +132,11 @@ def test_the_range_is_the_kernels_and_has_a_default(tmp_path: Path) -> None:
 
 def test_a_machine_without_room_outside_the_range_still_gets_ports() -> None:
     assert len(set(find_ports(3, "127.0.0.1", random.Random(1), (1024, 65_535)))) == 3
+
+
+def test_settled_ports_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StateStore(tmp_path / "state.sqlite")
+    settle_ports(store, SPEC, "127.0.0.1")
+    monkeypatch.setattr(store, "put_ports", lambda _ports: pytest.fail("the disk may be full"))
+    settle_ports(store, SPEC, "127.0.0.1")
+    store.close()

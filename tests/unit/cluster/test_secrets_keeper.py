@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,16 @@ def test_a_rotation_goes_on_past_a_controllers_death_and_a_process_out_of_reach(
     third.advance(["chat-1"], 100.0 + OVERLAP_S + PATIENCE_S)
     assert not accepts(third, old)
     assert third.untold(["chat-1"]) == ["chat-1"], "told when it answers again"
+
+
+def test_a_restarted_controller_writes_nothing_that_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = SecretsKeeper(tmp_path)
+
+    def full(_path: Path, _text: str) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr("cluster.secrets_keeper.write_private", full)
+    assert SecretsKeeper(tmp_path).current == first.current
+    with pytest.raises(OSError, match="no space"):
+        first.rotate()
+    assert not first.current.rotating, "what could not be written down is not in force"
