@@ -103,7 +103,7 @@ class Agents:
     async def start(self, node: str, prefix: tuple[str, ...] = (), **config: Any) -> Started:
         """Starts the node's agent; its ready line may take an import of torch. `prefix` may enter a namespace."""
         facts = {"node": node, "controllers": [self.controller.address], "counters_dir": str(self.counters_dir(node))}
-        facts = {**facts, **self._config, **config}
+        facts = {**facts, "unguarded": True, **self._config, **config}
         processes = Processes(self._directory / f"processes-{len(self._processes)}")
         self._processes.append(processes)
         started = await asyncio.to_thread(processes.start, "worker.collective", facts, prefix=prefix)

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
 
 def mount(*arguments: str) -> None:
     subprocess.run(["mount", *arguments], check=True)
@@ -26,7 +28,12 @@ def prepare(directory: Path, hostname: str) -> None:
     mount("-t", "tmpfs", "-o", "size=2g,mode=1777", "tmpfs", "/dev/shm")
     for name in ("hosts", "resolv.conf"):
         mount("--bind", str(directory / name), f"/etc/{name}")
-    mount("--bind", str(directory / "tmp"), "/tmp")
+    for path in {REPOSITORY, Path(sys.prefix).resolve()}:  # a clone under /tmp stays to be seen, and nothing else there
+        if path.is_relative_to("/tmp"):
+            seen = directory / "tmp" / path.relative_to("/tmp")
+            seen.mkdir(parents=True, exist_ok=True)
+            mount("--bind", str(path), str(seen))
+    mount("--rbind", str(directory / "tmp"), "/tmp")
 
 
 def reap_forever() -> None:
