@@ -177,3 +177,10 @@ def test_aliases_that_grow_without_end_are_refused_at_once() -> None:
         load_spec("cluster: &a [*a]")
     assert time.monotonic() - began < 0.5
     assert load_spec("models: [{name: m, engine: &e simulated}, {name: n, engine: *e}]").models[1].engine == "simulated"
+
+
+@pytest.mark.parametrize("opening", ["[", "{a: ", "[{a: "])
+def test_brackets_inside_brackets_are_refused_while_they_are_read(opening: str) -> None:
+    began = time.process_time()
+    assert "brackets inside each other" in problems(f"models: {opening * 3000}")
+    assert time.process_time() - began < 0.5
