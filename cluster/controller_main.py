@@ -54,12 +54,11 @@ class ControllerActor:
         self._address = ""
         self._problem = ""
         self._secrets: SecretsKeeper | None = None
-        # Restarted by Ray, it carries on with what the state file says; new, it takes what it is given, also where an
-        # earlier cluster of that name was lost and left its file.
+        # Restarted by Ray, it carries on with what the state file says, or anew where that is lost; new, it takes what
+        # it is given, also where an earlier cluster of that name was lost and left its file.
         self._restarted = was_restarted()
-        given = None if self._restarted else spec_json
         state = Path(state_file) if state_file else state_path(os.environ, cluster)
-        arguments = (state, Path(runtime_root), node_address, given)
+        arguments = (state, Path(runtime_root), node_address, spec_json)
         threading.Thread(target=self._live, args=arguments, name="controller", daemon=True).start()
 
     def address(self, timeout_s: float) -> tuple[str, str]:
@@ -95,7 +94,7 @@ class ControllerActor:
         """Serves until the cluster was taken down; says whether Ray is not ours and stays."""
         lines = collect_logs(runtime_root, state_file)
         store = StateStore(state_file)
-        if spec_json is not None:
+        if spec_json is not None and (not self._restarted or store.spec() is None):
             store.put_spec(ClusterSpec.model_validate_json(spec_json), {})
             store.put(stopping="")
         spec = store.spec()

@@ -140,3 +140,27 @@ def test_settled_ports_are_written_once(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(store, "put_ports", lambda _ports: pytest.fail("the disk may be full"))
     settle_ports(store, SPEC, "127.0.0.1")
     store.close()
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_restarted_controller_takes_the_spec_it_was_given_only_where_its_file_is_lost(
+    tmp_path: Path, ended: threading.Event, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    served = threading.Event()
+
+    def no_ray_yet(_cluster: str, _root: Path) -> NoReturn:
+        served.set()
+        raise RuntimeError("no Ray")
+
+    monkeypatch.setattr(controller_main, "ray_backend", no_ray_yet)
+    monkeypatch.setattr(controller_main, "was_restarted", lambda: True)
+    path = tmp_path / "state.sqlite"
+    later = SPEC.with_replicas("m", 3)
+    if not lost:
+        store = StateStore(path)
+        store.put_spec(later, {})
+        store.close()
+    ControllerActor("c", str(path), str(tmp_path), "127.0.0.1", SPEC.model_dump_json())
+    assert served.wait(10)
+    assert ended.wait(10)
+    assert StateStore(path).spec() == (SPEC if lost else later)
