@@ -32,6 +32,7 @@ from cluster.fleet import (
     RollBack,
     Start,
     TellDrain,
+    on_this_clock,
 )
 from cluster.launches import LOOPBACK, Surroundings, worker_launch
 from cluster.links import Links
@@ -95,7 +96,7 @@ class Controller:
         self._tails = ThreadPoolExecutor(1, thread_name_prefix="tail")  # a process that does not answer delays no tick
         self._wake = asyncio.Event()
         self.orders = Orders(store, self.tell, self._wake.set)
-        self.fleet: Fleet = store.fleet()
+        self.fleet: Fleet = on_this_clock(store.fleet(), time.monotonic())
         self.records: Mapping[str, Record] = {}
         self.look = Look(complete=False)
         self.inventory = Inventory()

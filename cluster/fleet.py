@@ -2,13 +2,13 @@
 
 Pure values without behaviour beyond look-ups. reconciler.py turns (desired, fleet, observation) into the next fleet
 and a plan; state.py keeps the fleet in SQLite; backends make observations. Times are seconds of the head node's
-monotonic clock, which outlives a controller process.
+monotonic clock, which outlives a controller process; `on_this_clock` is for when the machine itself was started anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from cluster.exit_cause import ExitCause
@@ -118,6 +118,28 @@ class Fleet:
 
     def of_model(self, model: str) -> tuple[Replica, ...]:
         return tuple(replica for replica in self.replicas if replica.model == model)
+
+
+def on_this_clock(fleet: Fleet, now: float) -> Fleet:
+    """A fleet that was written down, on the clock that runs now.
+
+    Times to come mean that the clock began anew with its machine: the newest of them becomes `now`, and what was to
+    happen so long after it still is. Else deadlines and leases of before would hold for as long as the machine ran.
+    """
+    ahead_s = max((replica.since_s for replica in fleet.replicas), default=now) - now
+    if ahead_s <= 0:
+        return fleet
+    moved = tuple(
+        replace(
+            replica,
+            created_s=replica.created_s - ahead_s,
+            since_s=replica.since_s - ahead_s,
+            drain_deadline_s=None if replica.drain_deadline_s is None else replica.drain_deadline_s - ahead_s,
+            serves_until_s=replica.serves_until_s - ahead_s if replica.serves_until_s else 0.0,
+        )
+        for replica in fleet.replicas
+    )
+    return replace(fleet, replicas=moved)
 
 
 @dataclass(frozen=True, slots=True)

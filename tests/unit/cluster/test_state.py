@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.exit_cause import ExitCause
-from cluster.fleet import Fleet, Replica, WorkerFacts
+from cluster.fleet import Fleet, Replica, WorkerFacts, on_this_clock
 from cluster.placement import Placement, Rank
 from cluster.replica import ReplicaState
 from cluster.spec import default_spec
@@ -99,3 +99,14 @@ def test_a_damaged_file_is_set_aside_and_a_new_one_begun(tmp_path: Path, damage:
     if kept:
         assert path.with_name("state.sqlite.damaged").read_bytes() == kept
     assert StateStore(path).get("epoch") == "7"
+
+
+def test_times_of_a_clock_that_began_anew_keep_their_distances() -> None:
+    early = replace(replica(1), since_s=5000.0, created_s=4990.0, drain_deadline_s=5030.0)
+    lost = replace(replica(2, ReplicaState.FAILED), since_s=5010.0, drain_deadline_s=None, serves_until_s=5040.0)
+    fleet = Fleet((early, lost), serial=2)
+    assert on_this_clock(fleet, 6000.0) == fleet
+    first, second = on_this_clock(fleet, 100.0).replicas
+    assert (first.created_s, first.since_s, first.drain_deadline_s, first.serves_until_s) == (80.0, 90.0, 120.0, 0.0)
+    assert (second.since_s, second.drain_deadline_s, second.serves_until_s) == (100.0, None, 130.0)
+    assert on_this_clock(Fleet(), 1.0) == Fleet()
