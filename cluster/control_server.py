@@ -179,7 +179,7 @@ class MembershipServicer(membership_pb2_grpc.MembershipServicer):
         try:
             while not controller.closed.is_set():
                 current = controller.versions.current
-                if (current.epoch, current.version) != seen:
+                if controller.versions.known and (current.epoch, current.version) != seen:
                     seen = (current.epoch, current.version)
                     yield current
                     continue

@@ -46,6 +46,8 @@ class Versions:
 
     def __init__(self, epoch: int, version: int) -> None:
         self.current = membership_pb2.Snapshot(epoch=epoch, version=version)
+        self.known = False
+        """Whether `current` says who serves. Until the first offer it is the last controller's number and no more."""
 
     def offer(self, content: membership_pb2.Snapshot, write: Callable[[membership_pb2.Snapshot], None]) -> bool:
         """Takes `content` as the present snapshot when it differs; says whether it did.
@@ -54,10 +56,11 @@ class Versions:
         """
         content.epoch, content.version = self.current.epoch, self.current.version
         if content == self.current:
+            self.known = True
             return False
         content.version += 1
         write(content)
-        self.current = content
+        self.current, self.known = content, True
         return True
 
 

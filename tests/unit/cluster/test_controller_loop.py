@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from cluster.backend import Look, ProcessLaunch, ProcessObservation
+from cluster.control_server import MembershipServicer
 from cluster.controller import Controller, Settings
 from cluster.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
+from cluster.membership import Versions
 from cluster.secrets_keeper import SecretsKeeper
 from cluster.spec import ClusterSpec
 from cluster.state import StateStore
@@ -225,5 +227,20 @@ async def test_what_a_full_disk_does_not_take_is_neither_done_nor_told_until_it_
         await running.until(lambda: "m-3" in running.serving())
         assert running.serving() == ["m-2", "m-3"]
         assert said.count("READY -> FAILED: its worker is gone") == 1
+    finally:
+        await running.stop()
+
+
+async def test_a_controller_that_has_published_nothing_yet_tells_watchers_nothing(running: Running) -> None:
+    """The number that the last controller left says who served then; with nobody in it, routers would serve nobody."""
+    running.controller.versions = Versions(7, 3)
+    watching = MembershipServicer(running.controller).Watch(membership_pb2.WatchRequest(), None)  # type: ignore[arg-type]
+    first = asyncio.ensure_future(anext(watching))
+    await asyncio.sleep(0.05)
+    assert not first.done()
+    running.start()
+    try:
+        told = await asyncio.wait_for(first, 10)
+        assert (told.epoch, told.version, [model.model for model in told.models]) == (7, 4, ["m"])
     finally:
         await running.stop()
