@@ -39,7 +39,6 @@ from cluster.replica import FINAL, ReplicaEvent, ReplicaState, next_state
 from cluster.rollout import Step, next_step
 from cluster.spec_model import ModelSpec
 
-LEASE_TEXT = "a lost replica may serve until its lease ends; its replacement starts then"
 SLUG = str.maketrans({"/": "-", "_": "-", ".": "-"})
 
 
@@ -194,7 +193,7 @@ def _decide(tick: _Tick) -> dict[str, Step]:
             tick.health.pop(name, None)  # these failures have had their effect: applied again, the spec is tried anew
             tick.happenings.append(Happening("model.rollback", name, f"rolled back: {step.roll_back}", "update failed"))
         if step.put_off:
-            tick.block(name, BlockedKind.LEASE, LEASE_TEXT)
+            tick.block(name, BlockedKind.LEASE, _lease_text(replicas, tick.now))
         if _has_failed_start(health, model, tick.now):
             tick.block(name, BlockedKind.STARTS, _crash_text(health))
         steps[name] = step
@@ -203,6 +202,11 @@ def _decide(tick: _Tick) -> dict[str, Step]:
 
 def _has_failed_start(health: ModelHealth, model: ModelSpec, now: float) -> bool:
     return health.revision == model.revision and now < health.not_before_s
+
+
+def _lease_text(replicas: Sequence[Replica], now: float) -> str:
+    lost = [f"{replica.id} ({replica.reason})" for replica in replicas if replica.serves_until_s > now]
+    return f"{', '.join(lost)} may serve until its lease ends; its replacement starts then"
 
 
 def _crash_text(health: ModelHealth) -> str:

@@ -430,7 +430,7 @@ def test_the_replacement_of_a_replica_lost_with_its_node_waits_until_its_lease_i
     world.tick()
     assert world.states() == {"m-1": "FAILED"}
     assert world.fleet.replicas[0].exit_cause is ExitCause.NODE_LOST
-    assert "until its lease ends" in world.fleet.blocked["m"]
+    assert world.fleet.blocked["m"].startswith("m-1 (node lost: n0) may serve until its lease ends")
     del world.seen["m-1"]  # Ray forgets it; its lease is remembered all the same
     world.tick(18.0)
     assert world.states() == {"m-1": "FAILED"}
