@@ -34,6 +34,7 @@ class HostCluster:
         self.spec: dict[str, Any] = {
             "cluster": "lab",
             "ray": {"address": "auto"},
+            "control": {"worker_lease_s": 10},  # a replica lost with its node is replaced only when its lease is over
             "edge": {"count": 0},
             "agents": {"enabled": False},
             **spec,
