@@ -36,6 +36,7 @@ class FairQueue:
         self._finish: dict[str, float] = {}
         self._clock = 0.0
         self._gone: set[int] = set()
+        self._here: set[int] = set()  # those that wait
         self.length = 0
         self.tokens = 0
 
@@ -43,28 +44,30 @@ class FairQueue:
         return self.length
 
     def push(self, item: Waiting, weight: float = 1.0) -> None:
-        start = max(self._clock, self._finish.get(item.tenant, 0.0))
-        self._finish[item.tenant] = start + item.cost_tokens / weight
-        heapq.heappush(self._heap, (item.priority, start, next(self._order), item))
-        self._counted(item, 1)
+        tenant, priority = item.tenant, item.priority
+        start = max(self._clock, self._finish.get(tenant, 0.0))
+        self._enters(item)
+        self._finish[tenant] = start + item.cost_tokens / weight
+        heapq.heappush(self._heap, (priority, start, next(self._order), item))
 
     def push_front(self, item: Waiting) -> None:
         """For a request that already ran: it was fair before."""
+        self._enters(item)
         self._front.append(item)
-        self._counted(item, 1)
 
     def push_suspect(self, item: Waiting) -> None:
         """For a request that needs a replica to itself."""
+        self._enters(item)
         self._suspects[id(item)] = item
-        self._counted(item, 1)
 
     @property
     def suspects(self) -> int:
         return len(self._suspects)
 
     def pop_suspect(self) -> Any:
-        item = self._suspects.pop(next(iter(self._suspects)))
-        self._counted(item, -1)
+        item = next(iter(self._suspects.values()))
+        self._leaves(item)
+        del self._suspects[id(item)]
         return item
 
     def peek(self) -> Any | None:
@@ -80,6 +83,7 @@ class FairQueue:
         item = self.peek()
         if item is None:
             return None
+        self._leaves(item)
         if self._front:
             self._front.popleft()
         else:
@@ -88,12 +92,13 @@ class FairQueue:
             if not self._heap:  # nobody waits: forget who had how much
                 self._finish.clear()
                 self._clock = 0.0
-        self._counted(item, -1)
         return item
 
     def remove(self, item: Waiting) -> None:
-        """Takes a waiting request out wherever it stands. The caller knows that it waits here."""
-        self._counted(item, -1)
+        """Takes a request out wherever it stands; nothing, when it does not wait here."""
+        if id(item) not in self._here:
+            return
+        self._leaves(item)
         if self._suspects.pop(id(item), None) is not None:
             return
         self._gone.add(id(item))
@@ -113,6 +118,16 @@ class FairQueue:
         everything = [*self._front, *(entry[3] for entry in self._heap)]
         return [*self._suspects.values(), *(item for item in everything if id(item) not in self._gone)]
 
-    def _counted(self, item: Waiting, sign: int) -> None:
-        self.length += sign
-        self.tokens += sign * item.cost_tokens
+    # Whatever may raise comes first: one that is counted is there, and one that is not there is not counted.
+
+    def _enters(self, item: Waiting) -> None:
+        cost_tokens = item.cost_tokens
+        self._here.add(id(item))
+        self.length += 1
+        self.tokens += cost_tokens
+
+    def _leaves(self, item: Waiting) -> None:
+        cost_tokens = item.cost_tokens
+        self._here.discard(id(item))
+        self.length -= 1
+        self.tokens -= cost_tokens
