@@ -7,7 +7,7 @@ import numpy as np
 from megatoken.frames import U32
 from megatoken.v1 import tokens_pb2
 from router import continuation, quarantine
-from router.ending import LENGTH, end, fail
+from router.ending import LENGTH, end, fail, uncharge
 from router.fleet import Pool, Replica
 from router.lifecycle import Event
 from router.policies import Question
@@ -30,7 +30,18 @@ def question_of(request: Request) -> Question:
 
 
 def pump(state: RouterState, pool: Pool, now: float) -> None:
-    """Places as many waiting requests of the model as there is room for."""
+    """Places as many waiting requests of the model as there is room for.
+
+    Called wherever room may have come, by code that has others to serve as well: a fault of ours ends here, and those
+    that wait are tried again at the next tick at the latest.
+    """
+    try:
+        _place_waiting(state, pool, now)
+    except Exception as error:
+        state.faults.caught("placement", error)
+
+
+def _place_waiting(state: RouterState, pool: Pool, now: float) -> None:
     if pool.queue.suspects or pool.has_wards:
         _try_suspects(state, pool, now)
     while pool.queue.length and pool.open:
@@ -44,8 +55,8 @@ def pump(state: RouterState, pool: Pool, now: float) -> None:
         except Exception as error:  # it would stand before all others for good
             fail(state, request, "choice", error, now)
             continue
-        pool.queue.pop()
         try:
+            pool.queue.pop()
             place(state, request, replica, now)
         except Exception as error:
             fail(state, request, "placement", error, now)
@@ -73,7 +84,7 @@ def _try_suspects(state: RouterState, pool: Pool, now: float) -> None:
 
 def place(state: RouterState, request: Request, replica: Replica, now: float) -> None:
     """Sends the request to the replica. It is in no queue."""
-    request.move(Event.PLACED)  # first: whatever fails from here on, it is in no queue
+    request.move(Event.PLACED)
     if replica.link is None:
         raise RuntimeError(f"replica {replica.name} is in the open list without a session")
     request.attempts += 1
@@ -85,14 +96,37 @@ def place(state: RouterState, request: Request, replica: Replica, now: float) ->
         raw, base = continuation.prefix_request(request.raw, request.carried), len(request.carried) // 4
     direct = request.attempts > 1 or request.delivery or request.sink_index < 0
     sink = DIRECT if direct else request.sink_index
+    carried = request.carried
     slot = state.slots.take(replica.index, sink, request.stream, request, now)
+    request.slot, request.replica, request.base_tokens = slot, replica, 0
+    request.charged_prompt = request.charged_decode = 0
+    replica.in_flight += 1
+    try:
+        _charge(state, request, replica, base, now)
+        replica.link.send_start(slot, raw)
+    except Exception:  # its worker never heard of it, so nobody would confirm its end
+        uncharge(state, request, now)
+        state.pages.free(slot)
+        state.slots.free(slot)
+        request.slot, request.carried, request.replayed = -1, carried, b""
+        raise
+    try:
+        state.latencies.queue.add(now - request.arrived_s, now)
+        request.pool.measures.queue_s.observe(now - request.arrived_s)
+    except Exception as error:
+        state.faults.caught("accounts", error)
+    state.fleet.refresh(replica, now)
+
+
+def _charge(state: RouterState, request: Request, replica: Replica, base: int, now: float) -> None:
+    """What replica and slot hold of the request from now on. `base`: tokens of `carried` that it goes on from."""
+    slot = request.slot
     if base:
         state.pages.append_run(slot, 0, np.frombuffer(request.carried, U32))
-        state.slots.generated[slot] = base
+        state.slots.generated[slot] = request.base_tokens = base
     elif request.carried:
         request.replayed, request.replay_at = request.carried, 0
     request.carried = b""
-    request.slot, request.replica, request.base_tokens = slot, replica, base
     request.placed_s = now
     request.first_on_replica = False
     request.prompt_rows_here = 0
@@ -102,12 +136,7 @@ def place(state: RouterState, request: Request, replica: Replica, now: float) ->
     request.charged_decode = max(1, request.expected_tokens - base)
     replica.prompt_outstanding += request.charged_prompt
     replica.decode_outstanding += request.charged_decode
-    if replica.in_flight == 0:
+    if replica.in_flight == 1:
         replica.last_frame_s = replica.alive_s = now
-    replica.in_flight += 1
     if request.prefix_hashes:
         request.pool.prefixes.record(replica, request.prefix_hashes)
-    state.latencies.queue.add(now - request.arrived_s, now)
-    request.pool.measures.queue_s.observe(now - request.arrived_s)
-    replica.link.send_start(slot, raw)
-    state.fleet.refresh(replica, now)
