@@ -102,12 +102,22 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
     finish.resumes = request.resumes
     if request.resumes and request.resume_note:
         finish.resume_note = request.resume_note
-    try:
-        _settle_accounts(state, request, finish, now)
-    except Exception as error:
-        state.faults.caught("accounts", error)
-    _forget(state, request)
-    request.sink.push_finish(request, finish.SerializeToString())
+    # Lets go of the request's bytes at once, whoever still has the object.
+    state.live_bytes -= len(request.raw)
+    request.raw = request.carried = request.replayed = b""
+    request.held_details.clear()
+    for account in (_forget, _settle_accounts):
+        try:
+            account(state, request, finish, now)
+        except Exception as error:
+            state.faults.caught("accounts", error)
+    encoded = finish.SerializeToString()
+    for _ in range(2):  # a sink that raised took nothing; a client that hears of no end would wait for ever
+        try:
+            request.sink.push_finish(request, encoded)
+            break
+        except Exception as error:
+            state.faults.caught("delivery", error)
     if state.on_finished is not None:
         try:
             state.on_finished(request, finish, now)
@@ -115,11 +125,8 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
             state.faults.caught("request log", error)
 
 
-def _forget(state: RouterState, request: Request) -> None:
-    """Lets go of the request's bytes at once, whoever still has the object, and of its entries in the heaps."""
-    state.live_bytes -= len(request.raw)
-    request.raw = request.carried = request.replayed = b""
-    request.held_details.clear()
+def _forget(state: RouterState, request: Request, _finish: tokens_pb2.Finish, _now: float) -> None:
+    """Lets go of its entries in the heaps."""
     if request.deadline_s != float("inf"):
         state.deadlines.ended()
     if request.hold_due:

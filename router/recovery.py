@@ -143,4 +143,7 @@ def move_all(state: RouterState, replica: Replica, reason: str, now: float) -> N
     for slot in state.slots.of_replica(replica.index):
         request = state.slots.owner[slot]
         if request is not None:
-            lose(state, request, reason, now, known_to_worker=True)
+            try:
+                lose(state, request, reason, now, known_to_worker=True)
+            except Exception as error:
+                fail(state, request, "loss", error, now)

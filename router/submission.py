@@ -9,7 +9,7 @@ from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 from router import admission, continuation
 from router.door import Caller
-from router.ending import CANCELLED, end
+from router.ending import CANCELLED, end, fail
 from router.lifecycle import State
 from router.placement import pump
 from router.prefix_book import block_hashes
@@ -152,5 +152,8 @@ def cancel(state: RouterState, request: Request, now: float) -> None:
     if request.state is State.FINISHED:
         return
     pool = request.pool
-    end(state, request, tokens_pb2.Finish(reason=CANCELLED), now)
+    try:
+        end(state, request, tokens_pb2.Finish(reason=CANCELLED), now)
+    except Exception as error:  # the session has others to serve
+        fail(state, request, "end", error, now)
     pump(state, pool, now)

@@ -105,5 +105,5 @@ def _waits(state: RouterState, now: float) -> None:
 def _end(state: RouterState, request: Request, error: MegatokenError, now: float) -> None:
     try:
         end(state, request, error_finish(0, error), now)
-    except Exception as fault:
-        state.faults.caught("end", fault)
+    except Exception as fault:  # it would wait for ever: nothing else looks at it again
+        fail(state, request, "end", fault, now)
