@@ -8,6 +8,7 @@ nothing is copied before the frame is put together.
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -55,10 +56,11 @@ class FrameOutbox:
         self.add_part(Part(stream, count, token, _NONE, _NONE))
 
     def add_part(self, part: Part) -> None:
-        self._parts.append(part)
-        self._loose += 1
+        """When it raises, nothing was taken, and what waits is all there."""
         if self._loose >= _LOOSE:
             self._tie()
+        self._parts.append(part)
+        self._loose += 1
 
     def add_finish(self, finish: bytes) -> None:
         self.add_part(Part(None, None, None, _NONE, [finish]))
@@ -78,18 +80,21 @@ class FrameOutbox:
 
     def _tie(self) -> None:
         """Copies the loose parts into one: the client is slow, and each view keeps a whole frame in memory."""
-        loose = [self._parts.pop() for _ in range(min(self._loose, len(self._parts)))]
-        loose.reverse()
-        self._loose = 0
+        count = min(self._loose, len(self._parts))
+        made: list[Part] = []
         group: list[Part] = []
         size = 0
-        for part in loose:
+        for part in islice(self._parts, len(self._parts) - count, None):
             size += part.size_bytes()
             if group and size > MAX_FRAME_BYTES:
-                self._parts.append(tied(group))
+                made.append(tied(group))
                 group, size = [], part.size_bytes()
             group.append(part)
-        self._parts.append(tied(group))
+        made.append(tied(group))
+        for _ in range(count):
+            self._parts.pop()
+        self._parts.extend(made)
+        self._loose = 0
 
     def take(self) -> bytes:
         """One encoded Frame of what waits, as much as fits; call again while the outbox is not empty."""
