@@ -56,22 +56,28 @@ def on_frames(state: RouterState, batch: list[tuple[Replica, bytes]], now: float
     Frames of different replicas are sorted together, since numpy's cost is per call; a second frame of the same
     replica begins a new group, which keeps every stream's order.
     """
-    group: list[_Arrived] = []
-    senders: set[int] = set()
-    for replica, raw in batch:
-        if replica.index in senders:
-            _take_group(state, group, now)
-            group, senders = [], set()
-        if not replica.connected:
-            continue  # its session was given up in this very batch
+    at = 0
+    while at < len(batch):
+        group: list[_Arrived] = []
+        senders: set[int] = set()
+        while at < len(batch) and batch[at][0].index not in senders:
+            replica, raw = batch[at]
+            at += 1
+            if not replica.connected:
+                continue  # its session was given up in this very batch
+            try:
+                group.append(_decode(state, replica, raw))
+                senders.add(replica.index)
+            except MalformedFrame as error:
+                give_up(state, replica, f"replica {replica.name} sent a malformed frame: {error}", now)
+            except Exception as error:
+                _fault(state, replica, "frame", error, now)
         try:
-            group.append(_decode(state, replica, raw))
-            senders.add(replica.index)
-        except MalformedFrame as error:
-            give_up(state, replica, f"replica {replica.name} sent a malformed frame: {error}", now)
-        except Exception as error:
-            _fault(state, replica, "frame", error, now)
-    _take_group(state, group, now)
+            _take_group(state, group, now)
+        except Exception as error:  # beside what is caught there part by part; the frames after these are still to come
+            for arrived in group:
+                if arrived.replica.connected:
+                    _fault(state, arrived.replica, "frame", error, now)
 
 
 def _decode(state: RouterState, replica: Replica, raw: bytes) -> _Arrived:
@@ -166,9 +172,9 @@ def _time_step(replica: Replica, now: float) -> None:
 
 def _take_tokens(state: RouterState, frames: list[_Arrived], details: dict[int, list[bytes]], now: float) -> None:
     state.frames += len(frames)
-    if state.frames % _SAMPLE_EVERY < len(frames):
-        _sample_times(state, frames[0], now)
     try:
+        if state.frames % _SAMPLE_EVERY < len(frames):
+            _sample_times(state, frames[0], now)
         stream, count, token, sender = _joined(frames)
         found = sort_frame(state.slots, state.pages, sender, stream, count, token, now)
     except Exception as error:  # nothing is recorded, see sort_frame; whose fault it is, each frame by itself shows
@@ -183,7 +189,12 @@ def _take_tokens(state: RouterState, frames: list[_Arrived], details: dict[int, 
         _account(state, frames, found, len(stream))
     except Exception as error:  # a count may be off, no stream is
         state.faults.caught("accounts", error)
-    urgent = _first_tokens(state, found, now) if found.first else ()
+    urgent: set[int] = set()
+    try:
+        if found.first:
+            urgent = _first_tokens(state, found, now)
+    except Exception as error:
+        state.faults.caught("accounts", error)
     for index, streams, counts, tokens in found.parts:
         sink = state.sinks[index]
         if sink is None:
@@ -282,9 +293,9 @@ def first_token(state: RouterState, request: Request, now: float) -> None:
     if replica.trial is request:
         replica.trial = None
     replica.prompt_outstanding -= request.charged_prompt
+    request.charged_prompt = 0
     state.ledger.add("prompt_tokens", request.prompt_tokens + request.base_tokens)
     request.pool.measures.prompt_tokens += request.prompt_tokens + request.base_tokens
-    request.charged_prompt = 0
     was_closed = replica.circuit.failures == 0
     replica.circuit.succeeded()
     if not was_closed:
@@ -401,6 +412,8 @@ def _take_finish(state: RouterState, replica: Replica, finish: tokens_pb2.Finish
         _finish(state, replica, request, finish, now)
     except Exception as error:
         fail(state, request, "finish", error, now)
+        if int(state.slots.replica[slot]) == replica.index and state.slots.owner[slot] is None:
+            state.slots.free(slot)  # its worker has said that it ended, and will not say so again
 
 
 def _finish(state: RouterState, replica: Replica, request: Request, finish: tokens_pb2.Finish, now: float) -> None:

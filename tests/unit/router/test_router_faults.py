@@ -10,7 +10,7 @@ import pytest
 
 from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
-from router import demux, ending, intake, upkeep
+from router import demux, ending, intake, outbox, placement, upkeep
 from router.fleet import Replica
 from router.intake import on_frames
 from router.request import Request
@@ -143,6 +143,7 @@ def test_a_finish_that_cannot_be_taken_ends_its_request_and_no_other(monkeypatch
     assert (first.reason, first.code, second.reason) == (ERROR, INTERNAL, tokens_pb2.FINISH_REASON_STOP)
     assert faults.counts == {"finish": 1}
     fleet.check_idle()
+    assert fleet.state.slots.taken == 0, "its worker will not say a second time that it ended"
 
 
 def test_a_request_that_no_policy_can_choose_for_ends_and_lets_the_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +174,7 @@ def test_a_start_that_cannot_be_sent_ends_its_request_with_nothing_left_of_it(mo
     assert end.code == INTERNAL
     assert faults.counts == {"placement": 1}
     fleet.check_idle()
+    assert fleet.state.slots.taken == 0, "a worker that never heard of it confirms no end"
 
 
 def test_a_tick_looks_at_every_replica_and_model_whatever_is_wrong_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,3 +192,95 @@ def test_a_tick_looks_at_every_replica_and_model_whatever_is_wrong_with_one(monk
     fleet.tick(5.0)
     assert fleet.link(others[0]).cuts
     assert faults.counts == {"upkeep": 1}
+
+
+def once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """The next call of it raises, and none after that."""
+    real = getattr(owner, name)
+
+    def raising(*_: Any) -> None:
+        monkeypatch.setattr(owner, name, real)
+        raise MemoryError
+
+    monkeypatch.setattr(owner, name, raising)
+
+
+def test_a_group_of_frames_that_cannot_be_taken_leaves_no_gap_and_the_rest_of_the_batch_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleet, a, b = two()
+    faults = quiet(fleet)
+    on_frames(fleet.state, [frame(a, 1), frame(b, 1)], fleet.now)
+    third = fleet.submit(max_tokens=50)
+    once(monkeypatch, intake, "_take_group")
+    on_frames(fleet.state, [frame(a, 2), frame(b, 2), frame(a, 3), frame(b, 3), frame(third, 7)], fleet.now)
+    assert (fleet.received(a), fleet.received(b)) == ([1], [1])
+    assert [list(fleet.started(request).prompt) for request in (a, b)] == [[1, 2, 3, 1]] * 2
+    assert fleet.received(third) == [7]
+    assert faults.counts == {"frame": 2}
+
+
+def test_a_fault_while_requests_are_placed_keeps_no_frame_from_being_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, a, b = two()
+    faults = quiet(fleet)
+    once(monkeypatch, placement, "_place_waiting")
+    end = tokens_pb2.Finish(stream=a.slot, reason=tokens_pb2.FINISH_REASON_STOP)
+    on_frames(fleet.state, [frame(a, 1, finish=[end]), frame(b, 1), frame(b, 2)], fleet.now)
+    assert fleet.received(b) == [1, 2]
+    assert faults.counts == {"placement": 1}
+
+
+def test_a_request_that_fails_between_queue_and_replica_ends_and_stays_in_no_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleet = CoreFleet(replicas=1)
+    faults = quiet(fleet)
+    once(monkeypatch, placement, "place")
+    end = fleet.end(fleet.submit())
+    assert end is not None
+    assert end.code == INTERNAL
+    assert faults.counts == {"placement": 1}
+    fleet.check_idle()
+
+
+def test_a_sink_that_fails_once_gets_its_end_and_a_cancel_that_fails_ends_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleet, a, b = two()
+    faults = quiet(fleet)
+    once(monkeypatch, fleet.sink, "push_finish")
+    fleet.finish(a)
+    assert fleet.end(a) is not None
+    once(monkeypatch, ending, "settle")
+    fleet.cancel(b)
+    end = fleet.end(b)
+    assert end is not None
+    assert end.code == INTERNAL
+    assert faults.counts == {"delivery": 1, "end": 1}
+    fleet.check_idle()
+
+
+def test_a_deadline_whose_end_fails_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = CoreFleet()
+    faults = quiet(fleet)
+    request = fleet.submit(timeout_s=1.0)
+    once(monkeypatch, ending, "settle")
+    fleet.tick(2.0)
+    assert fleet.end(request) is not None
+    assert faults.counts == {"end": 1}
+    fleet.check_idle()
+
+
+def test_an_outbox_that_cannot_put_its_parts_together_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, a, _ = two()
+    faults = quiet(fleet)
+    once(monkeypatch, outbox, "tied")
+    for token in range(50):
+        fleet.tokens(a, token)
+    for token in range(100):
+        if a.replica is not None:
+            fleet.tokens(a, 50 + token)
+    got = fleet.received(a)
+    assert got == list(range(len(got)))
+    assert len(got) >= 60, "what waited before is all there"
+    assert faults.counts == {"delivery": 1}
