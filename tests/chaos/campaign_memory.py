@@ -1,8 +1,8 @@
-"""Hundreds of thousands of short requests with deadlines a day away, held answers, and cancels while nothing serves: memory is flat.
+"""400,000 short requests with deadlines a day away, held answers, and cancels while nothing serves: memory is flat.
 
 The router's real core on a virtual clock, in rounds of a few hundred requests. What a round leaves behind anywhere (in
-a heap, a queue, a table, or just in memory) is there more than a thousand times in the end, so sizes after the first tenth are
-compared with those at the end.
+a heap, a queue, a table, or just in memory) is there more than a thousand times in the end, so sizes after the first
+tenth are compared with those at the end.
 """
 
 from __future__ import annotations
