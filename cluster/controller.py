@@ -133,7 +133,10 @@ class Controller:
             self.address, self.store.ports(), backend.ray_address, self.settings.local, self.secrets.current
         )
         self.tell(Happening("controller.started", "controller", "carries on" if self._restored else "starts"))
-        self._publish_snapshot()
+        try:
+            self._publish_snapshot()
+        except Exception:  # the first tick does it again
+            self._survived("publishing")
         loops = [asyncio.create_task(loop()) for loop in (self._poll_forever, self._renew_forever)]
         turns = asyncio.create_task(self._turns(backend))
         try:

@@ -148,6 +148,26 @@ async def test_a_release_that_raises_does_not_keep_a_dead_replica_in_the_snapsho
         await running.stop()
 
 
+async def test_a_first_snapshot_that_cannot_be_published_is_published_by_the_loop(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = running.store.put, []
+
+    def put(**fields: str) -> None:
+        if not failed:
+            failed.append(True)
+            raise OSError("disk full")
+        real(**fields)
+
+    monkeypatch.setattr(running.store, "put", put)
+    running.start()
+    try:
+        await running.until(lambda: len(running.serving()) == 2)
+        assert running.faults == ["publishing"]
+    finally:
+        await running.stop()
+
+
 async def test_an_onlooker_that_raises_does_not_end_the_loop(running: Running) -> None:
     def raising(_seconds: float, _ok: bool) -> None:
         raise ValueError("no such label")
