@@ -160,12 +160,7 @@ def _one_turn(world: World, turn: int, fuse: Fuse, outcome: Outcome, what: str) 
 
 async def publishing(outcome: Outcome, nth: int) -> None:
     """The controller's loop, with a fault at the n-th call of each thing that publishing needs."""
-    for owner, name in (
-        (controller, "content_of"),
-        (Versions, "offer"),
-        (StateStore, "put"),
-        (controller.Controller, "_notify_watchers"),
-    ):
+    for owner, name in ((controller, "content_of"), (Versions, "offer"), (StateStore, "put")):
         real, left = getattr(owner, name), [nth]
 
         def failing(*arguments: Any, real: Any = real, left: list[int] = left, **named: Any) -> Any:
