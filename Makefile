@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install
 # One line that counts, instead of pip's hundreds.
 COUNT   := awk '/^ *(Collecting|Processing|Requirement already)/ { printf "\r      %d packages seen", ++n; fflush() } /^Installing/ { printf ", installing"; fflush() } END { print "" }'
 
-.PHONY: demo test test-failed lint format setup model test-unit test-multinode chaos bench bench-plan bench-router bench-throughput proto clean
+.PHONY: demo test test-failed lint format setup model test-unit test-multinode chaos fuzz bench bench-plan bench-router bench-throughput proto clean
 
 demo: setup
 	$(BIN)/python -m cluster.demo
@@ -64,6 +64,10 @@ test-multinode: setup
 ## chaos: campaigns of faults in full, about 15 minutes; `make test` runs a short form of each.
 chaos: setup
 	GRPC_VERBOSITY=NONE $(BIN)/python -m tests.chaos
+
+## fuzz: a million inputs over everything that reads bytes from outside, 12 minutes at most.
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tests.fuzz
 
 bench: setup
 	$(BIN)/python -m tests.bench.serving
