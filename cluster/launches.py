@@ -72,6 +72,7 @@ def worker_launch(
         "engine_args": dict(model.engine_args),
         "env": dict(model.env),
         "start_timeout_s": model.start_timeout_s,
+        "lease_s": spec.control.worker_lease_s,
         "log_level": spec.log_level,
         "tls": _worker_tls(spec),
     }

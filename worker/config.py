@@ -122,6 +122,11 @@ class WorkerConfig(BaseModel):
     )
     max_message_mib: int = Field(default=64, ge=1, le=1024, description="largest gRPC message")
     start_timeout_s: float = Field(default=900.0, gt=0, description="limit on the engine's start")
+    lease_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="not renewed by the controller for this long, it serves nobody; unset: runs alone",
+    )
     stop_timeout_s: float = Field(default=5.0, ge=0, description="on SIGTERM, how long running requests may go on")
     tls: TlsConfig | None = Field(default=None, description="unset: plain text")
     credentials_file: Path | None = Field(

@@ -30,7 +30,7 @@ class Fenced(Protocol):
 
 
 class Fence:
-    """Open until the first renewal: a worker that nobody renews, run alone, serves as long as it likes."""
+    """Open until it is begun or renewed: a worker run alone, which nobody renews, serves as long as it likes."""
 
     def __init__(self, replica: Fenced, loop: asyncio.AbstractEventLoop) -> None:
         self._replica, self._loop = replica, loop
@@ -43,20 +43,27 @@ class Fence:
         now = self._loop.time()
         until_s = min(stamp_s, now) + min(lease_s, MAX_LEASE_S)
         if stamp_s > 0 and until_s > max(self._until_s, now):
-            self._until_s = until_s
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(until_s, self._close)
+            self._serve_until(until_s)
             if self.closed:
                 self.closed = False
                 log_event(_log, "replica.unfenced", "the controller renews it again")
                 self._replica.unfence()
         return now
 
+    def begin(self, lease_s: float) -> None:
+        """Serve for `lease_s` from now: one that is cut off before its first renewal must not serve for ever."""
+        self._serve_until(self._loop.time() + min(lease_s, MAX_LEASE_S))
+
     def stop(self) -> None:
         """The process ends."""
         if self._timer is not None:
             self._timer.cancel()
+
+    def _serve_until(self, until_s: float) -> None:
+        self._until_s = until_s
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(until_s, self._close)
 
     def _close(self) -> None:
         self.closed = True

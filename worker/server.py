@@ -70,6 +70,8 @@ class WorkerServer:
         except RuntimeError:
             raise RequestError("port", config.port, f"a port that is free on {config.host}, or 0 for any") from None
         await self._server.start()
+        if config.lease_s is not None:
+            self._fence.begin(config.lease_s)
         await self.state_health(serving=True)
         return f"{config.advertise_host or config.host}:{port}"
 

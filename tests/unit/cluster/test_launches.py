@@ -53,6 +53,7 @@ def test_every_program_accepts_what_it_is_given(tls: bool, mutual: bool) -> None
     edge = EdgeConfig(**edge_launch("e", HEAD, wanted, around(), HEAD).config)
     agent = AgentConfig(**agent_launch("a", HEAD, wanted, around()).config, counters_dir="/counters")
     assert (config.tls is None, router.tls is None, edge.tls is None) == (not tls,) * 3
+    assert config.lease_s == wanted.control.worker_lease_s
     assert agent.controllers == ("127.0.0.1:7700",)
     assert edge.router == "127.0.0.1:7701"
     assert router.throughput_agent == (None if tls else "127.0.0.1:7800")

@@ -87,6 +87,21 @@ def test_it_serves_until_the_lease_after_its_last_stamp_and_again_when_renewed(
     assert not replica.serves
 
 
+def test_one_that_is_cut_off_before_its_first_renewal_closes_too(parts: tuple[Loop, Replica, Fence]) -> None:
+    loop, replica, fence = parts
+    fence.begin(10.0)
+    loop.move_to(105.0)
+    stamp_s = fence.renew(0.0, 10.0)  # gives no time, and takes none
+    loop.move_to(109.9)
+    assert replica.serves
+    loop.move_to(110.0)
+    assert not replica.serves
+    fence.renew(stamp_s, 10.0)
+    assert replica.serves
+    loop.move_to(115.0)
+    assert not replica.serves
+
+
 @pytest.mark.parametrize("stamp_s", [1e18, float("inf")])
 def test_a_stamp_of_the_future_gives_no_more_than_one_of_now(
     parts: tuple[Loop, Replica, Fence], stamp_s: float
