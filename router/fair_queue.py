@@ -64,6 +64,9 @@ class FairQueue:
     def suspects(self) -> int:
         return len(self._suspects)
 
+    def first_suspect(self) -> Any | None:
+        return next(iter(self._suspects.values()), None)
+
     def pop_suspect(self) -> Any:
         item = next(iter(self._suspects.values()))
         self._leaves(item)

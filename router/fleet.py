@@ -92,7 +92,7 @@ class Replica:
     load_totals: tuple[int, int, int] | None = None  # prompt, generated, busy_us of the last report
     prefixes: dict[int, None] = field(default_factory=dict)  # see prefix_book
     ward: bool = False  # kept for suspects: takes no other request, see quarantine
-    cleared: bool = False  # as a ward it was idle once: who runs there has shown its innocence
+    cleared: bool = False  # as a ward, once: all who run there have shown their innocence
     trial: Request | None = None  # the suspect whose first token is awaited here
 
     @property

@@ -72,7 +72,7 @@ def _take_back(state: RouterState, request: Request, now: float, known_to_worker
 def _guilty(request: Request, replica: Replica, reason: str) -> str:
     return (
         f"{reason}; replicas {request.suspected_of} and {replica.name} were both lost before this request's first "
-        f"token, the second while it was tried there alone: it is not tried again"
+        f"token, the second while it alone had none there: it is not tried again"
     )
 
 

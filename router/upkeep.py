@@ -97,7 +97,7 @@ def _waits(state: RouterState, now: float) -> None:
                 if request.suspected_of:
                     text = (
                         f"replica {request.suspected_of} was lost before this request's first token, and for "
-                        f"{now - since:.1f} s no replica of {pool.model!r} was idle to try it alone"
+                        f"{now - since:.1f} s no replica of {pool.model!r} could try it where it alone is to blame"
                     )
                 _end(state, request, UnavailableError(text), now)
 

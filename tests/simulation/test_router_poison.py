@@ -89,7 +89,7 @@ def test_a_poison_costs_two_replicas_at_most_and_every_other_stream_is_whole(see
         end = fleet.end(poison)
         assert end is not None
         assert (end.reason, end.code) == (ERROR, 14)
-        assert "tried there alone" in end.message
+        assert "it alone had none there" in end.message
     for request, prompt, count in requests:
         end = fleet.end(request)
         assert end is not None

@@ -388,16 +388,17 @@ def test_a_request_that_kills_every_replica_costs_two_and_is_told_so() -> None:
     assert not any(replica.ward for replica in fleet.replicas if replica.connected)
 
 
-def test_a_suspect_waits_for_an_idle_replica_and_is_cleared_by_its_first_token() -> None:
+def test_a_suspect_waits_until_all_others_have_a_token_and_is_cleared_by_its_own() -> None:
     fleet = CoreFleet(replicas=2, resume={"wait_s": 10})
     busy = [fleet.submit() for _ in range(4)]
     lost, kept = fleet.replicas
     company = [request for request in busy if request.replica is kept]
     suspects = [request for request in busy if request.replica is lost]
-    for request in company:
-        fleet.tokens(request, 1)
+    fleet.tokens(company[0], 1)
     fleet.lose(lost)
     assert {request.state for request in suspects} == {State.RESUMING}
+    fleet.tokens(company[1], 1)
+    assert [request.state for request in suspects] == [State.RUNNING, State.RESUMING]
     for request in company:
         fleet.finish(request)
     assert [request.state for request in suspects] == [State.RUNNING, State.RESUMING]
@@ -412,7 +413,44 @@ def test_a_suspect_waits_for_an_idle_replica_and_is_cleared_by_its_first_token()
     fleet.check_idle()
 
 
-def test_a_suspect_that_finds_no_idle_replica_ends_and_says_why() -> None:
+def test_a_suspect_waits_for_no_answer_to_end_and_a_second_death_is_its_own() -> None:
+    fleet = CoreFleet(replicas=3, max_running=4, resume={"wait_s": 10})
+    busy = [fleet.submit(max_tokens=1000) for _ in range(6)]
+    suspect = busy[0]
+    first = fleet.replica_of(suspect)
+    for request in busy[1:]:
+        fleet.tokens(request, 1)
+    fleet.lose(first)
+    second = fleet.replica_of(suspect)
+    company = [request for request in busy[1:] if request.replica is second]
+    assert company, "every other replica has streams that go on for long"
+    fleet.lose(second)
+    end = fleet.end(suspect)
+    assert end is not None
+    assert f"replicas {first.name} and {second.name} were both lost" in end.message
+    for request in busy[1:]:
+        assert (request.state, request.suspected_of) == (State.RUNNING, "")
+        fleet.tokens(request, 2)
+        fleet.finish(request)
+        assert fleet.received(request) == [1, 2]
+    fleet.check_idle()
+
+
+def test_a_suspect_waits_half_its_time_for_other_routers_requests_to_end() -> None:
+    fleet = CoreFleet(replicas=2, resume={"wait_s": 10})
+    suspect = fleet.submit()
+    first = fleet.replica_of(suspect)
+    other = next(replica for replica in fleet.replicas if replica is not first)
+    fleet.frame(other, load=tokens_pb2.Load(running=2, steps=1))
+    fleet.lose(first)
+    fleet.tick(4)
+    assert suspect.state is State.RESUMING
+    fleet.tick(2)
+    assert fleet.replica_of(suspect) is other
+    assert other.trial is suspect
+
+
+def test_a_suspect_that_finds_no_replica_to_be_tried_on_ends_and_says_why() -> None:
     fleet = CoreFleet(replicas=2, resume={"wait_s": 10})
     busy = [fleet.submit() for _ in range(4)]
     lost, kept = fleet.replicas
@@ -421,7 +459,7 @@ def test_a_suspect_that_finds_no_idle_replica_ends_and_says_why() -> None:
     fleet.tick(11)
     end = fleet.end(suspect)
     assert end is not None
-    assert "was idle to try it alone" in end.message
+    assert "could try it where it alone is to blame" in end.message
     fleet.submit()
     fleet.tick()
     assert not kept.ward
