@@ -83,13 +83,12 @@ class Replica:
     running: int = 0
     kv_usage: float = 0.0
     generated_tokens: int = 0  # taken over from it by this router
-    last_frame_s: float = 0.0
     alive_s: float = 0.0  # when its engine last showed that it makes steps, or got its first request
     engine_steps: int = -1  # that its worker counted, from its last load report of this session; -1: none yet
     rtt_s: float = 0.0
-    step_s: float = 0.0  # smoothed time between frames while it has requests
+    step_s: float = 0.0  # usual time of an engine step, from its load reports
     steps: int = 0  # that step_s was smoothed over
-    load_totals: tuple[int, int, int] | None = None  # prompt, generated, busy_us of the last report
+    load_totals: tuple[int, int, int, int] | None = None  # prompt, generated, busy_us, steps of the last report
     prefixes: dict[int, None] = field(default_factory=dict)  # see prefix_book
     ward: bool = False  # kept for suspects: takes no other request, see quarantine
     cleared: bool = False  # as a ward, once: all who run there have shown their innocence

@@ -122,8 +122,6 @@ def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
         if len(arrived.stream):
             filled.append(arrived)
             arrived.replica.alive_s = now  # tokens are made by steps; ends and loads come from the worker as well
-        if len(arrived.stream) or arrived.frame.finish:
-            _time_step(arrived.replica, now)
     if filled:
         _take_tokens(state, filled, details, now)
     for slot, lone in details.items():
@@ -159,15 +157,6 @@ def _take_group(state: RouterState, group: list[_Arrived], now: float) -> None:
             pools[id(replica.pool)] = replica.pool
     for pool in pools.values():
         pump(state, pool, now)
-
-
-def _time_step(replica: Replica, now: float) -> None:
-    """The time since its last frame; a replica without requests has none."""
-    gap_s = now - replica.last_frame_s
-    replica.last_frame_s = now
-    if replica.in_flight:
-        replica.steps += 1
-        replica.step_s += (gap_s - replica.step_s) * max(1 / replica.steps, 1 / 64)
 
 
 def _take_tokens(state: RouterState, frames: list[_Arrived], details: dict[int, list[bytes]], now: float) -> None:

@@ -6,6 +6,7 @@ from megatoken.v1 import tokens_pb2
 from router.fleet import Replica
 from router.state import RouterState
 
+_REMEMBERED = 64  # steps over which their time is smoothed
 _QUEUE_SHARE = 0.125  # of its batch: with more than this waiting in the engine, a replica gets no more
 
 
@@ -24,16 +25,29 @@ def take_load(state: RouterState, replica: Replica, load: tokens_pb2.Load, now: 
         replica.limit = max(1, load.running + max(2, load.running // 8))
     else:
         replica.limit = max(1, round(replica.capacity.batch * state.config.admission.replica_slack))
-    totals = (load.prompt_tokens, load.generated_tokens, load.busy_us)
+    totals = (load.prompt_tokens, load.generated_tokens, load.busy_us, load.steps)
     if before is None:
         replica.load_totals = totals
     else:
-        prompt, generated, busy_us = (new - old for new, old in zip(totals, before, strict=True))
+        prompt, generated, busy_us, steps = (new - old for new, old in zip(totals, before, strict=True))
         if busy_us >= 50_000 or generated < 0:
             replica.load_totals = totals
+            if busy_us > 0 and steps > 0:
+                _time_steps(replica, busy_us / 1e6, steps)
             running = max(1.0, (was_running + load.running) / 2)
             if generated > 0 and prompt >= 0:
                 replica.capacity.observe(busy_us / 1e6, generated, prompt, running)
                 kinds = replica.pool.rates_by_kind
                 kinds[replica.member.device_kind] = (replica.capacity.rates, replica.capacity.batch)
     state.fleet.refresh(replica, now)
+
+
+def _time_steps(replica: Replica, busy_s: float, steps: int) -> None:
+    """Smooths the time of its steps as a geometric mean, which a few long ones hardly move.
+
+    A long prefill makes some steps that take many times as long as others; a replica that is slow is slow in each.
+    """
+    step_s = busy_s / steps
+    replica.steps += steps
+    share = max(steps / replica.steps, 1 - (1 - 1 / _REMEMBERED) ** steps)
+    replica.step_s = step_s if not replica.step_s else replica.step_s * (step_s / replica.step_s) ** share

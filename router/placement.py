@@ -137,6 +137,6 @@ def _charge(state: RouterState, request: Request, replica: Replica, base: int, n
     replica.prompt_outstanding += request.charged_prompt
     replica.decode_outstanding += request.charged_decode
     if replica.in_flight == 1:
-        replica.last_frame_s = replica.alive_s = now
+        replica.alive_s = now
     if request.prefix_hashes:
         request.pool.prefixes.record(replica, request.prefix_hashes)

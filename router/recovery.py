@@ -132,7 +132,7 @@ def probed(state: RouterState, replica: Replica, now: float, *, well: bool) -> N
 def connect(state: RouterState, replica: Replica, now: float) -> None:
     """The session to the replica's worker stands (replica.link is set)."""
     replica.connected = True
-    replica.last_frame_s = replica.alive_s = now
+    replica.alive_s = now
     replica.engine_steps = -1
     state.fleet.refresh(replica, now)
     pump(state, replica.pool, now)

@@ -535,16 +535,31 @@ def test_only_a_share_is_ejected_and_the_slowest_first() -> None:
     assert [replica.ejected_until_s > fleet.now for replica in fleet.replicas] == [False, True, True] + [False] * 5
 
 
-def test_steps_are_timed_only_while_it_has_requests() -> None:
+def test_steps_are_timed_by_the_time_that_the_engine_was_busy() -> None:
     fleet = CoreFleet(replicas=1)
-    for _ in range(3):
+    for report in range(1, 20):
         fleet.now += 50
-        request = fleet.submit()
-        for token in range(20):
-            fleet.now += 0.02
-            fleet.tokens(request, token)
-        fleet.finish(request)
-    assert fleet.replicas[0].step_s == pytest.approx(0.02, rel=0.1)
+        load = tokens_pb2.Load(running=1, steps=10 * report, busy_us=200_000 * report, generated_tokens=10 * report)
+        fleet.frame(fleet.replicas[0], load=load)
+    assert fleet.replicas[0].step_s == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(("prefilling", "slow"), [(True, False), (False, True)])
+def test_a_long_prefill_makes_no_replica_slow_and_slow_steps_do(prefilling: bool, slow: bool) -> None:
+    fleet = CoreFleet(replicas=5)
+    for replica in fleet.replicas:
+        steps = busy_us = 0
+        for report in range(60):
+            odd = replica is fleet.replicas[0]
+            # A prompt of 100,000 tokens: a dozen steps of 0.4 s each, in a row, between steps that are as all others'.
+            long = odd and 40 <= report < 52 if prefilling else odd
+            made, took_us = (1, 400_000) if long and prefilling else (5, 5 * (200_000 if long else 20_000))
+            steps, busy_us = steps + made, busy_us + took_us
+            load = tokens_pb2.Load(running=1, steps=steps, busy_us=busy_us, generated_tokens=steps)
+            fleet.frame(replica, load=load)
+            upkeep.slow_tick(fleet.state, fleet.now)
+    assert (fleet.replicas[0].ejected_until_s > fleet.now) is slow
+    assert not any(replica.ejected_until_s for replica in fleet.replicas[1:])
 
 
 def test_a_worker_that_never_confirms_a_cancel_is_cut_off() -> None:
