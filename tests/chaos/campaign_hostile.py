@@ -1,0 +1,194 @@
+"""Hostile clients beside well-behaved streams, at a router and straight at a worker.
+
+The streams must go on exactly, the event loops of both processes must not be held up, and what the hostile ones cost in
+memory must be bounded. The lag is of the process's own clock (megatoken_*_loop_lag_seconds); where other work holds the
+cores, so is theirs, and the limit is for a machine with a core to spare.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import grpc
+
+from megatoken.frames import pack
+from megatoken.v1 import frame_columns_pb2
+from router import wire
+from router.client import TokenClient
+from tests.chaos.outcome import Outcome
+from tests.chaos.routed import (
+    MODEL,
+    PROMPT,
+    Streams,
+    lag_counts,
+    lag_ms,
+    ready,
+    resident_bytes,
+    scrape,
+    seed,
+    start_router,
+    start_worker,
+)
+from tests.processes import Processes
+
+NAME = "hostile"
+ABOUT = "clients that flood, hang, lie and never read, beside ten streams that must not notice"
+
+LAG_MS: Final = 50.0
+GROWTH: Final = 3.0  # of resident memory while hostile clients are there; a router begins at some 100 MiB
+CONNECTIONS: Final = 2000
+
+
+def request(**sampling: Any) -> bytes:
+    message = frame_columns_pb2.GenerateRequest(model=MODEL, prompt=pack(PROMPT))
+    for name, value in sampling.items():
+        setattr(message.sampling, name, value)
+    encoded: bytes = message.SerializeToString()
+    return encoded
+
+
+@contextlib.asynccontextmanager
+async def session(address: str) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        call = channel.stream_stream("/megatoken.v1.Tokens/Session")()
+        try:
+            yield call
+        finally:
+            call.cancel()
+
+
+async def send(call: Any, *messages: bytes) -> None:
+    """As much as is taken within a second each; a session that was ended is no harm to who ended it."""
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+        for message in messages:
+            async with asyncio.timeout(1.0):
+                await call.write(message)
+
+
+async def turned_away(call: Any) -> None:
+    """Waits for the session's end; what a worker said of its load comes before its status."""
+    async with asyncio.timeout(20):
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        if await call.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+            raise RuntimeError(f"turned away with {await call.code()}")
+
+
+async def empty_starts(address: str, rng: random.Random) -> None:
+    async with session(address) as call:
+        await send(call, *[b"\x0a\x00" * rng.randrange(20_000, 32_000)] * 4)
+
+
+async def more_starts_than_allowed(address: str, _rng: random.Random) -> None:
+    async with session(address) as call:
+        await send(call, b"\x0a\x00" * 1_000_000)
+        await turned_away(call)
+
+
+async def many_choices(address: str, rng: random.Random) -> None:
+    async with session(address) as call:
+        asked = request(n=128, max_tokens=rng.randrange(200, 400), temperature=1.0)
+        await send(call, *(wire.start(1 + 128 * number, asked) for number in range(8)))
+        await asyncio.sleep(0.3)
+
+
+async def cancels(address: str, rng: random.Random) -> None:
+    async with session(address) as call:
+        numbers = rng.sample(range(1 << 32), 1000) * 1000
+        await send(call, wire.start(1, request(max_tokens=50)), *[wire.cancel(numbers)] * 2)
+
+
+async def refusals_unread(address: str, _rng: random.Random) -> None:
+    async with session(address) as call:
+        wrong = wire.start(5, frame_columns_pb2.GenerateRequest(model="nobody").SerializeToString())
+        await send(call, *[wrong * 5000] * 6)
+
+
+async def generate_unread(address: str, _rng: random.Random) -> None:
+    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        method = channel.unary_stream("/megatoken.v1.Tokens/Generate")
+        calls = [method(request(max_tokens=2000, ignore_eos=True), timeout=5) for _ in range(50)]
+        await asyncio.sleep(1.0)
+        for call in calls:
+            call.cancel()
+
+
+async def no_frames(address: str, rng: random.Random) -> None:
+    async with session(address) as call:
+        await send(call, b"\xff" + rng.randbytes(rng.randrange(1 << 18)))
+        await turned_away(call)
+
+
+async def half_open(address: str, rng: random.Random) -> None:
+    """Connections that say nothing, or half of what HTTP/2 begins with, or no HTTP/2 at all."""
+    host, _, port = address.rpartition(":")
+    opened: list[socket.socket] = []
+    try:
+        for number in range(CONNECTIONS // 10):
+            one = socket.socket()
+            opened.append(one)
+            one.setblocking(False)
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await asyncio.get_running_loop().sock_connect(one, (host, int(port)))
+                    said = (b"", b"PRI * HTTP/2.0\r\n\r\nSM", rng.randbytes(200))[number % 3]
+                    one.send(said)
+        await asyncio.sleep(0.3)
+    finally:
+        for one in opened:
+            one.close()
+
+
+HOSTILE: Final[tuple[Callable[[str, random.Random], Awaitable[None]], ...]] = (
+    *(empty_starts, more_starts_than_allowed, many_choices, cancels, refusals_unread),
+    *(generate_unread, no_frames, half_open),
+)
+
+
+async def run(scale: float) -> Outcome:
+    outcome, number = Outcome(simulated=True), seed()
+    rng = random.Random(number)
+    rounds = max(1, round(4 * scale))
+    with Processes() as processes:
+        worker = start_worker(processes, "w0", {"max_running": 256})
+        router = start_router(processes, worker)
+        for part, victim in (("router", router), ("worker", worker)):
+            async with TokenClient([victim.address if part == "router" else router.address]) as client:
+                await ready(client)
+                async with Streams(client, outcome):
+                    before, small = lag_counts(await asyncio.to_thread(scrape, victim), part), resident_bytes(victim)
+                    await _attack(victim.address, rng, rounds, outcome)
+                    after, large = lag_counts(await asyncio.to_thread(scrape, victim), part), resident_bytes(victim)
+            found = lag_ms(before, after)
+            outcome.loop_lag_ms_p999 = max(outcome.loop_lag_ms_p999 or 0.0, found)
+            outcome.rss_growth_ratio = round(max(outcome.rss_growth_ratio or 0.0, large / small), 2)
+            if found > LAG_MS and scale >= 1.0:  # the short form runs beside other tests
+                outcome.wrong += 1
+                outcome.problem(f"{part}: its loop was {found:.0f} ms late at p99.9")
+            if large / small > GROWTH:
+                outcome.leaked += 1
+                outcome.problem(f"{part}: {small >> 20} MiB became {large >> 20} MiB")
+            if victim.process.poll() is not None:
+                outcome.lost += 1
+                outcome.problem(f"{part}: ended with {victim.process.returncode}")
+    if outcome.problems:
+        outcome.problem(f"MEGATOKEN_SEED={number}")
+    return outcome
+
+
+async def _attack(address: str, rng: random.Random, rounds: int, outcome: Outcome) -> None:
+    for _ in range(rounds):
+        for hostile in rng.sample(HOSTILE, len(HOSTILE)):
+            outcome.inputs += 1
+            try:
+                async with asyncio.timeout(30):
+                    await hostile(address, rng)
+            except TimeoutError:
+                outcome.wrong += 1
+                outcome.problem(f"{hostile.__name__}: not turned away within 30 s")
