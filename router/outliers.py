@@ -1,7 +1,7 @@
 """Which replicas are far slower than others of their kind, and are left out for a while. Pure.
 
-Compares the usual time of an engine step, as load reports show it, among replicas of one model and device kind that have
-been measured; needs four to tell. A bounded share is left out at once, and the slowest go first.
+Compares the usual time of an engine step, as load reports show it, among replicas of one model and device kind that
+have been measured; needs four to tell. A bounded share is left out at once, and the slowest go first.
 """
 
 from __future__ import annotations
