@@ -166,7 +166,8 @@ class ClientSession(SessionSink):
                 await self._pause(wait_s, urgent=outbox.urgent)
                 continue
             sent_at = time.monotonic()
-            await asyncio.wait_for(context.write(outbox.take()), stall_s)
+            async with asyncio.timeout(stall_s):  # wait_for may lose a cancel, and the session would never end
+                await context.write(outbox.take())
             if not outbox.refusals:
                 self._caught_up.set()
 
@@ -177,6 +178,7 @@ class ClientSession(SessionSink):
             return
         self._urgent.clear()
         try:
-            await asyncio.wait_for(self._urgent.wait(), wait_s)
+            async with asyncio.timeout(wait_s):
+                await self._urgent.wait()
         except TimeoutError:
             pass

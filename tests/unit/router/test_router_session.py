@@ -142,3 +142,19 @@ async def test_a_request_that_is_too_large_is_refused_alone() -> None:
     await session(limits={"max_request_bytes": 2000}).serve(context)
     assert [(finish.stream, finish.code) for finish in context.finishes()] == [(1, INVALID_ARGUMENT), (2, NOT_FOUND)]
     assert "request: '30" in context.finishes()[0].message
+
+
+async def test_a_writer_that_is_cancelled_as_its_pause_ends_is_cancelled() -> None:
+    served = session()
+
+    async def write() -> None:
+        await served._pause(30.0, urgent=False)
+        await asyncio.Event().wait()
+
+    pausing = asyncio.create_task(write())
+    await asyncio.sleep(0.01)
+    served._urgent.set()
+    await asyncio.sleep(0)
+    pausing.cancel()
+    await asyncio.wait({pausing}, timeout=1.0)
+    assert pausing.cancelled()
