@@ -4,14 +4,15 @@ A request is suspect when its replica died before giving it a token: perhaps the
 more, alone, so that whatever comes of it is its own doing: a first token clears it, a second death ends it. So no
 request costs a fleet more than two replicas, and one that was merely beside a poison costs none.
 
-A replica becomes a ward for this: it takes no ordinary request, and its first suspect once everybody there has a first
-token, which is a prefill away; idle ones go first. Those that have one run on beside the suspect, and so does a suspect
-that was cleared: should the replica die, nobody else can be blamed, and they go on elsewhere from their tokens. So a
-suspect waits for no answer to end, however long answers are, and hundreds of suspects of one death take a prefill each.
-How far those are that other routers and lease holders have there nobody knows, so they should end first; but for other
-routers' a suspect waits half of `resume.wait_s` at most, since it would end by itself after the whole, and they go on
-elsewhere too. At most half of a model's replicas are wards (one at least); they serve everyone again when no suspect is
-left.
+A replica becomes a ward for this: it takes no ordinary request, and its first suspect once it is idle. A suspect that
+was cleared runs on there, and the next is tried beside it: nobody else is without a first token, so the blame stays
+clear, and hundreds of suspects of one death take a prefill each instead of an answer each. At most half of a model's
+replicas are wards (one at least); they serve everyone again when no suspect is left.
+
+Where answers are long no ward becomes idle, and a suspect ends after `resume.wait_s`. So it asks for less as it waits:
+after a quarter of that a ward will do where everybody has a first token, who then only move if it dies; after half of
+it other routers' requests are no obstacle, of whose tokens nobody here knows. Lease holders' always are: they have
+nobody who would move them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Final
 from router.fleet import Pool, Replica
 from router.state import RouterState
 
+_IDLE_SHARE: Final = 0.25  # of its time that a suspect waits for an idle ward
+_OTHERS_SHARE: Final = 0.5  # and for other routers' requests to end
 SUSPECTS_A_WARD: Final = 8  # a further ward is opened for so many that wait
 
 
@@ -33,7 +36,7 @@ def wards(state: RouterState, pool: Pool, now: float) -> Iterator[Replica]:
             close(state, replica, now)  # a full one still ends what it has, as any full replica
     kept = [replica for replica in usable if replica.ward]
     first = pool.queue.first_suspect()
-    late = first is not None and now - first.placed_s > state.config.resume.wait_s / 2
+    waited = 0.0 if first is None else (now - first.placed_s) / max(state.config.resume.wait_s, 1e-9)  # share
     most = max(1, min(len(usable) // 2, -(-pool.queue.suspects // SUSPECTS_A_WARD)))
     spare = sorted((r for r in usable if not r.ward and r.has_room()), key=lambda r: (r.leased, r.others, r.in_flight))
     for replica in spare[: max(0, most - len(kept))]:
@@ -41,8 +44,7 @@ def wards(state: RouterState, pool: Pool, now: float) -> Iterator[Replica]:
         state.fleet.refresh(replica, now)
         kept.append(replica)
     for replica in kept:
-        company = replica.prompt_outstanding or replica.leased or (replica.others and not late)
-        replica.cleared = replica.cleared or not company
+        replica.cleared = replica.cleared or not _obstacles(replica, waited)
         if replica.cleared and replica.trial is None:
             yield replica
 
@@ -62,3 +64,9 @@ def _usable(replica: Replica, now: float) -> bool:
         and now >= replica.ejected_until_s
         and replica.circuit.closed
     )
+
+
+def _obstacles(replica: Replica, waited: float) -> float:
+    """What keeps a suspect off, once it has waited this share of the time that it may; nothing when 0."""
+    own = replica.in_flight if waited <= _IDLE_SHARE else replica.prompt_outstanding
+    return own + replica.leased + (replica.others if waited <= _OTHERS_SHARE else 0)

@@ -397,6 +397,8 @@ def test_a_suspect_waits_until_all_others_have_a_token_and_is_cleared_by_its_own
     fleet.tokens(company[0], 1)
     fleet.lose(lost)
     assert {request.state for request in suspects} == {State.RESUMING}
+    fleet.tick(3)
+    assert {request.state for request in suspects} == {State.RESUMING}
     fleet.tokens(company[1], 1)
     assert [request.state for request in suspects] == [State.RUNNING, State.RESUMING]
     for request in company:
@@ -421,6 +423,8 @@ def test_a_suspect_waits_for_no_answer_to_end_and_a_second_death_is_its_own() ->
     for request in busy[1:]:
         fleet.tokens(request, 1)
     fleet.lose(first)
+    assert suspect.state is State.RESUMING, "an idle one is waited for at first"
+    fleet.tick(3)
     second = fleet.replica_of(suspect)
     company = [request for request in busy[1:] if request.replica is second]
     assert company, "every other replica has streams that go on for long"
