@@ -76,10 +76,10 @@ def sizes() -> list[Size]:
     for offset in (-1, 0, 1):
         over = offset > 0
         salt = padded(REQUEST_BYTES + offset)
-        schema = padded(REQUEST_BYTES + offset, kind="json_schema")
+        schema = {"structured_outputs": {"json_schema": padded(REQUEST_BYTES + offset, kind="json_schema")}}
         found += [
             Size(f"cache_salt {offset:+}", "request: " * over, fields={"cache_salt": salt}),
-            Size(f"schema {offset:+}", "request: " if over else NO_GRAMMAR, sampling={"structured_outputs": {"json_schema": schema}}),
+            Size(f"schema {offset:+}", "request: " if over else NO_GRAMMAR, sampling=schema),
             Size(f"prompt {offset:+}", "prompt: " * over, prompt=(5,) * (PROMPT_TOKENS + offset)),
             Size(f"max_tokens {offset:+}", "max_tokens: " * over, sampling={"max_tokens": CONTEXT - 3 + offset}),
             Size(f"n {offset:+}", "n: " * over, sampling={"n": MAX_N + offset, "temperature": 1.0}),
