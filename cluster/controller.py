@@ -412,7 +412,7 @@ class Controller:
         """Apart from all other reading: a router that does not answer must not cost a worker its lease."""
         while True:
             try:
-                await self.links.renew(self.fleet.replicas, self._liveness_limits())
+                self.links.renew(self.fleet.replicas, self._liveness_limits())
             except Exception:
                 self._survived("renewal of leases")
             await asyncio.sleep(RENEW_S)

@@ -63,6 +63,8 @@ class Links:
         self._meters: dict[str, _Meter] = {}
         self._queued: dict[str, int] = {}
         self._probes: set[asyncio.Task[None]] = set()
+        self._renewals: dict[str, asyncio.Task[None]] = {}
+        """By replica: the renewal that is on its way."""
         self.liveness = Liveness()
         self._slots = asyncio.Semaphore(CONCURRENT_CALLS)
         self.sample = throughput_pb2.ThroughputSample()
@@ -73,23 +75,37 @@ class Links:
         rates = {replica: meter.rate for replica, meter in self._meters.items()}
         return Readings(dict(self._loads), rates, sum(self._queued.values()))
 
-    async def renew(self, replicas: Iterable[Replica], limits: LivenessLimits) -> None:
-        """Renews every serving worker's lease and takes its load; forgets those that are gone, probes the idle."""
+    def renew(self, replicas: Iterable[Replica], limits: LivenessLimits) -> None:
+        """Begins to renew every serving worker's lease and take its load; forgets those that are gone, probes the idle.
+
+        Called about once a second.
+        """
         serving = {replica.id: replica for replica in replicas if replica.facts is not None and replica.live}
         self.liveness.serves(serving, time.monotonic())
         for gone in self._loads.keys() - serving.keys():
             self._loads.pop(gone)
             self._meters.pop(gone, None)
             self.unfinished.pop(gone, None)
-        await asyncio.gather(*(self._renew(replica, limits.lease_s) for replica in serving.values()))
+        for replica in serving.values():
+            if replica.id not in self._renewals:  # one that does not answer keeps no other waiting
+                renewal = asyncio.create_task(self._renew(replica, limits.lease_s))
+                self._renewals[replica.id] = renewal
+                renewal.add_done_callback(lambda _task, name=replica.id: self._renewals.pop(name, None))
         for replica_id in self.liveness.to_probe(limits, time.monotonic()):
             probe = asyncio.create_task(self._probe(serving[replica_id], limits.hang_s))
             self._probes.add(probe)
             probe.add_done_callback(self._probes.discard)
 
     async def _renew(self, replica: Replica, lease_s: float) -> None:
+        """Renews once; at the first time twice, since only the second has a moment to count from."""
+        first = not self.liveness.stamp_s(replica.id)
+        if await self._renew_once(replica, lease_s) and first:
+            await self._renew_once(replica, lease_s)
+
+    async def _renew_once(self, replica: Replica, lease_s: float) -> bool:
+        """Whether the worker answered."""
         if replica.facts is None:
-            return
+            return False
         request = worker_pb2.RenewRequest(
             stamp_s=self.liveness.stamp_s(replica.id),
             lease_s=lease_s,
@@ -102,12 +118,13 @@ class Links:
                 reply = await stub.Renew(request, timeout=CALL_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 await self._give_up(replica.facts.address, error)
-                return  # its silence is what counts
+                return False  # its silence is what counts
         now, load = time.monotonic(), reply.load
         self.liveness.answered(replica.id, Answered(reply.stamp_s, load.steps, reply.unfinished, now))
         self._loads[replica.id] = load
         meter = self._meters.setdefault(replica.id, _Meter(load.generated_tokens, now))
         meter.read(load.generated_tokens, now)
+        return True
 
     async def _probe(self, replica: Replica, timeout_s: float) -> None:
         """Asks an idle engine for a token: of no request, and in no total."""
@@ -162,9 +179,10 @@ class Links:
             await self._channels.pop(address).close()
 
     async def close(self) -> None:
-        for probe in self._probes:
-            probe.cancel()
-        await asyncio.gather(*self._probes, return_exceptions=True)
+        running = [*self._probes, *self._renewals.values()]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         await self.keep_only(())
 
     async def _give_up(self, address: str, error: grpc.aio.AioRpcError) -> None:
