@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from cluster.child import Child, Launch
+from megatoken.process_tag import tagged_processes
 
 CONTROLLER_NAME = "controller"
 REPLICA_PREFIX = "replica/"
@@ -80,6 +81,15 @@ def interface_of(address: str) -> str:
         if any(entry.family in (socket.AF_INET, socket.AF_INET6) and entry.address == address for entry in addresses):
             return str(name)
     return ""
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def processes_of(replicas: list[str]) -> dict[str, list[tuple[str, int, str]]]:
+    """(part, pid, state) of the processes that these replicas have on the node this runs on."""
+    return {
+        replica: [(process.part, process.pid, process.state) for process in tagged_processes(replica)]
+        for replica in replicas
+    }
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -6,11 +6,12 @@ may wait longer than it says, and each is idempotent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.fleet import Phase, Replica, ReplicaObservation
+from cluster.liveness import PartSeen
 from cluster.topology import Inventory
 
 
@@ -83,6 +84,9 @@ class Backend(Protocol):
 
     def give_credentials(self, texts: Mapping[str, str], timeout_s: float) -> list[str]:
         """Replaces the credentials files of running replicas and processes; returns those that took theirs in time."""
+
+    def inspect(self, replicas: Sequence[Replica], timeout_s: float) -> dict[str, tuple[PartSeen, ...]]:
+        """By replica: what its processes do, on all of its nodes; a node that does not answer in time says so."""
 
     def placement_group_id(self, replica_id: str) -> str:
         """Ray's id of the replica's placement group; empty when it has none."""

@@ -61,6 +61,7 @@ POLL_S = 1.0  # between readings of queues and throughput
 RENEW_S = 1.0  # between renewals of workers' leases, which bring their loads
 TAIL_S = 5.0  # for a process to say its last lines
 STOP_GRACE_S = 5.0  # of a worker that has no request left
+INSPECT_S = 5.0  # for the nodes of replicas that hang to say what their processes do
 STUCK_S = 180.0  # no call of Ray that returns takes this long; past it the controller is started anew
 STUCK_CHECK_S = 1.0
 CREDENTIALS_S = 2.0  # for processes to take new credentials; those that did not are told again at the next tick
@@ -190,7 +191,8 @@ class Controller:
         await self._wait(backend)
         self.look = await self._in_thread(backend.look)
         now = time.monotonic()
-        plan = reconcile(self.orders.desired, self.fleet, self._observation(), self._limits(), now)
+        observation = await self._inspected(backend, self._observation())
+        plan = reconcile(self.orders.desired, self.fleet, observation, self._limits(), now)
         self.store.save_fleet(plan.fleet)  # a disk that takes nothing leaves all as it was, to be decided anew
         self.devices = judge(self.devices, self.fleet, plan.fleet, now)
         self.fleet = plan.fleet
@@ -232,6 +234,27 @@ class Controller:
             for replica_id, seen in self.look.replicas.items()
         }
         return Observation(self.inventory, replicas, self.look.complete)
+
+    async def _inspected(self, backend: Backend, observation: Observation) -> Observation:
+        """With what the processes of replicas that hang are doing, so that the reason can name the one to blame."""
+        hung = [
+            replica
+            for replica in self.fleet.replicas
+            if replica.live and replica.id in observation.replicas and observation.replicas[replica.id].hang
+        ]
+        if not hung:
+            return observation
+        try:
+            parts = await self._in_thread(lambda: backend.inspect(hung, INSPECT_S))
+        except Exception:
+            self._survived("look at what hangs")
+            return observation
+        found = dict(observation.replicas)
+        for replica in hung:
+            seen = found[replica.id]
+            if seen.hang is not None:
+                found[replica.id] = replace(seen, hang=replace(seen.hang, parts=parts.get(replica.id, ())))
+        return replace(observation, replicas=found)
 
     def _limits(self) -> Limits:
         control = self.orders.spec.control

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.exit_cause import ExitCause
 from cluster.fleet import Limits, Observation, Phase, Replica, ReplicaObservation, Reservation
-from cluster.liveness import Hang
+from cluster.liveness import Hang, HangSeen
 from cluster.placement_text import rank_text
 from cluster.replica import ReplicaEvent, ReplicaState
 from cluster.spec_model import ModelSpec
@@ -58,8 +58,25 @@ def _if_hung(replica: Replica, seen: ReplicaObservation, observation: Observatio
     if seen.hang is None:
         return None
     cause, text = _HANGS[seen.hang.hang]
-    ranks = ", ".join(rank_text(rank, observation.inventory) for rank in replica.placement.ranks)
-    return ReplicaEvent.FAIL, f"{text} {seen.hang.seconds:.0f} s ({ranks})", cause
+    where = _culprits(replica, seen.hang, observation) or [
+        rank_text(rank, observation.inventory) for rank in replica.placement.ranks
+    ]
+    return ReplicaEvent.FAIL, f"{text} {seen.hang.seconds:.0f} s ({', '.join(where)})", cause
+
+
+def _culprits(replica: Replica, hang: HangSeen, observation: Observation) -> list[str]:
+    """Those of its processes that cannot run, for people; empty when none was found."""
+    ranks = {f"rank {rank.rank}": rank_text(rank, observation.inventory) for rank in replica.placement.ranks}
+    told = []
+    for part in hang.parts:
+        node = observation.inventory.node(part.node)
+        title = node.title if node else part.node
+        if not part.part:
+            told.append(f"{title} does not answer")
+        elif part.state:
+            who = ranks.get(part.part, f"its {part.part} on {title}")
+            told.append(f"{who}: process {part.pid} is {part.state}")
+    return told
 
 
 def _drained(replica: Replica, seen: ReplicaObservation, limits: Limits, now: float) -> Met | None:

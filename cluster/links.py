@@ -7,6 +7,7 @@ stays until it is read again, so that status never waits for a slow worker.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -90,11 +91,14 @@ class Links:
             if replica.id not in self._renewals:  # one that does not answer keeps no other waiting
                 renewal = asyncio.create_task(self._renew(replica, limits.lease_s))
                 self._renewals[replica.id] = renewal
-                renewal.add_done_callback(lambda _task, name=replica.id: self._renewals.pop(name, None))
+                renewal.add_done_callback(functools.partial(self._renewed, replica.id))
         for replica_id in self.liveness.to_probe(limits, time.monotonic()):
             probe = asyncio.create_task(self._probe(serving[replica_id], limits.hang_s))
             self._probes.add(probe)
             probe.add_done_callback(self._probes.discard)
+
+    def _renewed(self, replica_id: str, _renewal: asyncio.Task[None]) -> None:
+        self._renewals.pop(replica_id, None)
 
     async def _renew(self, replica: Replica, lease_s: float) -> None:
         """Renews once; at the first time twice, since only the second has a moment to count from."""

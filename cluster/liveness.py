@@ -21,11 +21,26 @@ class Hang(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PartSeen:
+    """What was found of one process of a replica that hangs, or that its node did not answer."""
+
+    node: str
+    """Its id."""
+    part: str = ""
+    """"worker", "engine", "rank 1"; empty: the node did not answer."""
+    pid: int = 0
+    state: str = ""
+    """Why it cannot run; empty: nothing is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
 class HangSeen:
     """A replica hangs, and for how long."""
 
     hang: Hang
     seconds: float
+    parts: tuple[PartSeen, ...] = ()
+    """Of its processes, as far as they were looked at."""
 
 
 @dataclass(frozen=True, slots=True)

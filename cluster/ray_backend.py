@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,19 @@ from ray.util import list_named_actors, placement_group, placement_group_table, 
 from ray.util.placement_group import get_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.actors import PROCESS_PREFIX, REPLICA_PREFIX, ProcessActor, namespace_of, remove_directory
+from cluster.actors import (
+    PROCESS_PREFIX,
+    REPLICA_PREFIX,
+    ProcessActor,
+    namespace_of,
+    processes_of,
+    remove_directory,
+)
 from cluster.backend import Look, ProcessLaunch, ProcessObservation
 from cluster.exit_cause import ExitCause
 from cluster.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
 from cluster.launches import EDGE
+from cluster.liveness import PartSeen
 from cluster.ray_inventory import CPU_RESOURCE, inventory_of
 from cluster.runtime_dirs import node_directory
 from cluster.topology import CPU_KIND, Inventory
@@ -243,6 +251,25 @@ class RayBackend:
             return []
         done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
         return [calls[reference] for reference in done if _succeeded(reference)]
+
+    def inspect(self, replicas: Sequence[Replica], timeout_s: float) -> dict[str, tuple[PartSeen, ...]]:
+        by_node: dict[str, list[str]] = {}
+        for replica in replicas:
+            for node in replica.placement.nodes:
+                by_node.setdefault(node, []).append(replica.id)
+        calls = {}
+        for node, names in by_node.items():
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+            calls[processes_of.options(scheduling_strategy=strategy).remote(names)] = node
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
+        answered = [reference for reference in done if _succeeded(reference)]
+        parts: dict[str, list[PartSeen]] = {replica.id: [] for replica in replicas}
+        for reference, node in calls.items():
+            found = ray.get(reference) if reference in answered else {}
+            for name in by_node[node]:
+                seen = [PartSeen(node, part, pid, state) for part, pid, state in found.get(name, ())]
+                parts[name] += seen if reference in answered else [PartSeen(node)]
+        return {name: tuple(found) for name, found in parts.items()}
 
     def placement_group_id(self, replica_id: str) -> str:
         group = self._group(replica_id)

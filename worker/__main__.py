@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from megatoken.errors import EngineDeadError, MegatokenError, RequestError
 from megatoken.log import log_event, setup_logging
 from megatoken.process import read_arguments, report_ready
+from megatoken.process_tag import tag_process
 from worker.config import WorkerConfig
 from worker.engines.engine import Engine
 
@@ -124,6 +125,7 @@ async def _either(one: asyncio.Event, other: asyncio.Event) -> None:
 def main() -> int:
     """Entry point."""
     config, ready_fd = read_arguments("worker", WorkerConfig)
+    tag_process(config.replica, "worker")
     os.environ.update(config.env)
     if config.engine == "vllm":
         from worker.engines.vllm_process import prepare_process

@@ -65,4 +65,5 @@ async def test_a_frozen_worker_is_replaced_and_serves_nobody_when_it_wakes(tmp_p
             assert got == undisturbed
         row = replaced(cluster, f"{MODEL}-1", 10.0)
         assert "its worker has not answered for" in row["reason"]
+        assert f"its worker on local: process {worker} is stopped" in row["reason"]
         assert not Path(f"/proc/{worker}").exists(), "a frozen process is ended, not left"

@@ -12,10 +12,9 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 from vllm.v1.executor import ray_executor_v2
-from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 
 from worker.engines.cpu_platform_plugin import DEVICE_VARIABLE
-from worker.engines.ray_executor import MortalRayExecutor
+from worker.engines.ray_executor import MarkedRank, MortalRayExecutor
 
 # Copied from the engine core to its ranks, before they import anything.
 EARLY_VARIABLES = (
@@ -30,7 +29,7 @@ EARLY_VARIABLES = (
 )
 
 
-class CpuRank(RayWorkerProc):  # type: ignore[misc]
+class CpuRank(MarkedRank):
     """A rank process on a CPU slot."""
 
     def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
@@ -52,9 +51,7 @@ class CpuRank(RayWorkerProc):  # type: ignore[misc]
 class CpuRayExecutor(MortalRayExecutor):
     """Runs one rank per CPU slot of the replica's placement group."""
 
-    def _init_executor(self) -> None:
-        ray_executor_v2.RayWorkerProc = CpuRank  # the executor names its rank class in no other place
-        super()._init_executor()
+    rank_class = CpuRank
 
     def _build_runtime_env(self) -> dict[str, Any]:
         environment: dict[str, Any] = super()._build_runtime_env()

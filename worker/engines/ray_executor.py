@@ -13,17 +13,43 @@ import logging
 import os
 import threading
 import time
-from typing import Final
+from typing import Any, Final
 
-from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
+from vllm.v1.executor import ray_executor_v2
+from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
+
+from megatoken.process_tag import tag_process
+from worker.engines.ray_placement import REPLICA_VARIABLE
 
 ORDERLY_END_S: Final = 1.0
 
 _log = logging.getLogger(__name__)
 
 
+class MarkedRank(RayWorkerProc):  # type: ignore[misc]
+    """A rank process that can be found as what it is."""
+
+    def __init__(self, vllm_config: Any, rank: int, *arguments: Any, **options: Any) -> None:
+        replica = os.environ.get(REPLICA_VARIABLE)
+        if replica:
+            tag_process(replica, f"rank {rank}")
+        super().__init__(vllm_config, rank, *arguments, **options)
+
+
 class MortalRayExecutor(RayExecutorV2):  # type: ignore[misc]
     """An executor that takes its engine core along when it fails."""
+
+    rank_class: type = MarkedRank
+
+    def _init_executor(self) -> None:
+        ray_executor_v2.RayWorkerProc = self.rank_class  # the executor names its rank class in no other place
+        super()._init_executor()
+
+    def _build_runtime_env(self) -> dict[str, Any]:
+        environment: dict[str, Any] = super()._build_runtime_env()
+        if REPLICA_VARIABLE in os.environ:
+            environment.setdefault("env_vars", {})[REPLICA_VARIABLE] = os.environ[REPLICA_VARIABLE]
+        return environment
 
     def shutdown(self) -> None:
         """Ends the ranks. vLLM calls it from its monitor's thread, with `is_failed` set, when one was lost."""

@@ -14,6 +14,7 @@ from worker.config import WorkerConfig
 from worker.engines.cpu_platform_plugin import DEVICE_VARIABLE
 
 CPU_RESOURCE = "cpu_device"
+REPLICA_VARIABLE = "MEGATOKEN_REPLICA"  # tells rank processes, wherever they run, whose they are
 
 
 def prepare_environment(config: WorkerConfig) -> None:
@@ -21,6 +22,7 @@ def prepare_environment(config: WorkerConfig) -> None:
     if config.placement_group_id is None or config.ray_address is None:
         return
     os.environ["RAY_ADDRESS"] = config.ray_address
+    os.environ[REPLICA_VARIABLE] = config.replica
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Rank i in bundle i, as planned; vLLM's own order sorts nodes by their random ids.
     os.environ["VLLM_RAY_BUNDLE_INDICES"] = ",".join(str(rank) for rank in range(config.world_size))

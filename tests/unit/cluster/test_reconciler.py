@@ -23,7 +23,7 @@ from cluster.fleet import (
     TellDrain,
     WorkerFacts,
 )
-from cluster.liveness import Hang, HangSeen
+from cluster.liveness import Hang, HangSeen, PartSeen
 from cluster.placement import BlockedKind
 from cluster.reconciler import reconcile
 from cluster.replica import ReplicaState
@@ -489,3 +489,25 @@ def test_a_replica_that_hangs_is_replaced_and_the_reason_names_its_ranks(
     assert words in replica.reason
     assert "rank 0: n0 device 0" in replica.reason
     assert world.actions(Release) == [Release("m-1")], "what hangs is ended, its devices come free"
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (
+            (PartSeen("n0", "worker", 7), PartSeen("n0", "rank 1", 9, "stopped")),
+            "(rank 1: n0 device 1: process 9 is stopped)",
+        ),
+        ((PartSeen("n0", "engine", 8, "stopped"),), "(its engine on n0: process 8 is stopped)"),
+        ((PartSeen("n0", "rank 0", 9), PartSeen("n1")), "(n1 does not answer)"),
+        ((PartSeen("n0", "rank 0", 9),), "(rank 0: n0 device 0, rank 1: n0 device 1)"),
+    ],
+)
+def test_the_reason_of_a_hang_names_the_rank_and_process_that_stand_still(
+    parts: tuple[PartSeen, ...], said: str
+) -> None:
+    world = World(model(parallel={"tensor": 2}), nodes(2))
+    world.until_ready()
+    world.seen["m-1"] = replace(SERVING, hang=HangSeen(Hang.NO_STEP, 61.0, parts))
+    world.tick()
+    assert world.fleet.replicas[0].reason.endswith(said)

@@ -1,0 +1,57 @@
+"""Marks a process as a part of a replica, so that whoever looks for the part that hangs finds it.
+
+The mark is an open memfd whose name says replica and part: /proc/PID/fd shows it to the same user, it ends with the
+process, and unlike a title or an environment it cannot be overwritten (Ray sets titles, vLLM environments). Linux only.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+PREFIX: Final = "megatoken:"
+STATES: Final = {"T": "stopped", "t": "stopped by a debugger", "Z": "dead", "D": "waiting for a device or a disk"}
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedProcess:
+    """One process of a replica."""
+
+    part: str  # "worker", "engine", "rank 1"
+    pid: int
+    state: str  # one of STATES' values; empty: it runs, or could
+
+
+def tag_process(replica: str, part: str) -> None:
+    """Marks this process for as long as it lives; what it forks is marked "engine" in its place."""
+    descriptor = os.memfd_create(_name(replica, part), os.MFD_CLOEXEC)
+
+    def retag() -> None:
+        os.close(descriptor)
+        os.memfd_create(_name(replica, "engine"), os.MFD_CLOEXEC)
+
+    os.register_at_fork(after_in_child=retag)
+
+
+def tagged_processes(replica: str, proc: Path = Path("/proc")) -> list[TaggedProcess]:
+    """This user's processes on this machine that are parts of the replica, by part."""
+    prefix = f"/memfd:{_name(replica, '')}"
+    found = []
+    for entry in proc.iterdir():
+        if entry.name.isdigit():
+            try:
+                links = [os.readlink(link) for link in (entry / "fd").iterdir()]
+                part = next((link for link in links if link.startswith(prefix)), None)
+                if part is not None:
+                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                    name = part.removeprefix(prefix).removesuffix(" (deleted)")
+                    found.append(TaggedProcess(name, int(entry.name), STATES.get(state, "")))
+            except OSError:  # it ended meanwhile, or is somebody else's
+                continue
+    return sorted(found, key=lambda process: (process.part, process.pid))
+
+
+def _name(replica: str, part: str) -> str:
+    return f"{PREFIX}{replica}:{part}"

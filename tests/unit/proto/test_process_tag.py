@@ -1,0 +1,53 @@
+"""A marked process is found by its replica, with its state, whatever it forks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+
+from megatoken.process_tag import TaggedProcess, tagged_processes
+
+PROGRAM = """
+import os, sys, time
+from megatoken.process_tag import tag_process
+tag_process(sys.argv[1], "worker")
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_worker_and_what_it_forked_are_found_with_their_states() -> None:
+    replica = f"chat-{uuid.uuid4().hex[:8]}"
+    assert tagged_processes(replica) == []
+    worker = subprocess.Popen([sys.executable, "-c", PROGRAM, replica], stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    engine = int(worker.stdout.readline())
+    try:
+        until(lambda: len(tagged_processes(replica)) == 2)
+        assert tagged_processes(replica) == [
+            TaggedProcess("engine", engine, ""),
+            TaggedProcess("worker", worker.pid, ""),
+        ]
+        assert tagged_processes(replica[:-1]) == [], "another replica whose name begins like it"
+        os.kill(engine, signal.SIGSTOP)
+        until(lambda: tagged_processes(replica)[0].state == "stopped")
+    finally:
+        os.kill(engine, signal.SIGKILL)
+        worker.kill()
+        worker.wait()
+        worker.stdout.close()
+    until(lambda: tagged_processes(replica) == [])
