@@ -28,6 +28,7 @@ from router.state import RouterState
 from router.submission import cancel, submit
 
 STARTS_AT_ONCE: Final = 64  # requests taken on before the other callers have their turn
+CANCELS_AT_ONCE: Final = 4096  # the same; a message holds millions of numbers, and most cost but a look, some 0.2 us
 MAX_REFUSALS: Final = 8192  # that wait for the client; with more it is not read from. Some 128 bytes each
 _URGENT_S = 0.001  # least time between messages when one holds a first token or an end
 
@@ -101,8 +102,11 @@ class ClientSession(SessionSink):
                 self._start(start, now, start.request.ByteSize() if large else 0)
                 if position % STARTS_AT_ONCE == 0:
                     await self._give_way()
-            if frame.cancel:
-                for stream in column(frame.cancel).tolist():
+            cancelled = column(frame.cancel)
+            for first in range(0, len(cancelled), CANCELS_AT_ONCE):
+                if first:
+                    await self._give_way()
+                for stream in cancelled[first : first + CANCELS_AT_ONCE].tolist():
                     request = self.requests.get(stream)
                     if request is not None:
                         cancel(self._state, request, now)

@@ -12,7 +12,7 @@ from megatoken.fields import fields_at_most
 from megatoken.frames import pack
 from megatoken.v1 import tokens_pb2
 from router import wire
-from router.client_session import MAX_REFUSALS, STARTS_AT_ONCE, ClientSession
+from router.client_session import CANCELS_AT_ONCE, MAX_REFUSALS, STARTS_AT_ONCE, ClientSession
 from router.config import RouterConfig
 from router.door import Caller
 from router.fleet import Fleet
@@ -82,6 +82,21 @@ async def test_a_message_of_many_requests_lets_others_have_their_turn() -> None:
     await reading
     other.cancel()
     assert turns >= count // STARTS_AT_ONCE
+
+
+async def test_a_message_of_many_cancels_lets_others_have_their_turn() -> None:
+    turns = 0
+
+    async def another_client() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    other = asyncio.create_task(another_client())
+    await session()._read(Context(wire.cancel(range(CANCELS_AT_ONCE * 20 + 1))))
+    other.cancel()
+    assert turns >= 19  # the other's first turn only brings it to where it counts
 
 
 async def test_refusals_that_nobody_reads_stop_the_reading_and_all_come_in_the_end() -> None:
