@@ -91,7 +91,7 @@ class ClientSession(SessionSink):
                 return
             now = time.monotonic()
             most = self._config.limits.max_streams_per_session
-            if not fields_at_most(raw, most + 1):  # before a decoder makes an object of each; cancels are one
+            if not await fields_at_most(raw, most + 1):  # before a decoder makes an object of each; cancels are one
                 raise MalformedFrame(f"{len(raw)} bytes with more than is allowed: at most {most} requests a message")
             try:
                 frame = ClientFrame.FromString(raw)

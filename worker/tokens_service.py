@@ -95,7 +95,7 @@ async def _read_session(replica: Replica, outlet: Outlet, context: Any) -> None:
         raw = await context.read()
         if raw is END:
             return
-        if not fields_at_most(raw, STARTS_A_MESSAGE):  # before a decoder makes an object of each; cancels are one
+        if not await fields_at_most(raw, STARTS_A_MESSAGE):  # before a decoder makes an object of each; cancels are one
             raise ValueError(f"a message of {len(raw)} bytes holds more than {STARTS_A_MESSAGE} requests")
         try:
             frame = columns.ClientFrame.FromString(raw)

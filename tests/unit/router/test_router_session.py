@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatoken.fields import fields_at_most
+from megatoken.fields import FIELDS_AT_ONCE, fields_at_most
 from megatoken.frames import pack
 from megatoken.v1 import tokens_pb2
 from router import wire
@@ -136,12 +136,27 @@ async def test_a_message_of_too_many_requests_ends_its_session() -> None:
         await session(limits={"max_streams_per_session": 1000}).serve(Context(starts(1002, prompt=pack([1, 2]))))
 
 
-def test_counting_fields_stops_at_what_is_no_message() -> None:
-    assert fields_at_most(b"\x0a" * 5000, 1000)  # each is a length, of ten bytes
-    assert not fields_at_most(b"\x08\x01" * 1001, 1000)
-    assert not fields_at_most(b"\x0d\x00\x00\x00\x00" * 1001, 1000)
-    assert fields_at_most(b"\x0b" * 5000, 1000)
-    assert fields_at_most(b"\xff" * 5000, 1000)
+async def test_counting_fields_stops_at_what_is_no_message() -> None:
+    assert await fields_at_most(b"\x0a" * 5000, 1000)  # each is a length, of ten bytes
+    assert not await fields_at_most(b"\x08\x01" * 1001, 1000)
+    assert not await fields_at_most(b"\x0d\x00\x00\x00\x00" * 1001, 1000)
+    assert await fields_at_most(b"\x0b" * 5000, 1000)
+    assert await fields_at_most(b"\xff" * 5000, 1000)
+
+
+async def test_counting_many_fields_lets_others_have_their_turn() -> None:
+    turns = 0
+
+    async def another_client() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    other = asyncio.create_task(another_client())
+    assert not await fields_at_most(b"\x0a\x00" * 100_000, FIELDS_AT_ONCE * 20)
+    other.cancel()
+    assert turns >= 19
 
 
 def test_a_finish_is_encoded_once_for_many_streams() -> None:
