@@ -146,7 +146,8 @@ class TokenClient:
         """Waits for the first router. Raises UnavailableError when none answers in connect_timeout_s."""
         self._tasks = [asyncio.create_task(self._keep(address)) for address in self._routers]
         try:
-            await asyncio.wait_for(self._connected.wait(), self._connect_timeout_s)
+            async with asyncio.timeout(self._connect_timeout_s):  # wait_for may lose a cancel
+                await self._connected.wait()
         except TimeoutError:
             await self.close()
             raise UnavailableError(

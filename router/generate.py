@@ -189,7 +189,8 @@ async def _until_done(sink: GenerateSink, stall_s: float) -> None:
     while True:
         wrote = sink.wrote
         try:
-            await asyncio.wait_for(sink.done.wait(), stall_s)
+            async with asyncio.timeout(stall_s):  # wait_for may lose the cancel of a client that left
+                await sink.done.wait()
             return
         except TimeoutError:
             if sink.stuck(wrote):

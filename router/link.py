@@ -106,7 +106,8 @@ class WorkerLink:
         channel = self._open_channel(self._replica.member.address)
         helpers: list[asyncio.Task[None]] = []
         try:
-            await asyncio.wait_for(channel.channel_ready(), CONNECT_S)
+            async with asyncio.timeout(CONNECT_S):  # wait_for may lose a cancel, and the link would outlive its replica
+                await channel.channel_ready()
             if not await self._is_it(channel):
                 return
             call = cast(Any, channel).stream_stream("/megatoken.v1.Tokens/Session")()

@@ -81,7 +81,8 @@ async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> i
     if replica.dead is None:
         replica.drain()
         try:
-            await asyncio.wait_for(replica.drained.wait(), config.stop_timeout_s)
+            async with asyncio.timeout(config.stop_timeout_s):  # wait_for may lose a cancel
+                await replica.drained.wait()
         except TimeoutError:
             replica.end_running()
     await server.stop(FLUSH_S)

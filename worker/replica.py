@@ -74,7 +74,8 @@ class Replica:
     async def start(self) -> EngineFacts:
         """Starts the engine. Raises EngineDeadError when it does not come up in time."""
         try:
-            self.facts = await asyncio.wait_for(self.engine.start(self), self.config.start_timeout_s)
+            async with asyncio.timeout(self.config.start_timeout_s):  # wait_for may lose a cancel
+                self.facts = await self.engine.start(self)
         except TimeoutError:
             raise EngineDeadError(f"the engine did not start within {self.config.start_timeout_s:g} s") from None
         self._loop = asyncio.get_running_loop()

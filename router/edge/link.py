@@ -66,7 +66,8 @@ class RouterLink:
         if self._session is not None:
             return True
         try:
-            await asyncio.wait_for(self._connected.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for may lose a cancel
+                await self._connected.wait()
         except TimeoutError:
             return False
         return True
@@ -86,7 +87,7 @@ class RouterLink:
         """Ends the session and waits for it; requests that it still has are told."""
         self._closed = True
         while self._task is not None and not self._task.done():
-            self._task.cancel()  # again: asyncio.wait_for loses one that comes as what it waits for is done
+            self._task.cancel()  # again, should a library on the way lose one
             await asyncio.wait((self._task,), timeout=CANCEL_AGAIN_S)
 
     async def _keep_connected(self) -> None:

@@ -61,6 +61,44 @@ async def test_a_link_to_a_worker_goes_on_after_an_unreadable_certificate(monkey
     assert not replica.connected
 
 
+class ReadyChannel:
+    """Becomes ready when told, and answers nothing."""
+
+    def __init__(self) -> None:
+        self.ready = asyncio.Event()
+
+    async def channel_ready(self) -> None:
+        await self.ready.wait()
+
+    def unary_unary(self, *_: Any, **__: Any) -> Any:
+        async def never(*_: Any, **__: Any) -> None:
+            await asyncio.Event().wait()
+
+        return never
+
+    async def close(self, _grace: float | None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_link_that_is_closed_as_its_channel_becomes_ready_ends(turns: int) -> None:
+    fleet = CoreFleet(replicas=1)
+    (replica,) = fleet.replicas
+    fleet.lose(replica)
+    channel: Any = ReadyChannel()
+    link = WorkerLink(fleet.state, Inbox(fleet.state), replica, lambda _address: channel)
+    link.start()
+    await asyncio.sleep(0.01)
+    channel.ready.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    closing = asyncio.create_task(link.close())
+    _, late = await asyncio.wait((closing,), timeout=2)
+    for task in late:
+        task.cancel()
+    assert not late
+
+
 @pytest.mark.parametrize(("name", "incarnation"), [("m-1", 1), ("m-0", 2)])
 async def test_a_link_uses_no_other_replica_at_its_address_and_tries_again(
     monkeypatch: pytest.MonkeyPatch, name: str, incarnation: int
