@@ -74,7 +74,16 @@ def node_env_of(spec: ClusterSpec, group: DeviceGroup, token_path: str | None) -
     env = {**RAY_HABITS, "RAY_AUTH_MODE": "token"}
     if token_path is not None:
         env["RAY_AUTH_TOKEN_PATH"] = token_path
-    return {**env, **spec.network.env, **group.env}
+    return {**env, **given_env(spec, group)}
+
+
+def given_env(spec: ClusterSpec, group: DeviceGroup) -> dict[str, str]:
+    """What the spec itself gives: it may hold secrets. Raises ValueError for a value of several lines."""
+    given = {**spec.network.env, **group.env}
+    for name, value in given.items():
+        if "\n" in value:
+            raise ValueError(f"env: {name} is not allowed; its value must be one line")
+    return given
 
 
 def spec_on(spec: ClusterSpec, ray_address: str) -> ClusterSpec:

@@ -92,7 +92,12 @@ class SshCluster:
 
     def _output(self, step: SshStep, limit_s: float) -> tuple[str, str]:
         """(what went wrong, what it printed); the first is empty when nothing did."""
-        given = {"token": self._token, "spec": dump_spec(spec_on(self._spec, self._plan.ray_address)), "": ""}
+        lines = [self._token, *(f"{name}={value}" for name, value in step.env)]
+        given = {
+            "token": "\n".join(lines) + "\n",
+            "spec": dump_spec(spec_on(self._spec, self._plan.ray_address)),
+            "": "",
+        }
         try:
             done = subprocess.run(
                 step.argv, input=given[step.stdin], capture_output=True, text=True, timeout=limit_s, check=False

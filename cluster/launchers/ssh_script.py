@@ -16,6 +16,7 @@ UP = """\
 # Brings the cluster {cluster} up over ssh: checks every host, starts Ray's head, the other hosts, then the controller.
 # When a host fails, everything is taken down again. Host keys are checked; add new ones to known_hosts beforehand.
 # Written by `megatoken render ssh`; render again instead of editing.
+# shellcheck disable=SC2016  # what is quoted is for the other machine, or a value as it is
 set -euo pipefail
 cd "$(dirname "$0")"
 token={token}
@@ -99,8 +100,13 @@ def _up(spec: ClusterSpec, plan: SshPlan) -> str:
 
 
 def _function(name: str, step: SshStep) -> str:
-    source = {"": "</dev/null", "token": '<"$token"', "spec": "<spec.yaml"}[step.stdin]
-    return f"{name}() {{ # {step.host}: {step.what}\n    {_words(step)} {source}\n}}"
+    head = f"{name}() {{ # {step.host}: {step.what}\n    "
+    if step.stdin == "token":
+        lines = " ".join(shlex.quote(f"{variable}={value}") for variable, value in step.env)
+        given = f"; printf '%s\\n' {lines}" if lines else ""
+        return f'{head}{{ cat "$token"; echo{given}; }} | {_words(step)}\n}}'
+    source = {"": "</dev/null", "spec": "<spec.yaml"}[step.stdin]
+    return f"{head}{_words(step)} {source}\n}}"
 
 
 def _down(spec: ClusterSpec, plan: SshPlan) -> str:

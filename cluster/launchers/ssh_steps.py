@@ -1,7 +1,8 @@
 """The ssh commands that bring a cluster up on a list of hosts, and down again. Pure.
 
 ssh_run.py runs them with deadlines; ssh_script.py writes the same commands as shell scripts. Host keys are always
-checked (Ray's own cluster launcher turns that off), passwords are never asked for, and the token travels over stdin.
+checked (Ray's own cluster launcher turns that off), passwords are never asked for, and the token and the environment
+that the spec gives travel over stdin: a command line is there for everybody on both machines to read.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import shlex
 from dataclasses import dataclass
 
 from cluster.launchers.launch_spec import LaunchSpec, SshHost, SshLaunch
-from cluster.launchers.node_command import TOKEN_FILE, node_command
+from cluster.launchers.node_command import TOKEN_FILE, given_env, node_command
 from cluster.spec import ClusterSpec
 
 
@@ -22,6 +23,7 @@ class SshStep:
     what: str
     argv: tuple[str, ...]
     stdin: str = ""  # "", "token" or "spec"
+    env: tuple[tuple[str, str], ...] = ()  # follows the token, a line each
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +103,14 @@ def _start(spec: ClusterSpec, launch: LaunchSpec, ssh: SshLaunch, host: SshHost)
     options = ["--directory", directory, "--address", host.node_address, "--timeout-s", f"{ssh.start_timeout_s:g}"]
     interface = host.interface or spec.network.interface
     options += ["--interface", interface] if interface else []
-    env = " ".join(f"{name}={_quoted(value)}" for name, value in command.env.items())
+    given = given_env(spec, host)
+    env = " ".join(f"{name}={_quoted(value)}" for name, value in command.env.items() if name not in given)
     words = " ".join(_quoted(word) for word in [*node, *options, "--", *command.ray])
-    token = f"umask 077 && mkdir -p {_quoted(directory)} && cat >{_quoted(f'{directory}/{TOKEN_FILE}')}"
-    return SshStep(host.host, "start Ray", ssh_argv(ssh, host, f"{token} && env {env} {words}"), "token")
+    token = _quoted(f"{directory}/{TOKEN_FILE}")
+    read = f'umask 077 && mkdir -p {_quoted(directory)} && IFS= read -r token && printf %s "$token" >{token}'
+    exported = 'while IFS= read -r line; do export "$line" || exit 1; done'
+    remote = f"{read} && {{ {exported}; }} && env {env} {words}"
+    return SshStep(host.host, "start Ray", ssh_argv(ssh, host, remote), "token", tuple(given.items()))
 
 
 def _check(ssh: SshLaunch, host: SshHost) -> SshStep:

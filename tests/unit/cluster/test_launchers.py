@@ -18,6 +18,7 @@ from cluster.launchers.kuberay import RAY_VERSION
 from cluster.launchers.launch_load import launch_of
 from cluster.launchers.node_env import AddressError, node_environment, resolve_address
 from cluster.launchers.ssh_run import LaunchError, explain, read_or_make_token
+from cluster.launchers.ssh_script import ssh_artefacts
 from cluster.launchers.ssh_steps import SshStep, ssh_plan
 from cluster.launchers.systemd import quoted
 from cluster.render import RENDERERS, render
@@ -133,22 +134,36 @@ def test_ssh_checks_host_keys_and_keeps_the_token_off_command_lines() -> None:
         assert "BatchMode=yes" in step.argv
         assert "mega@" in step.argv[-2]
     assert plan.head.stdin == "token"
-    assert "cat >" in plan.head.argv[-1]
+    for step in (plan.head, *plan.others):
+        assert dict(step.env)["TRICKY"] == "it's $HOME 100%"
+        assert not any("TRICKY" in word or "mlx5_0" in word for word in step.argv), (
+            "what the spec gives may be a secret"
+        )
+    (up,) = [file for file in ssh_artefacts(spec, launch_of(spec.launch)) if file.name == "up.sh"]
+    for line in up.text.splitlines():
+        assert not ("ssh -o" in line and "TRICKY" in line.partition("| ssh -o")[2])
     assert plan.ray_address == "10.0.0.1:6379"
 
 
 def test_the_remote_command_survives_the_remote_shell(tmp_path: Path) -> None:
     """What bash makes of the command line is, word for word, what was meant."""
     spec = spec_of()
-    remote = ssh_plan(spec, launch_of(spec.launch)).others[0].argv[-1]
-    words = remote.split(" && ", 3)[3]
+    step = ssh_plan(spec, launch_of(spec.launch)).others[0]
     show = "python3 -c 'import json, os, sys; print(json.dumps([sys.argv[1:], os.environ[\"TRICKY\"]]))'"
     shown = subprocess.run(
-        ["bash", "-c", words.replace("/opt/megatoken/bin/python -m cluster.launchers.node", show)],
-        capture_output=True, text=True, timeout=20, check=True, env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+        ["bash", "-c", step.argv[-1].replace("/opt/megatoken/bin/python -m cluster.launchers.node", show)],
+        input="the-token\n" + "".join(f"{name}={value}\n" for name, value in step.env),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+    )
     arguments, tricky = json.loads(shown.stdout)
     assert tricky == "it's $HOME 100%"
+    token = tmp_path / ".megatoken" / "demo" / "ray_token"
+    assert token.read_text() == "the-token"
+    assert token.stat().st_mode & 0o777 == 0o600
     assert arguments[:3] == ["start", "--directory", f"{tmp_path}/.megatoken/demo"]
     assert arguments[arguments.index("--interface") + 1] == "bond0"
     ray = arguments[arguments.index("--") + 1 :]
