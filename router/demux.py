@@ -1,7 +1,7 @@
 """Takes workers' frames apart: whose tokens are these, and which are a stream's first.
 
 Pure numpy over the slot table; the work is per call and per client session in it, never per token. Appends to the
-history and moves `generated` on. Called by `intake.py` with all the frames that came in one moment.
+history and moves `generated` on. Called by `tokens.py` with all the frames that came in one moment.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Held delivery: passes on what is kept back of a stream, wherever it stands just then.
 
-Called when the first token came, when the delay is over (upkeep), and at every kind of end (intake, ending): what
+Called when the first token came, when the delay is over (upkeep), and at every kind of end (finishes, ending): what
 Finish.generated_tokens counts, the client has been given.
 """
 

@@ -117,6 +117,23 @@ def lose_replica(state: RouterState, replica: Replica, reason: str, now: float) 
         state.fleet.release(replica)
 
 
+def give_up(state: RouterState, replica: Replica, why: str, now: float) -> None:
+    """Ends the replica's session here and now: a frame of it is missing, so no later one may be taken in.
+
+    Its requests go on from the tokens that were recorded before; the link hears of it and opens a new session.
+    """
+    link = replica.link
+    if link is not None:
+        link.cut(why)
+    lose_replica(state, replica, why, now)
+
+
+def frame_failed(state: RouterState, replica: Replica, where: str, error: Exception, now: float) -> None:
+    """A frame of the replica, or a part of one, could not be taken in: counted, and its session ends."""
+    state.faults.caught(where, error)
+    give_up(state, replica, f"a frame of replica {replica.name} could not be taken in ({type(error).__name__})", now)
+
+
 def probed(state: RouterState, replica: Replica, now: float, *, well: bool) -> None:
     """A probe of the replica is over. Without a verdict within its deadline it is not well."""
     if replica.circuit.state is not CircuitState.HALF_OPEN:  # something else decided meanwhile

@@ -20,7 +20,7 @@ from cluster import controller
 from cluster.membership import Versions
 from cluster.state import StateStore
 from megatoken.errors import MegatokenError
-from router import ending, intake, placement, upkeep
+from router import ending, first_token, intake, placement, upkeep
 from router.sink import SessionSink
 from tests.chaos.outcome import Outcome
 from tests.chaos.router_world import TURN_S, World
@@ -35,7 +35,7 @@ TARGETS: Final[dict[str, Callable[..., Any]]] = {
     "tick": upkeep.tick,
     "settle": ending.settle,
     "placement": placement.place,
-    "first_token": intake.first_token,
+    "first_token": first_token.first_token,
 }
 OWN: Final = ("router.", "megatoken.")
 ARMED_AT: Final = (2, 9, 14)  # turns from which calls are counted: at the start, among losses, near the end

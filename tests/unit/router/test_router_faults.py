@@ -10,7 +10,7 @@ import pytest
 
 from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
-from router import demux, ending, intake, outbox, placement, upkeep
+from router import demux, ending, finishes, intake, outbox, placement, upkeep
 from router.fleet import Replica
 from router.intake import on_frames
 from router.request import Request
@@ -121,7 +121,7 @@ def test_a_fault_in_the_details_of_one_frame_moves_its_requests_alone(monkeypatc
     faults = quiet(fleet)
     detail = tokens_pb2.Detail(stream=a.slot)
     batch = [frame(b, 1), frame(a, 5, detail=[detail]), frame(b, 2)]
-    monkeypatch.setattr(intake, "_details", lambda *_: 1 / 0)
+    monkeypatch.setattr(intake, "details_by_slot", lambda *_: 1 / 0)
     on_frames(fleet.state, batch, fleet.now)
     assert (fleet.received(a), fleet.received(b)) == ([], [1, 2])
     assert fleet.replica_of(a).name == "m-2"
@@ -133,7 +133,7 @@ def test_a_finish_that_cannot_be_taken_ends_its_request_and_no_other(monkeypatch
     faults = quiet(fleet)
     real = ending.uncharge
     monkeypatch.setattr(
-        intake, "uncharge", lambda state, request, now: 1 / 0 if request is a else real(state, request, now)
+        finishes, "uncharge", lambda state, request, now: 1 / 0 if request is a else real(state, request, now)
     )
     ends = [tokens_pb2.Finish(stream=request.slot, reason=tokens_pb2.FINISH_REASON_STOP) for request in (a, b)]
     on_frames(fleet.state, [frame(a, 1, finish=ends[:1]), frame(b, 2, finish=ends[1:])], fleet.now)
