@@ -53,11 +53,14 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
+        self._applying = asyncio.Lock()  # one spec at a time is read, and they are applied in the order they came
 
     async def Apply(self, request: control_pb2.ApplyRequest, context: Context) -> control_pb2.ApplyResponse:
         async def work() -> control_pb2.ApplyResponse:
-            spec = load_spec(request.spec_yaml)
-            generation, changes = self._controller.orders.apply(spec, self._controller.fleet, dry_run=request.dry_run)
+            orders = self._controller.orders
+            async with self._applying:
+                spec = await asyncio.to_thread(load_spec, request.spec_yaml)  # a large one takes a second
+                generation, changes = orders.apply(spec, self._controller.fleet, dry_run=request.dry_run)
             return control_pb2.ApplyResponse(generation=generation, changes=changes)
 
         return await answered(context, work)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.spec import ClusterSpec, default_spec
 from cluster.spec_check import device_problems, model_problems
-from cluster.spec_load import SpecError, dump_spec, load_spec
+from cluster.spec_load import MAX_SPEC_BYTES, SpecError, dump_spec, load_spec
 from cluster.spec_model import ModelSpec
 
 
@@ -179,8 +179,30 @@ def test_aliases_that_grow_without_end_are_refused_at_once() -> None:
     assert load_spec("models: [{name: m, engine: &e simulated}, {name: n, engine: *e}]").models[1].engine == "simulated"
 
 
-@pytest.mark.parametrize("opening", ["[", "{a: ", "[{a: "])
-def test_brackets_inside_brackets_are_refused_while_they_are_read(opening: str) -> None:
+@pytest.mark.parametrize("opening", ["[", "{a: ", "[{a: ", "\n- - ", "\n? "])
+def test_what_is_too_deep_is_refused_while_it_is_read(opening: str) -> None:
     began = time.process_time()
-    assert "brackets inside each other" in problems(f"models: {opening * 3000}")
+    text = opening.strip("\n") + " "
+    assert "lists and mappings inside each other" in problems(
+        text * 60_000 if opening[0] == "\n" else f"models: {opening * 60_000}"
+    )
     assert time.process_time() - began < 0.5
+
+
+def test_ten_thousand_models_fit_and_are_read_in_seconds() -> None:
+    models = (f"- {{name: model-{n:05d}, source: org/model-{n:05d}-instruct, replicas: 2}}\n" for n in range(10_000))
+    text = "models:\n" + "".join(models)
+    began = time.process_time()
+    assert len(load_spec(text).models) == 10_000
+    assert time.process_time() - began < 10
+
+
+def test_a_spec_over_the_limit_is_refused_by_its_bytes() -> None:
+    text = "models: [{name: a, source: x}] # "
+    assert load_spec(text + "x" * (MAX_SPEC_BYTES - len(text))).models
+    assert f"{MAX_SPEC_BYTES + 1} bytes is not allowed" in problems(text + "x" * (MAX_SPEC_BYTES - len(text) + 1))
+    assert "bytes is not allowed" in problems(text + "\N{EURO SIGN}" * (MAX_SPEC_BYTES // 3))
+
+
+def test_half_a_surrogate_pair_is_a_problem_of_the_spec() -> None:
+    assert problems("cluster: \ud800")
