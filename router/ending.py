@@ -106,7 +106,7 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
     state.live_bytes -= len(request.raw)
     request.raw = request.carried = request.replayed = b""
     request.held_details.clear()
-    for account in (_forget, _settle_accounts):
+    for account in (_leave_door, _forget, _settle_accounts):
         try:
             account(state, request, finish, now)
         except Exception as error:
@@ -125,6 +125,11 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
             state.faults.caught("request log", error)
 
 
+def _leave_door(state: RouterState, request: Request, finish: tokens_pb2.Finish, _now: float) -> None:
+    """Gives its key back the request's place, and what it was charged too much."""
+    state.door.leave(request.caller, request.cost_tokens, request.prompt_tokens + finish.generated_tokens)
+
+
 def _forget(state: RouterState, request: Request, _finish: tokens_pb2.Finish, _now: float) -> None:
     """Lets go of its entries in the heaps."""
     if request.deadline_s != float("inf"):
@@ -134,7 +139,6 @@ def _forget(state: RouterState, request: Request, _finish: tokens_pb2.Finish, _n
 
 
 def _settle_accounts(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: float) -> None:
-    state.door.leave(request.caller, request.cost_tokens, request.prompt_tokens + finish.generated_tokens)
     failed = finish.reason in (ERROR, CANCELLED)
     state.ledger.add("requests_failed" if failed else "requests_finished")
     if not failed:

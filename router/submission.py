@@ -54,12 +54,15 @@ def submit(
         state.live += 1
         state.live_bytes += len(request.raw)
         state.held += bool(request.delivery)
-        state.retries.started(now)
-        state.ledger.add("requests_started")
-        request.pool.measures.started += 1
-        if deadline_s != float("inf"):
-            state.deadlines.push(deadline_s, request)
-        request.pool.queue.push(request, 1.0 if request.caller.key is None else request.caller.key.weight)
+        try:
+            state.retries.started(now)
+            state.ledger.add("requests_started")
+            request.pool.measures.started += 1
+            if deadline_s != float("inf"):
+                state.deadlines.push(deadline_s, request)
+            request.pool.queue.push(request, 1.0 if request.caller.key is None else request.caller.key.weight)
+        except Exception as error:  # its caller is charged, and nothing else would ever look at it again
+            fail(state, request, "submission", error, now)
     pump(state, requests[0].pool, now)
     return requests
 

@@ -11,6 +11,7 @@ import pytest
 from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
 from router import demux, ending, finishes, intake, outbox, placement, upkeep
+from router.api_keys import ApiKey
 from router.fleet import Replica
 from router.intake import on_frames
 from router.request import Request
@@ -18,6 +19,7 @@ from router.request_log import log_request
 from tests.router_core import ERROR, CoreFleet
 
 INTERNAL = 13
+LONE = ApiKey(name="lone", sha256="0" * 64, concurrency=1)
 
 
 def quiet(fleet: CoreFleet) -> Faults:
@@ -241,6 +243,59 @@ def test_a_request_that_fails_between_queue_and_replica_ends_and_stays_in_no_cou
     assert end.code == INTERNAL
     assert faults.counts == {"placement": 1}
     fleet.check_idle()
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        lambda fleet: (fleet.state.retries, "started"),
+        lambda fleet: (fleet.state.deadlines, "push"),
+        lambda fleet: (fleet.pool.queue, "push"),
+    ],
+)
+def test_a_request_that_was_charged_and_cannot_be_queued_ends_and_gives_its_place_back(
+    monkeypatch: pytest.MonkeyPatch, failing: Any
+) -> None:
+    fleet = CoreFleet()
+    faults = quiet(fleet)
+    once(monkeypatch, *failing(fleet))
+    end = fleet.end(fleet.submit(key=LONE, tenant="lone", timeout_s=60))
+    assert end is not None
+    assert end.code == INTERNAL
+    assert faults.counts == {"submission": 1}
+    fleet.finish(fleet.submit(key=LONE, tenant="lone", timeout_s=60))
+    fleet.check_idle()
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        lambda fleet: (fleet.state.deadlines, "ended"),
+        lambda fleet: (fleet.state.ledger, "add"),
+        lambda fleet: (fleet.state.latencies.whole, "add"),
+    ],
+)
+def test_a_key_gets_its_place_back_whatever_account_fails(monkeypatch: pytest.MonkeyPatch, failing: Any) -> None:
+    fleet = CoreFleet()
+    faults = quiet(fleet)
+    request = fleet.submit(key=LONE, tenant="lone", timeout_s=60)
+    once(monkeypatch, *failing(fleet))
+    fleet.cancel(request)
+    assert fleet.end(request) is not None
+    assert faults.counts == {"accounts": 1}
+    fleet.finish(fleet.submit(key=LONE, tenant="lone", timeout_s=60))
+    fleet.check_idle()
+
+
+def test_a_request_is_in_the_ledger_though_its_key_cannot_be_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = CoreFleet()
+    faults = quiet(fleet)
+    request = fleet.submit(key=LONE, tenant="lone")
+    once(monkeypatch, fleet.state.door, "leave")
+    fleet.finish(request)
+    assert faults.counts == {"accounts": 1}
+    assert fleet.state.ledger["requests_finished"] == 1
+    assert int(fleet.state.latencies.whole.total.sum()) == 1
 
 
 def test_a_sink_that_fails_once_gets_its_end_and_a_cancel_that_fails_ends_all_the_same(
