@@ -1,8 +1,8 @@
 """Sizes just under, at and over every limit: who is over one fails alone, by name; live streams go on exactly.
 
 At a router with small limits over a worker: a request, its prompt, its cache salt, its schema, the log probabilities
-of its prompt, choices, priorities, times, all on one session with ten judged streams; then whole messages, header
-bytes and key lengths, each on a connection of its own.
+of its prompt, choices, priorities, times, all on one session with ten judged streams; then a session's streams, whole
+messages, header bytes and key lengths, each on a connection of its own; and whole messages straight at the worker.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ HEADER_BYTES: Final = 8192
 PROMPT_TOKENS: Final = 3000
 MAX_N: Final = 8
 TIMES_MS: Final = 60_000
+SESSION_STREAMS: Final = 64
 KEY: Final = "k" * 32
 NO_GRAMMAR: Final = "a simulated engine has no grammar"  # the worker's word: the size was let through
 
@@ -138,6 +139,38 @@ async def whole_messages(address: str, outcome: Outcome) -> None:
             outcome.problem(f"a message of {len(body)} bytes, limit {MESSAGE_BYTES}: {code}")
 
 
+async def session_streams(address: str, outcome: Outcome) -> None:
+    """As many requests as a session may have run; one more is refused alone, and takes no other's place."""
+    message = frame_columns_pb2.GenerateRequest(model=MODEL, prompt=pack((1, 2, 3)))
+    message.sampling.max_tokens, message.sampling.temperature, message.sampling.ignore_eos = 20, 0.0, True
+    encoded = message.SerializeToString()
+    for count in (SESSION_STREAMS - 1, SESSION_STREAMS, SESSION_STREAMS + 1):
+        outcome.inputs += 1
+        refused: list[tuple[int, str]] = []
+        served: set[int] = set()
+        async with grpc.aio.insecure_channel(address) as channel:
+            call = channel.stream_stream("/megatoken.v1.Tokens/Session")(
+                metadata=(("authorization", f"Bearer {KEY}"),), timeout=20
+            )
+            await call.write(b"".join(wire.start(number, encoded) for number in range(1, count + 1)))
+            await call.done_writing()
+            while (raw := await call.read()) is not grpc.aio.EOF:
+                for finish in frame_columns_pb2.Frame.FromString(raw).finish:
+                    if finish.code:
+                        refused.append((finish.stream, finish.message))
+                    else:
+                        served.add(finish.stream)
+        over = count > SESSION_STREAMS
+        as_told = [stream for stream, text in refused if f"at most {SESSION_STREAMS} at once" in text]
+        if (
+            served != set(range(1, min(count, SESSION_STREAMS) + 1))
+            or as_told != [count] * over
+            or as_told != [stream for stream, _ in refused]
+        ):
+            outcome.wrong += 1
+            outcome.problem(f"{count} streams in a session: {len(served)} served, refused {refused[:3]}")
+
+
 async def headers(address: str, outcome: Outcome) -> None:
     """Keys of any length are compared; headers over the limit are refused by the transport, call by call."""
     wanted = {
@@ -171,13 +204,16 @@ async def run(scale: float) -> Outcome:
         "max_header_bytes": HEADER_BYTES,
         "max_prompt_tokens": PROMPT_TOKENS,
         "max_n": MAX_N,
+        "max_streams_per_session": SESSION_STREAMS,
         "max_timeout_ms": TIMES_MS,
         "max_delay_ms": TIMES_MS,
     }
     with Processes() as processes:
         keys = processes.directory / "keys.json"
         keys.write_text(json.dumps({"keys": [{"name": "t", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]}))
-        worker = start_worker(processes, "w0", {"max_running": 256, "decode_tokens_per_s": 20_000})
+        worker = start_worker(
+            processes, "w0", {"max_running": 256, "decode_tokens_per_s": 20_000}, max_message_mib=MESSAGE_BYTES >> 20
+        )
         router = start_router(processes, worker, limits=limits, api_keys_file=str(keys))
         async with TokenClient([router.address], api_key=KEY) as client:
             await ready(client)
@@ -185,7 +221,9 @@ async def run(scale: float) -> Outcome:
                 for _ in range(max(1, round(10 * scale))):
                     for size in rng.sample(sizes(), len(sizes())):
                         await attempt(client, size, outcome)
+                    await session_streams(router.address, outcome)
                     await whole_messages(router.address, outcome)
+                    await whole_messages(worker.address, outcome)
                     await headers(router.address, outcome)
             await one(client)
     if outcome.problems:
