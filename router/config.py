@@ -84,12 +84,6 @@ class LimitsConfig(_Part):
 
 class DeliveryConfig(_Part):
     flush_ms: float = Field(default=4.0, ge=0, description="least time between two frames to one session under load")
-    cost_share: float = Field(
-        default=0.25,
-        gt=0,
-        le=1,
-        description="share of the process that flushing may take before the interval stretches",
-    )
 
 
 class LeaseConfig(_Part):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from itertools import islice
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,9 +51,6 @@ class FrameOutbox:
 
     def __bool__(self) -> bool:
         return bool(self._parts)
-
-    def add_tokens(self, stream: Any, count: Any, token: Any) -> None:
-        self.add_part(Part(stream, count, token, _NONE, _NONE))
 
     def add_part(self, part: Part) -> None:
         """When it raises, nothing was taken, and what waits is all there."""

@@ -17,15 +17,12 @@ _U32: Final = struct.Struct("<I")
 # The message of an UNAVAILABLE that means: this router takes nothing new, another may. Clients open a new session.
 DRAINING: Final = "the router is draining; open a new session"
 
-TAG_CLIENT_START: Final = b"\x0a"  # ClientFrame.start = 1, length-delimited
 TAG_CLIENT_CANCEL: Final = b"\x12"  # ClientFrame.cancel = 2, packed
 TAG_FRAME_STREAM: Final = b"\x0a"  # Frame.stream = 1, packed
 TAG_FRAME_COUNT: Final = b"\x12"
 TAG_FRAME_TOKEN: Final = b"\x1a"
 TAG_FRAME_DETAIL: Final = b"\x22"
 TAG_FRAME_FINISH: Final = b"\x2a"
-TAG_RESPONSE_TOKENS: Final = b"\x0a"  # GenerateResponse.tokens = 1, packed
-
 
 MAX_REQUEST_BYTES: Final = 8 << 20  # an encoded GenerateRequest; a prompt of a million tokens has half of it
 
@@ -67,11 +64,3 @@ def cancel(streams: Iterable[int]) -> bytes:
 def finish_of(stream: int, finish: bytes) -> bytes:
     """An encoded Finish of no stream as one of `stream`. Fields may come in any order, and the last one counts."""
     return finish + b"\x0d" + _U32.pack(stream)
-
-
-_ONE_TOKEN: Final = b"\x0a\x04"
-
-
-def one_token(token: int) -> bytes:
-    """A GenerateResponse with one token of choice 0."""
-    return _ONE_TOKEN + _U32.pack(token)

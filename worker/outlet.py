@@ -61,11 +61,6 @@ class Outlet:
         return not self.slots and not self._parts
 
     @property
-    def waiting_tokens(self) -> int:
-        """Tokens that wait to be written."""
-        return sum(len(part.token) // 4 for part in self._parts)
-
-    @property
     def overrun(self) -> bool:
         """Whether the caller goes on sending requests that are refused, and reads no answer."""
         return self._loose > LOOSE_FINISHES

@@ -38,7 +38,6 @@ QUEUE_BUCKETS_S: Final = (
 )
 COLLECTIVE_BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0)
 FRAME_TOKENS_BUCKETS: Final = tuple(float(2**power) for power in range(13))  # 1 .. 4096
-PROMPT_TOKENS_BUCKETS: Final = tuple(float(2**power) for power in range(3, 19))  # 8 .. 262144
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 KEY_HEADERS: Final = (b"authorization", b"x-api-key")
 MAX_TRACEPARENT: Final = 128  # bytes; version 00 has 55

@@ -24,7 +24,6 @@ import numpy as np
 
 FRAME: Final = struct.Struct("=Ic")
 SECONDS: Final = struct.Struct("=d")
-MAX_FRAME: Final = 256 << 20
 
 
 def serve(channel: socket.socket, store_listener: int) -> None:

@@ -92,7 +92,6 @@ class EngineLoad:
     kv_usage: float = 0.0  # [0, 1]
     prefix_queries: int = 0  # tokens looked up in the prefix cache, in total
     prefix_hits: int = 0
-    preemptions: int = 0
     steps: int = 0
     details: dict[str, float] = field(default_factory=dict)
 
