@@ -1,8 +1,9 @@
 """Hostile clients beside well-behaved streams, at a router and straight at a worker.
 
 The streams must go on exactly, the event loops of both processes must not be held up, and what the hostile ones cost in
-memory must be bounded. The lag is of the process's own clock (megatoken_*_loop_lag_seconds); where other work holds the
-cores, so is theirs, and the limit is for a machine with a core to spare.
+memory must be bounded, at its peak. The lag is of the process's own clock (megatoken_*_loop_lag_seconds); where other
+work holds the cores it is large without any attack, so it is also measured with the same streams undisturbed, just
+before, and may be three times that.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import resource
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Final, TypeAlias
 
 import grpc
 
@@ -25,8 +27,10 @@ from tests.chaos.routed import (
     MODEL,
     PROMPT,
     Streams,
+    forget_peak,
     lag_counts,
     lag_ms,
+    peak_bytes,
     ready,
     resident_bytes,
     scrape,
@@ -39,8 +43,10 @@ from tests.processes import Processes
 NAME = "hostile"
 ABOUT = "clients that flood, hang, lie and never read, beside ten streams that must not notice"
 
-LAG_MS: Final = 50.0
-GROWTH: Final = 3.0  # of resident memory while hostile clients are there; a router begins at some 100 MiB
+LAG_MS: Final = 50.0  # at p99.9; or LAG_RATIO times what it is undisturbed, where that is more
+LAG_RATIO: Final = 3.0
+UNDISTURBED_S: Final = 12.0  # some 1200 of the loop's timers, of which p99.9 is more than the largest
+GROWTH: Final = 3.0  # of resident memory, at its peak; a router begins at some 100 MiB
 CONNECTIONS: Final = 2000
 
 
@@ -126,26 +132,36 @@ async def no_frames(address: str, rng: random.Random) -> None:
 
 
 async def half_open(address: str, rng: random.Random) -> None:
-    """Connections that say nothing, or half of what HTTP/2 begins with, or no HTTP/2 at all."""
+    """Connections that say nothing, or half of what HTTP/2 begins with, or no HTTP/2 at all.
+
+    They are as many as this process may have open, and leave the victim, with the same limit, half of its own.
+    """
     host, _, port = address.rpartition(":")
+    count = min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
     opened: list[socket.socket] = []
+    connected = 0
     try:
-        for number in range(CONNECTIONS // 10):
+        for number in range(count):
             one = socket.socket()
             opened.append(one)
             one.setblocking(False)
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(0.5):
                     await asyncio.get_running_loop().sock_connect(one, (host, int(port)))
+                    connected += 1
                     said = (b"", b"PRI * HTTP/2.0\r\n\r\nSM", rng.randbytes(200))[number % 3]
                     one.send(said)
         await asyncio.sleep(0.3)
     finally:
         for one in opened:
             one.close()
+    if connected < count // 2:
+        raise RuntimeError(f"only {connected} of {count} connections came about: no attack")
 
 
-HOSTILE: Final[tuple[Callable[[str, random.Random], Awaitable[None]], ...]] = (
+Attack: TypeAlias = Callable[[str, random.Random], Coroutine[Any, Any, None]]
+
+HOSTILE: Final[tuple[Attack, ...]] = (
     *(empty_starts, more_starts_than_allowed, many_choices, cancels, refusals_unread),
     *(generate_unread, no_frames, half_open),
 )
@@ -154,26 +170,34 @@ HOSTILE: Final[tuple[Callable[[str, random.Random], Awaitable[None]], ...]] = (
 async def run(scale: float) -> Outcome:
     outcome, number = Outcome(simulated=True), seed()
     rng = random.Random(number)
-    rounds = max(1, round(4 * scale))
+    order = rng.sample(HOSTILE, len(HOSTILE))
+    attacks = {part: list(HOSTILE) * round(4 * scale) for part in ("router", "worker")}
+    if scale < 1.0:  # each attack once, at one of the two
+        attacks = {"router": order[::2], "worker": order[1::2]}
     with Processes() as processes:
-        worker = start_worker(processes, "w0", {"max_running": 256})
+        # At 4000 tokens/s over 256 places a judged stream takes six seconds: too long for the short form.
+        speed = 4000 if scale >= 1.0 else 20_000
+        worker = start_worker(processes, "w0", {"max_running": 256, "decode_tokens_per_s": speed})
         router = start_router(processes, worker)
         for part, victim in (("router", router), ("worker", worker)):
             async with TokenClient([victim.address if part == "router" else router.address]) as client:
                 await ready(client)
                 async with Streams(client, outcome):
+                    begun = lag_counts(await asyncio.to_thread(scrape, victim), part)
+                    await asyncio.sleep(UNDISTURBED_S * scale)
                     before, small = lag_counts(await asyncio.to_thread(scrape, victim), part), resident_bytes(victim)
-                    await _attack(victim.address, rng, rounds, outcome)
-                    after, large = lag_counts(await asyncio.to_thread(scrape, victim), part), resident_bytes(victim)
-            found = lag_ms(before, after)
+                    forget_peak(victim)
+                    await _attack(victim.address, rng, attacks[part], outcome)
+                    after, large = lag_counts(await asyncio.to_thread(scrape, victim), part), peak_bytes(victim)
+            undisturbed, found = lag_ms(begun, before), lag_ms(before, after)
             outcome.loop_lag_ms_p999 = max(outcome.loop_lag_ms_p999 or 0.0, found)
             outcome.rss_growth_ratio = round(max(outcome.rss_growth_ratio or 0.0, large / small), 2)
-            if found > LAG_MS and scale >= 1.0:  # the short form runs beside other tests
+            if found > max(LAG_MS, LAG_RATIO * undisturbed) and scale >= 1.0:  # the short form has too few timers
                 outcome.wrong += 1
-                outcome.problem(f"{part}: its loop was {found:.0f} ms late at p99.9")
+                outcome.problem(f"{part}: its loop was {found:.0f} ms late at p99.9, undisturbed {undisturbed:.0f} ms")
             if large / small > GROWTH:
                 outcome.leaked += 1
-                outcome.problem(f"{part}: {small >> 20} MiB became {large >> 20} MiB")
+                outcome.problem(f"{part}: {small >> 20} MiB became {large >> 20} MiB at its peak")
             if victim.process.poll() is not None:
                 outcome.lost += 1
                 outcome.problem(f"{part}: ended with {victim.process.returncode}")
@@ -182,13 +206,12 @@ async def run(scale: float) -> Outcome:
     return outcome
 
 
-async def _attack(address: str, rng: random.Random, rounds: int, outcome: Outcome) -> None:
-    for _ in range(rounds):
-        for hostile in rng.sample(HOSTILE, len(HOSTILE)):
-            outcome.inputs += 1
-            try:
-                async with asyncio.timeout(30):
-                    await hostile(address, rng)
-            except TimeoutError:
-                outcome.wrong += 1
-                outcome.problem(f"{hostile.__name__}: not turned away within 30 s")
+async def _attack(address: str, rng: random.Random, attacks: list[Attack], outcome: Outcome) -> None:
+    for hostile in rng.sample(attacks, len(attacks)):
+        outcome.inputs += 1
+        try:
+            async with asyncio.timeout(30):
+                await hostile(address, rng)
+        except TimeoutError:
+            outcome.wrong += 1
+            outcome.problem(f"{hostile.__name__}: not turned away within 30 s")

@@ -117,6 +117,18 @@ def resident_bytes(process: Started) -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def forget_peak(process: Started) -> None:
+    """The peak of its resident memory begins anew (proc(5), clear_refs)."""
+    with open(f"/proc/{process.pid}/clear_refs", "w") as file:
+        file.write("5")
+
+
+def peak_bytes(process: Started) -> int:
+    """The most memory that was resident since its start, or since forget_peak."""
+    with open(f"/proc/{process.pid}/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:"))
+
+
 async def settled(look: Callable[[], bool], within_s: float = 15.0) -> bool:
     """Whether `look` comes true in time."""
     until = time.monotonic() + within_s
