@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from megatoken.access.credentials import Credentials, replica_lease_key
-from megatoken.access.lease import LeaseTerms, lease_id, sign
+from megatoken.access.lease import MAX_ID_CHARACTERS, LeaseTerms, lease_id, sign
 from megatoken.errors import OverloadError, RequestError, UnavailableError
 from megatoken.v1 import router_pb2, tokens_pb2
 from router.admission import retry_after_s
@@ -30,7 +30,6 @@ from router.state import RouterState
 from router.validation import pool_of
 from router.wire import DRAINING
 
-MAX_ID_CHARACTERS: Final = 256  # of a request, as workers take them
 MAX_KEYS: Final = 8192  # of replicas, derived and kept
 
 Signer = Callable[[LeaseTerms], str]

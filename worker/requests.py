@@ -10,6 +10,7 @@ import json
 import math
 from typing import Any, Final
 
+from megatoken.access.lease import MAX_ID_CHARACTERS
 from megatoken.errors import NotFoundError, RequestError
 from megatoken.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2 as columns
@@ -17,7 +18,6 @@ from megatoken.v1 import tokens_pb2 as pb
 from worker.engines.engine import EngineFacts, EngineRequest
 
 MAX_CHOICES: Final = 128  # OpenAI's own limit on n
-MAX_ID_CHARACTERS: Final = 256
 MAX_TOKEN_LIST: Final = 4096  # members of a token list in sampling; far above any real use
 MAX_EXTRA_DEPTH: Final = 32  # levels of extra_json; every process that it passes through recurses over them
 MAX_PROMPT_LOGPROBS_BYTES: Final = 64 << 20  # of one request: they come at once, and each hop holds them whole

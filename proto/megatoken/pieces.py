@@ -1,7 +1,7 @@
 """Divides what is too large for one message: log probabilities by rows, and the tokens that they belong to with them.
 
 A long prompt's log probabilities come from a worker as one Detail of many MiB, and gRPC clients refuse messages over
-4 MiB unless told otherwise. Pure. Called by outbox.py and generate.py, only for what is too large.
+4 MiB unless told otherwise. Pure. Called by workers and routers, only for what is too large.
 """
 
 from __future__ import annotations

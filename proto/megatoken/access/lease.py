@@ -17,6 +17,7 @@ from typing import Final
 
 from megatoken.errors import AuthError, ForbiddenError
 
+MAX_ID_CHARACTERS: Final = 256  # of a request
 MAX_LEASE_CHARACTERS: Final = 8192  # a request id and a model of 256 characters each fit, escaped
 
 
