@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from megatoken.errors import MegatokenError, OverloadError, RequestError
+from megatoken.errors import AuthError, ForbiddenError, MegatokenError, OverloadError, RequestError
 from megatoken.loop_lag import LOOP_LAG_BUCKETS_S
 from megatoken.metrics import (
     DURATION_BUCKETS_S,
@@ -27,7 +27,7 @@ OUTCOME_OF_REASON: Final[dict[int, str]] = {
     pb.FINISH_REASON_ERROR: "error",
 }
 OUTCOMES: Final = (*OUTCOME_OF_REASON.values(), "unknown")
-REFUSALS: Final = ("draining", "invalid", "full")
+REFUSALS: Final = ("draining", "invalid", "full", "unauthenticated", "fault")
 
 
 class Measures:
@@ -72,11 +72,15 @@ class Measures:
         self.outcomes[OUTCOME_OF_REASON.get(reason, "unknown")] += 1
         self.duration_s.observe(duration_s)
 
-    def refused(self, error: MegatokenError) -> None:
-        """A request never ran."""
+    def refused(self, error: Exception) -> None:
+        """A request never ran; an error that is none of MegatokenError's kinds is a fault of the worker's own."""
         if isinstance(error, RequestError):
             self.refusals["invalid"] += 1
         elif isinstance(error, OverloadError):
             self.refusals["full"] += 1
+        elif isinstance(error, AuthError | ForbiddenError):  # without a lease, or with one for something else
+            self.refusals["unauthenticated"] += 1
+        elif not isinstance(error, MegatokenError):
+            self.refusals["fault"] += 1
         else:
             self.refusals["draining"] += 1  # by request, or because the engine is gone and the process about to end

@@ -120,6 +120,7 @@ class Replica:
             self._refuse(outlet, number, request, error)
         except Exception as error:  # a defect met by one request must not end the others of its session
             _log.exception("a request failed before it ran")
+            self.measures.refused(error)
             self._refuse(outlet, number, request, error)
 
     def _refuse(self, outlet: Outlet, number: int, request: columns.GenerateRequest, error: Exception) -> None:

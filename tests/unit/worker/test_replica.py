@@ -146,6 +146,9 @@ async def test_the_engine_may_refuse_and_a_defect_stays_inside_its_request(world
     assert [finish.code for finish in frame.finish] == [3, grpc.StatusCode.INTERNAL.value[0]]
     assert "secret" not in frame.finish[1].message
     assert world.total("requests_started") == 0
+    assert {name: count for name, count in world.replica.measures.refusals.items() if count} == {
+        "invalid": 1, "fault": 1
+    }  # fmt: skip
 
 
 async def test_a_number_in_use_is_the_sessions_fault_not_a_finish(world: World) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatoken.errors import AuthError, ForbiddenError, OverloadError, RequestError, UnavailableError
 from worker.config import WorkerConfig
 from worker.engines.engine import EngineFacts, EngineLoad
 from worker.measures import REFUSALS, Measures
@@ -52,6 +53,23 @@ def test_names_types_and_labels_are_the_contracts(collector: WorkerCollector) ->
     assert set(exported) == set(contract) - ABSENT_HERE
     for name, (kind, labels) in exported.items():
         assert (name, kind, labels) == (name, *contract[name])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RequestError("prompt", [], "at least one token id"), "invalid"),
+        (OverloadError("full", 1.0), "full"),
+        (AuthError("a lease is needed"), "unauthenticated"),
+        (ForbiddenError("lease: it was used already"), "unauthenticated"),
+        (UnavailableError("it drains"), "draining"),
+        (KeyError("x"), "fault"),
+    ],
+)
+def test_each_refusal_counts_for_its_reason(error: Exception, reason: str) -> None:
+    measures = Measures()
+    measures.refused(error)
+    assert {name: count for name, count in measures.refusals.items() if count} == {reason: 1}
 
 
 def test_the_reasons_of_refusals_are_the_contracts() -> None:
