@@ -61,7 +61,7 @@ class Door:
         return caller if key is caller.key else Caller(key.name, key)
 
     def enter(self, caller: Caller, requests: int, cost_tokens: int, now: float, size_bytes: int = 0) -> None:
-        """Charges the tenant. Raises OverloadError, and charges nothing then."""
+        """Charges the tenant. Raises KeyLimitError, and charges nothing then."""
         if caller.key is not None:
             self._usage.setdefault(caller.tenant, Usage()).enter(caller.key, requests, cost_tokens, now, size_bytes)
 

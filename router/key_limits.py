@@ -11,6 +11,10 @@ from megatoken.errors import OverloadError
 from router.api_keys import ApiKey
 
 
+class KeyLimitError(OverloadError):
+    """A key is over a limit of its own, however much room the fleet has."""
+
+
 @dataclass(slots=True)
 class Bucket:
     """Holds at most a minute's worth; refills evenly. May go below zero when a request was dearer than expected."""
@@ -39,10 +43,10 @@ class Usage:
     def enter(self, key: ApiKey, requests: int, cost_tokens: int, now: float, size_bytes: int = 0) -> None:
         """Charges requests of `cost_tokens` and `size_bytes` together.
 
-        Raises OverloadError with the time to come back, and charges nothing then.
+        Raises KeyLimitError with the time to come back, and charges nothing then.
         """
         if key.concurrency is not None and self.live + requests > key.concurrency:
-            raise OverloadError(
+            raise KeyLimitError(
                 f"key {key.name!r} has {self.live} requests at once, its limit is {key.concurrency}", 1.0
             )
         if key.requests_per_minute is not None:
@@ -71,5 +75,5 @@ class Usage:
         bucket.fill(per_minute, now)
         wait_s = bucket.wait_s(need, per_minute)
         if wait_s > 0:
-            raise OverloadError(f"key {name!r} is over its limit of {per_minute:g} {unit} a minute", wait_s)
+            raise KeyLimitError(f"key {name!r} is over its limit of {per_minute:g} {unit} a minute", wait_s)
         return bucket

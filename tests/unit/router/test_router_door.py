@@ -18,6 +18,7 @@ from router.api_keys import ApiKey, KeyRing
 from router.door import Caller, Door
 from router.key_limits import Usage
 from router.leases import Leases
+from router.measures import refusal_reason
 from router.request import Request
 from router.submission import submit
 from tests.router_core import CoreFleet
@@ -196,3 +197,13 @@ def test_a_request_that_fails_on_its_way_in_gives_back_what_it_was_charged(monke
             send(fleet, caller)
     assert fleet.state.faults.counts == {"submission": 3}
     assert len(send(fleet, caller)) == 1
+
+
+def test_a_key_over_its_limit_is_refused_for_that_and_not_for_a_full_queue() -> None:
+    fleet = CoreFleet()
+    key = ApiKey(name="one", sha256="0" * 64, concurrency=1)
+    fleet.submit(key=key, tenant="one")
+    with pytest.raises(OverloadError) as refused:
+        fleet.submit(key=key, tenant="one")
+    assert refusal_reason(refused.value, draining=False) == "limit"
+    assert refusal_reason(OverloadError("full", 1.0), draining=False) == "queue_full"
