@@ -1,4 +1,4 @@
-"""250,000 short requests with deadlines a day away, held answers, and cancels while nothing serves: memory is flat.
+"""A million short requests with deadlines a day away, held answers, and cancels while nothing serves: memory is flat.
 
 The router's real core on a virtual clock, in rounds of a few hundred requests. What a round leaves behind anywhere (in
 a heap, a queue, a table, or just in memory) is there more than a thousand times in the end, so sizes after the first
@@ -21,9 +21,9 @@ from tests.chaos.outcome import Outcome
 from tests.router_core import CoreFleet
 
 NAME = "memory"
-ABOUT = "250,000 short requests with long deadlines, cancels in an outage, and held delivery: all sizes flat"
+ABOUT = "a million short requests with long deadlines, cancels in an outage, and held delivery: all sizes flat"
 
-REQUESTS: Final = 250_000
+REQUESTS: Final = 1_000_000
 A_ROUND: Final = 250
 OUTAGE_EVERY: Final = 5  # rounds
 TOKENS: Final = 3
