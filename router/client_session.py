@@ -52,6 +52,9 @@ class ClientSession(SessionSink):
             self._urgent.set()
 
     async def serve(self, context: Any) -> None:
+        await context.send_initial_metadata(
+            ()
+        )  # the caller may write: one who writes to a refused call hears no reason
         self._state.add_sink(self)
         writer = asyncio.create_task(self._write(context))
         reader = asyncio.create_task(self._read(context))

@@ -7,6 +7,7 @@ For callers that serve many requests at once: submit encoded requests, get every
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Final, cast
 
@@ -28,6 +29,7 @@ from router import wire
 from router.secure import EOF, channel_to
 
 MAX_BATCH_BYTES: Final = 1 << 20
+TAKEN_S: Final = 1.0  # for a router to say that it takes a session
 
 
 class RemoteRequestError(RequestError):
@@ -91,6 +93,11 @@ class ColumnSession:
             raise UnavailableError(f"router {self.address} does not answer within {timeout_s:.0f} s") from None
         call = cast(Any, self._channel).stream_stream("/megatoken.v1.Tokens/Session")(metadata=self._metadata)
         self._call = call
+        # A write to a call that is just being refused makes gRPC forget why. So wait until it is taken, or over; a router
+        # of before says nothing until it has something to say.
+        with contextlib.suppress(TimeoutError, aio.AioRpcError):
+            async with asyncio.timeout(min(timeout_s, TAKEN_S)):
+                await call.initial_metadata()
         self._writer = asyncio.create_task(self._write(call))
 
     def submit(self, request: bytes, choices: int = 1) -> int:

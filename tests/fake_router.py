@@ -68,6 +68,7 @@ class FakeRouter:
         self.sessions.clear()
 
     async def _session(self, frames: AsyncIterator[columns.ClientFrame], context: Any) -> AsyncIterator[columns.Frame]:
+        await context.send_initial_metadata(())
         self.keys.append(dict(context.invocation_metadata()).get("authorization"))
         out: asyncio.Queue[columns.Frame] = asyncio.Queue()
         running: dict[int, asyncio.Task[None]] = {}

@@ -37,6 +37,8 @@ class Context:
         self.reads.set()
         self.frames: list[tokens_pb2.Frame] = []
 
+    async def send_initial_metadata(self, _metadata: Any) -> None: ...
+
     async def read(self) -> Any:
         return self.messages.pop(0) if self.messages else EOF
 
