@@ -93,8 +93,8 @@ class ColumnSession:
             raise UnavailableError(f"router {self.address} does not answer within {timeout_s:.0f} s") from None
         call = cast(Any, self._channel).stream_stream("/megatoken.v1.Tokens/Session")(metadata=self._metadata)
         self._call = call
-        # A write to a call that is just being refused makes gRPC forget why. So wait until it is taken, or over; an older
-        # router says nothing until it has something to say.
+        # A write to a call that is just being refused makes gRPC forget why. So wait until it is taken, or over; a
+        # router of another kind may say nothing until it has something to say.
         with contextlib.suppress(TimeoutError, aio.AioRpcError):
             async with asyncio.timeout(min(timeout_s, TAKEN_S)):
                 await call.initial_metadata()
