@@ -15,6 +15,9 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatoken.log import log_event
@@ -75,7 +78,7 @@ class CertificateFiles:
         """What gRPC takes. Raises OSError."""
         tls = self._tls
         authority = tls.client_ca_file.read_bytes() if tls.client_ca_file else None
-        pair = (tls.key_file.read_bytes(), tls.cert_file.read_bytes())
+        pair = fitting_pair(tls.cert_file, tls.key_file)
         return grpc.ssl_server_certificate_configuration([pair], root_certificates=authority)
 
     def changed_configuration(self) -> grpc.ServerCertificateConfiguration | None:
@@ -112,12 +115,23 @@ class ClientTls(BaseModel):
         return self
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Credentials for secure_channel; reads the files now."""
+        """Credentials for secure_channel; reads the files now. Raises OSError, also for a key that does not fit."""
+        key, chain = fitting_pair(self.cert_file, self.key_file) if self.cert_file and self.key_file else (None, None)
         return grpc.ssl_channel_credentials(
-            root_certificates=self.ca_file.read_bytes(),
-            private_key=self.key_file.read_bytes() if self.key_file else None,
-            certificate_chain=self.cert_file.read_bytes() if self.cert_file else None,
+            root_certificates=self.ca_file.read_bytes(), private_key=key, certificate_chain=chain
         )
+
+
+def fitting_pair(cert_file: Path, key_file: Path) -> tuple[bytes, bytes]:
+    """(key, certificate chain) as read. Raises OSError when they do not fit: gRPC's core ends the process for that."""
+    chain, key = cert_file.read_bytes(), key_file.read_bytes()
+    try:
+        fits = x509.load_pem_x509_certificate(chain).public_key() == load_pem_private_key(key, None).public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise OSError(f"{cert_file} or {key_file} is no whole PEM file: {error}") from None
+    if not fits:
+        raise OSError(f"{key_file} is not the key of {cert_file}")
+    return key, chain
 
 
 Options = list[tuple[str, object]]

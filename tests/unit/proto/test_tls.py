@@ -92,6 +92,21 @@ async def test_exchanged_certificates_are_shown_to_new_connections_and_running_s
         await server.stop(None)
 
 
+@pytest.mark.parametrize("spoilt", ["of another", "half", "empty"])
+def test_a_key_that_does_not_fit_is_an_error_and_not_the_end_of_the_process(tmp_path: Path, spoilt: str) -> None:
+    authority = Authority(tmp_path)
+    cert_file, key_file = authority.issue("client")
+    other = authority.issue("other")[1].read_bytes()
+    whole = key_file.read_bytes()
+    key_file.write_bytes({"of another": other, "half": whole[:60], "empty": b""}[spoilt])
+    with pytest.raises(OSError, match=r"client\.key"):
+        ClientTls(ca_file=authority.ca_file, cert_file=cert_file, key_file=key_file).credentials()
+    with pytest.raises(OSError, match=r"client\.key"):
+        ServerTls(cert_file=cert_file, key_file=key_file).credentials()
+    key_file.write_bytes(whole)
+    ClientTls(ca_file=authority.ca_file, cert_file=cert_file, key_file=key_file).credentials()
+
+
 def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="set together"):
         ClientTls(ca_file=tmp_path / "ca.pem", cert_file=tmp_path / "c.pem")
