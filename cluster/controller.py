@@ -103,7 +103,8 @@ class Controller:
         self.inventory = Inventory()
         self.devices = DeviceBook()
         self.events = EventLog(self.orders.spec.control.events_kept, time.time)
-        epoch = int(store.get("epoch") or time.time())
+        # In microseconds, since a controller that loses its file may be started twice within a second.
+        epoch = int(store.get("epoch") or time.time_ns() // 1000)
         self.versions = Versions(epoch, int(store.get("version") or 0))
         self.snapshot_changed = asyncio.Condition()
         self.credentials = CredentialsFile(secrets.own_path)

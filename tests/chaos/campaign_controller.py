@@ -568,7 +568,7 @@ def clock_set_back(directory: Path) -> None:
         for replica in fleet.replicas
     )
     store.save_fleet(replace(fleet, replicas=late))
-    store.put(epoch=str(int(store.get("epoch") or 0) + int(LATER_S)))
+    store.put(epoch=str(int(store.get("epoch") or 0) + int(LATER_S * 1e6)))
     store.close()
 
 

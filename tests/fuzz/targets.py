@@ -101,6 +101,8 @@ class _Call:
         self.messages, self.written = messages, b""
         self.aborted = ""
 
+    async def send_initial_metadata(self, _metadata: Any) -> None: ...
+
     async def read(self) -> Any:
         return self.messages.pop(0) if self.messages else EOF
 

@@ -264,3 +264,12 @@ async def test_a_controller_that_has_published_nothing_yet_tells_watchers_nothin
         assert (told.epoch, told.version, [model.model for model in told.models]) == (7, 4, ["m"])
     finally:
         await running.stop()
+
+
+async def test_a_controller_that_lost_its_file_within_a_second_starts_a_later_epoch(tmp_path: Path) -> None:
+    """Else it would tell other snapshots under the numbers of the last one, which routers have seen."""
+    epochs = []
+    for life in ("before", "after"):
+        (tmp_path / life).mkdir()
+        epochs.append(Running(tmp_path / life).controller.versions.current.epoch)
+    assert epochs[0] < epochs[1]
