@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import resource
 import socket
@@ -18,6 +19,7 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 
+from megatoken.errors import MegatokenError
 from megatoken.frames import pack
 from megatoken.v1 import frame_columns_pb2
 from router import wire
@@ -30,6 +32,7 @@ from tests.chaos.routed import (
     forget_peak,
     lag_counts,
     lag_ms,
+    one,
     peak_bytes,
     ready,
     resident_bytes,
@@ -38,7 +41,7 @@ from tests.chaos.routed import (
     start_router,
     start_worker,
 )
-from tests.processes import Processes
+from tests.processes import Processes, Started
 
 NAME = "hostile"
 ABOUT = "clients that flood, hang, lie and never read, beside ten streams that must not notice"
@@ -48,6 +51,8 @@ LAG_RATIO: Final = 3.0
 UNDISTURBED_S: Final = 12.0  # some 1200 of the loop's timers, of which p99.9 is more than the largest
 GROWTH: Final = 3.0  # of resident memory, at its peak; a router begins at some 100 MiB
 CONNECTIONS: Final = 2000
+DESCRIPTORS: Final = 8192  # of this process and its children, so that CONNECTIONS are an attack and not the end of both
+LEFT: Final = 64  # descriptors that a process has left when it is made to run out of them
 
 
 def request(**sampling: Any) -> bytes:
@@ -132,31 +137,34 @@ async def no_frames(address: str, rng: random.Random) -> None:
 
 
 async def half_open(address: str, rng: random.Random) -> None:
-    """Connections that say nothing, or half of what HTTP/2 begins with, or no HTTP/2 at all.
+    """Connections that say nothing, or half of what HTTP/2 begins with, or no HTTP/2 at all."""
+    async with connections(address, CONNECTIONS, rng) as connected:
+        await asyncio.sleep(0.3)
+    if connected < CONNECTIONS // 2:
+        raise RuntimeError(f"only {connected} of {CONNECTIONS} connections came about: no attack")
 
-    They are as many as this process may have open, and leave the victim, with the same limit, half of its own.
-    """
+
+@contextlib.asynccontextmanager
+async def connections(address: str, count: int, rng: random.Random) -> AsyncIterator[int]:
+    """So many connections without a call; yields how many came about."""
     host, _, port = address.rpartition(":")
-    count = min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
     opened: list[socket.socket] = []
     connected = 0
     try:
         for number in range(count):
-            one = socket.socket()
-            opened.append(one)
-            one.setblocking(False)
+            made = socket.socket()
+            opened.append(made)
+            made.setblocking(False)
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(0.5):
-                    await asyncio.get_running_loop().sock_connect(one, (host, int(port)))
+                    await asyncio.get_running_loop().sock_connect(made, (host, int(port)))
                     connected += 1
                     said = (b"", b"PRI * HTTP/2.0\r\n\r\nSM", rng.randbytes(200))[number % 3]
-                    one.send(said)
-        await asyncio.sleep(0.3)
+                    made.send(said)
+        yield connected
     finally:
-        for one in opened:
-            one.close()
-    if connected < count // 2:
-        raise RuntimeError(f"only {connected} of {count} connections came about: no attack")
+        for made in opened:
+            made.close()
 
 
 Attack: TypeAlias = Callable[[str, random.Random], Coroutine[Any, Any, None]]
@@ -167,8 +175,45 @@ HOSTILE: Final[tuple[Attack, ...]] = (
 )
 
 
+async def exhaust(victim: Started, rng: random.Random, outcome: Outcome) -> None:
+    """Connections take every descriptor that a process may have: it serves on, and takes new callers after that.
+
+    Its limit is lowered for the while, to LEFT more than it has open.
+    """
+    outcome.inputs += 1
+    limits = resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (descriptors(victim) + LEFT, limits[1]))
+    try:
+        async with connections(victim.address, 4 * LEFT, rng):
+            if descriptors(victim) < resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)[0]:
+                raise RuntimeError(f"{descriptors(victim)} descriptors are open, not all: no attack")
+            await asyncio.sleep(1.0)
+    finally:
+        resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, limits)
+    try:
+        async with asyncio.timeout(20), TokenClient([victim.address]) as client:
+            await one(client)
+    except (TimeoutError, MegatokenError) as error:
+        outcome.wrong += 1
+        outcome.problem(f"it takes no new caller after it had no descriptor left: {type(error).__name__}: {error}")
+
+
+def descriptors(process: Started) -> int:
+    """How many it has open."""
+    return len(os.listdir(f"/proc/{process.pid}/fd"))
+
+
 async def run(scale: float) -> Outcome:
     outcome, number = Outcome(simulated=True), seed()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))
+    try:
+        return await _run(scale, outcome, number)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def _run(scale: float, outcome: Outcome, number: int) -> Outcome:
     rng = random.Random(number)
     order = rng.sample(HOSTILE, len(HOSTILE))
     attacks = {part: list(HOSTILE) * round(4 * scale) for part in ("router", "worker")}
@@ -188,6 +233,7 @@ async def run(scale: float) -> Outcome:
                     before, small = lag_counts(await asyncio.to_thread(scrape, victim), part), resident_bytes(victim)
                     forget_peak(victim)
                     await _attack(victim.address, rng, attacks[part], outcome)
+                    await exhaust(victim, rng, outcome)
                     after, large = lag_counts(await asyncio.to_thread(scrape, victim), part), peak_bytes(victim)
             undisturbed, found = lag_ms(begun, before), lag_ms(before, after)
             outcome.loop_lag_ms_p999 = max(outcome.loop_lag_ms_p999 or 0.0, found)

@@ -2,18 +2,23 @@
 
 At a router with small limits over a worker: a request, its prompt, its cache salt, its schema, the log probabilities
 of its prompt, choices, priorities, times, all on one session with ten judged streams; then a session's streams, whole
-messages, header bytes and key lengths, each on a connection of its own; and whole messages straight at the worker.
+messages, header bytes and key lengths, each on a connection of its own; whole messages straight at the worker; and, in
+the long form, HTTP bodies at an edge.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import math
 import random
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
+import httpx
 
 from megatoken.errors import MegatokenError
 from megatoken.frames import pack
@@ -22,7 +27,7 @@ from router import wire
 from router.client import TokenClient
 from tests.chaos.outcome import Outcome
 from tests.chaos.routed import MODEL, Streams, one, ready, seed, start_router, start_worker
-from tests.processes import Processes
+from tests.processes import Processes, Started
 
 NAME = "sizes"
 ABOUT = "sizes under, at and over every limit, beside ten live streams of the same session"
@@ -36,6 +41,9 @@ MAX_N: Final = 8
 TIMES_MS: Final = 60_000
 SESSION_STREAMS: Final = 64
 KEY: Final = "k" * 32
+BODY_BYTES: Final = 300_000
+EDGE_REQUEST_BYTES: Final = 2000
+TOKEN_BYTES: Final = len(pack((5,)))  # in a prompt
 NO_GRAMMAR: Final = "a simulated engine has no grammar"  # the worker's word: the size was let through
 
 
@@ -97,6 +105,18 @@ def sizes() -> list[Size]:
         Size("prompt_logprobs +1", "prompt_logprobs: ", prompt=(5,) * rows, sampling={"prompt_logprobs": most + 1})
     )
     return found
+
+
+def start_edge(processes: Processes, router: Started, keys_file: str) -> Started:
+    settings = {
+        "edge": "e",
+        "router": router.address,
+        "router_key": KEY,
+        "api_keys_file": keys_file,
+        "models": [{"name": MODEL, "source": "builtin:tiny-llama", "max_model_len": CONTEXT}],
+        "limits": {"max_body_bytes": BODY_BYTES, "max_request_bytes": EDGE_REQUEST_BYTES},
+    }
+    return processes.start("router.edge", settings, timeout_s=240)
 
 
 async def attempt(client: TokenClient, size: Size, outcome: Outcome) -> None:
@@ -194,6 +214,32 @@ async def headers(address: str, outcome: Outcome) -> None:
                 outcome.problem(f"a key of {length} characters: {found}, expected {code}")
 
 
+async def bodies(edge: str, outcome: Outcome) -> None:
+    """HTTP bodies at the edge, and what it makes of them for the router."""
+
+    async def answered(content: bytes, status: int, says: str = "") -> str:
+        outcome.inputs += 1
+        answer = await client.post("/v1/completions", content=content)
+        if answer.status_code != status or says not in answer.text:
+            outcome.wrong += 1
+            outcome.problem(f"a body of {len(content)} bytes: {answer.status_code} {answer.text[:160]}, not {status}")
+        return answer.text
+
+    def asking(tokens: int) -> bytes:
+        return json.dumps({"model": MODEL, "prompt": [5] * tokens, "max_tokens": 4, "temperature": 0}).encode()
+
+    shown = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    async with httpx.AsyncClient(base_url=edge, headers=shown, timeout=30) as client:
+        for total, status in ((BODY_BYTES - 1, 200), (BODY_BYTES, 200), (BODY_BYTES + 1, 413)):
+            await answered(asking(1).ljust(total), status)
+        refused = await answered(asking(PROMPT_TOKENS), 400, f"at most {EDGE_REQUEST_BYTES} bytes")
+        told = re.search(r"(\d+) bytes", refused)
+        over = int(told[1]) - EDGE_REQUEST_BYTES if told else 0
+        fits = PROMPT_TOKENS - math.ceil(over / TOKEN_BYTES)
+        for tokens, status in ((fits - 1, 200), (fits, 200), (fits + 1, 400)):
+            await answered(asking(tokens), status)
+
+
 async def run(scale: float) -> Outcome:
     """The table is run once and again, in another order, as `scale` allows."""
     outcome, number = Outcome(simulated=True), seed()
@@ -225,6 +271,9 @@ async def run(scale: float) -> Outcome:
                     await whole_messages(router.address, outcome)
                     await whole_messages(worker.address, outcome)
                     await headers(router.address, outcome)
+                if scale >= 1.0:  # an edge takes half a minute to start
+                    edge = await asyncio.to_thread(start_edge, processes, router, str(keys))
+                    await bodies(f"http://{edge.address}", outcome)
             await one(client)
     if outcome.problems:
         outcome.problem(f"MEGATOKEN_SEED={number}")
