@@ -168,8 +168,10 @@ async def test_two_routers_share_two_replicas_evenly(processes: Processes, worke
     async with Controller() as controller:
         await controller.publish(1, *(member(worker) for worker in workers))
         routers = [start_router(processes, f"pair-{i}", controller.port) for i in range(2)]
+        for router in routers:
+            async with TokenClient([router.address]) as client:
+                await until_ready(client, 2)
         async with TokenClient([router.address for router in routers]) as client:
-            await until_ready(client, 2)
             async with asyncio.timeout(20):
                 while len(client.open_sessions()) < 2:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)

@@ -52,8 +52,9 @@ class HostCluster:
         self.nodes.head.path("/tmp/spec.yaml").write_text(yaml.safe_dump(self.spec))
         return "/tmp/spec.yaml"
 
-    def up(self) -> None:
-        self.command("up", "-f", self.write_spec())
+    def up(self, spec: str = "") -> None:
+        """Brings it up, from a spec's file or from its own."""
+        self.command("up", "-f", spec or self.write_spec())
         self.control = ControlClient(f"{self.nodes.head.address}:7700", token=self.command("token").strip())
 
     def apply(self, change: Callable[[dict[str, Any]], None]) -> str:

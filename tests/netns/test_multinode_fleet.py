@@ -100,9 +100,8 @@ def test_the_documented_spec_starts_on_two_nodes(make_ray_nodes: Callable[[int, 
     """deploy/netns/two-nodes.yaml, as its README says."""
     nodes = make_ray_nodes(2, 1)
     cluster = HostCluster(nodes, {})
+    cluster.up(str(Path(hosts.__file__).with_name("two-nodes.yaml")))
     with cluster.control:
-        spec = str(Path(hosts.__file__).with_name("two-nodes.yaml"))
-        cluster.command("up", "-f", spec, timeout_s=START_S)
         (replica,) = cluster.wait_ready("smollm2-135m-instruct", 1, START_S)
         assert len({line.split()[2] for line in replica.ranks}) == 2, replica.ranks
         said = cluster.command("generate", "What is the capital of France?", timeout_s=120)
