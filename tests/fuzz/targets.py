@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import tempfile
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -214,8 +214,8 @@ def spec(data: bytes) -> None:
         raise AssertionError("another spec is read back than was written")
 
 
-_FOLDER: Final = tempfile.TemporaryDirectory(prefix="mt-fuzz-")
-_KEYS: Final = Path(_FOLDER.name) / "keys.json"
+_FILE: Final = os.memfd_create("keys.json")  # libFuzzer ends the process in a way that would leave a file behind
+_KEYS: Final = Path(f"/proc/self/fd/{_FILE}")
 _GOOD: Final = b'{"keys": [{"name": "kept", "sha256": "' + b"0" * 64 + b'"}]}'
 
 
