@@ -16,7 +16,7 @@ COUNT   := awk '/^ *(Collecting|Processing|Requirement already)/ { printf "\r   
 .PHONY: demo test test-failed lint format setup model test-unit test-multinode chaos fuzz bench bench-plan bench-router bench-throughput proto clean
 
 demo: setup
-	$(BIN)/python -m cluster.demo
+	$(BIN)/python -m megatoken.cluster.demo
 
 test: setup lint
 	$(PYTEST) tests
@@ -39,7 +39,7 @@ $(VENV)/.installed: deploy/requirements/cpu.txt deploy/requirements/dev.txt pypr
 
 ## model: SmolLM2-135M-Instruct, converted once into the cache.
 model: $(VENV)/.installed
-	@$(BIN)/python -m worker.models prepare
+	@$(BIN)/python -m megatoken.worker.models prepare
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """`make demo`: the main job on one machine, from nothing to nothing, in front of the reader's eyes.
 
-    python -m cluster.demo
+    python -m megatoken.cluster.demo
 
 Starts a local cluster of two replicas of the built-in model on vLLM's CPU build, streams chat answers through the
 OpenAI-compatible edge and token requests through the router over gRPC, prints tokens/s for each replica and for the
@@ -16,19 +16,19 @@ import sys
 import time
 from collections.abc import Iterator
 
-from cluster.bring_up import Up, bring_up
-from cluster.cli_down import take_down
-from cluster.cli_generate import Tokenizer, load_tokenizer
-from cluster.cli_up import check, prepare_models
-from cluster.control_client import CommandError, ControlClient, client_of
-from cluster.guard import descendants
-from cluster.human import number, table
-from cluster.progress import Progress, wait_until_settled
-from cluster.spec import DEFAULT_MODEL, ClusterSpec, default_spec
-from cluster.status_text import rates_of
+from megatoken.cluster.cli.down import take_down
+from megatoken.cluster.cli.generate import Tokenizer, load_tokenizer
+from megatoken.cluster.cli.up import check, prepare_models
+from megatoken.cluster.client.control import CommandError, ControlClient, client_of
+from megatoken.cluster.client.progress import Progress, wait_until_settled
+from megatoken.cluster.spec.cluster import DEFAULT_MODEL, ClusterSpec, default_spec
+from megatoken.cluster.start.bring_up import Up, bring_up
+from megatoken.cluster.start.guard import descendants
+from megatoken.cluster.view.human import number, table
+from megatoken.cluster.view.text import rates_of
 from megatoken.errors import MegatokenError
+from megatoken.router.client.client import TokenClient
 from megatoken.v1 import control_pb2
-from router.client import TokenClient
 
 REPLICAS = 2
 START_TIMEOUT_S = 600.0

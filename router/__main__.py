@@ -1,4 +1,4 @@
-"""`python -m router --config FILE [--ready-fd N]`: one router process, until SIGTERM or SIGINT."""
+"""`python -m megatoken.router --config FILE [--ready-fd N]`: one router process, until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import uvloop
 
 from megatoken.log import setup_logging
 from megatoken.process import read_arguments, report_ready
-from router.app import RouterApp
-from router.config import RouterConfig
+from megatoken.router.config import RouterConfig
+from megatoken.router.shell.app import RouterApp
 
 
 async def _main(config: RouterConfig, ready_fd: int | None) -> None:

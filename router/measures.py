@@ -12,7 +12,7 @@ from typing import Final
 
 from megatoken.errors import AuthError, DeadlineError, MegatokenError, OverloadError, RequestError
 from megatoken.metrics import DURATION_BUCKETS_S, ITL_BUCKETS_S, QUEUE_BUCKETS_S, TTFT_BUCKETS_S, FastHistogram
-from router.key_limits import KeyLimitError
+from megatoken.router.identity.key_limits import KeyLimitError
 
 OUTCOMES: Final = ("unknown", "stop", "length", "cancelled", "error", "repetition")  # by tokens.proto's FinishReason
 REFUSALS: Final = ("queue_full", "deadline", "limit", "no_replica", "draining", "invalid", "unauthenticated")

@@ -50,7 +50,7 @@ class RunningCluster:
     def run(self, *words: str, status: int | None = 0, timeout_s: float = UP_TIMEOUT_S) -> str:
         """Runs `megatoken WORDS` and returns its standard output; with `status` 0, any other status raises."""
         done = subprocess.run(
-            [sys.executable, "-m", "cluster.cli", *words],
+            [sys.executable, "-m", "megatoken.cluster.cli", *words],
             env=self.env,
             cwd=REPOSITORY,
             capture_output=True,
@@ -74,7 +74,7 @@ class RunningCluster:
     def foreground(self) -> subprocess.Popen[str]:
         """`megatoken up` that stays; its output is a pipe."""
         return subprocess.Popen(
-            [sys.executable, "-m", "cluster.cli", "up", "-f", str(self.spec_file)],
+            [sys.executable, "-m", "megatoken.cluster.cli", "up", "-f", str(self.spec_file)],
             env=self.env,
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,

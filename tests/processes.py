@@ -1,7 +1,7 @@
 """Starts the project's own programs for tests and benchmarks, and checks that nothing of them is left.
 
     with Processes() as processes:
-        worker = processes.start("worker", {...})          # python -m worker --config FILE --ready-fd N
+        worker = processes.start("worker", {...})          # python -m megatoken.worker --config FILE --ready-fd N
         router = processes.start("router", {... worker.ready["address"] ...})
 
 Every process carries a marker in its environment, which its children inherit. So what it leaves behind is found even
@@ -115,21 +115,30 @@ class Processes:
 
     def start(
         self,
-        module: str,
+        program: str,
         config: Mapping[str, Any],
         *,
         timeout_s: float = 120.0,
         env: Mapping[str, str] | None = None,
         prefix: tuple[str, ...] = (),
     ) -> Started:
-        """Runs `python -m module` on `config` and waits for its ready line. `prefix` may be e.g. ip netns exec."""
-        config_file = self._write_config(module, config)
+        """Runs `python -m megatoken.PROGRAM` on `config` and waits for its ready line. `prefix`: e.g. ip netns exec."""
+        config_file = self._write_config(program, config)
         name = config_file.stem
         log = self.directory / f"{name}.log"
         mark = uuid.uuid4().hex
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {}), MARKER: mark}
         reader, writer = os.pipe()
-        command = [*prefix, sys.executable, "-m", module, "--config", str(config_file), "--ready-fd", str(writer)]
+        command = [
+            *prefix,
+            sys.executable,
+            "-m",
+            f"megatoken.{program}",
+            "--config",
+            str(config_file),
+            "--ready-fd",
+            str(writer),
+        ]
         try:
             with log.open("wb") as output:
                 process = subprocess.Popen(
@@ -151,10 +160,10 @@ class Processes:
             os.close(reader)
         return started
 
-    def _write_config(self, module: str, config: Mapping[str, Any]) -> Path:
+    def _write_config(self, program: str, config: Mapping[str, Any]) -> Path:
         """A file that no other start has, from whichever thread."""
         while True:
-            config_file = self.directory / f"{module}-{next(self._numbers)}.json"
+            config_file = self.directory / f"{program}-{next(self._numbers)}.json"
             try:
                 descriptor = os.open(config_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             except FileExistsError:  # the directory is shared with other Processes

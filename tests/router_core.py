@@ -13,20 +13,20 @@ import random
 from typing import Any
 
 from megatoken.frames import U32, pack
+from megatoken.router.config import RouterConfig
+from megatoken.router.core import recovery, upkeep
+from megatoken.router.core.lifecycle import State
+from megatoken.router.core.request import Request
+from megatoken.router.core.state import RouterState
+from megatoken.router.core.submission import cancel, submit
+from megatoken.router.fleet.fleet import Fleet, Member, Replica
+from megatoken.router.identity.api_keys import ApiKey
+from megatoken.router.identity.door import Caller
+from megatoken.router.intake.intake import on_frame
+from megatoken.router.streams.ledger import Ledger
+from megatoken.router.streams.sink import SessionSink
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
-from router import recovery, upkeep
-from router.api_keys import ApiKey
-from router.config import RouterConfig
-from router.door import Caller
-from router.fleet import Fleet, Member, Replica
-from router.intake import on_frame
-from router.ledger import Ledger
-from router.lifecycle import State
-from router.request import Request
-from router.sink import SessionSink
-from router.state import RouterState
-from router.submission import cancel, submit
 
 STOP, LENGTH, CANCELLED, ERROR = 1, 2, 3, 4
 

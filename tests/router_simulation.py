@@ -15,18 +15,19 @@ import numpy as np
 
 from megatoken.errors import MegatokenError
 from megatoken.frames import U32, pack
+from megatoken.router import wire
+from megatoken.router.config import RouterConfig
+from megatoken.router.core import recovery, upkeep
+from megatoken.router.core.request import Request
+from megatoken.router.core.state import RouterState
+from megatoken.router.core.submission import submit
+from megatoken.router.fleet.fleet import Fleet, Member, Replica
+from megatoken.router.identity.door import Caller
+from megatoken.router.intake.intake import on_frame
+from megatoken.router.streams.ledger import Ledger
+from megatoken.router.streams.sink import SessionSink
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
-from router import recovery, upkeep, wire
-from router.config import RouterConfig
-from router.door import Caller
-from router.fleet import Fleet, Member, Replica
-from router.intake import on_frame
-from router.ledger import Ledger
-from router.request import Request
-from router.sink import SessionSink
-from router.state import RouterState
-from router.submission import submit
 from tests.router_core import raise_it
 
 LOAD_EVERY_S = 0.25

@@ -20,8 +20,8 @@ import grpc
 
 from megatoken.counters import INDEX, read_counters
 from megatoken.errors import MegatokenError
+from megatoken.router.client.client import TokenClient
 from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, throughput_pb2, worker_pb2, worker_pb2_grpc
-from router.client import TokenClient
 from tests.processes import Processes, Started
 from tests.throughput_cluster import Agents, row, running
 

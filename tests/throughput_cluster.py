@@ -20,9 +20,9 @@ import grpc
 from megatoken.counters import INDEX, CounterWriter
 from megatoken.tls import ServerTls, bind
 from megatoken.v1 import membership_pb2, membership_pb2_grpc, throughput_pb2, throughput_pb2_grpc
+from megatoken.worker.throughput.attendance import AttendanceServicer
+from megatoken.worker.throughput.decide.group import GroupPolicy
 from tests.processes import LeftBehind, Processes, Started
-from worker.collective.attendance import AttendanceServicer
-from worker.collective.group import GroupPolicy
 
 
 class FakeController(membership_pb2_grpc.MembershipServicer):
@@ -106,7 +106,7 @@ class Agents:
         facts = {**facts, "unguarded": True, **self._config, **config}
         processes = Processes(self._directory / f"processes-{len(self._processes)}")
         self._processes.append(processes)
-        started = await asyncio.to_thread(processes.start, "worker.collective", facts, prefix=prefix)
+        started = await asyncio.to_thread(processes.start, "worker.throughput", facts, prefix=prefix)
         self.running[node] = started
         self._channels[node] = grpc.aio.insecure_channel(started.address)
         return started

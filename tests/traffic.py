@@ -11,7 +11,7 @@ import random
 import sys
 
 from megatoken.errors import MegatokenError
-from router.client import TokenClient
+from megatoken.router.client.client import TokenClient
 
 STREAMS = 6  # a model, at once
 PAUSE_S = 0.05

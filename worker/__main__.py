@@ -1,4 +1,4 @@
-"""One replica's process: `python -m worker --config FILE [--ready-fd N]`.
+"""One replica's process: `python -m megatoken.worker --config FILE [--ready-fd N]`.
 
 Starts the engine, then the gRPC server and /metrics, writes its ready line, and serves until SIGTERM (drain, then
 stop, status 0) or until the engine is gone (status 1, with the reason as its last words on stderr). A config that
@@ -19,11 +19,11 @@ from megatoken.errors import EngineDeadError, MegatokenError, RequestError
 from megatoken.log import log_event, setup_logging
 from megatoken.process import read_arguments, report_ready
 from megatoken.process_tag import tag_process
-from worker.config import WorkerConfig
-from worker.engines.engine import Engine
+from megatoken.worker.config import WorkerConfig
+from megatoken.worker.engines.engine import Engine
 
 if TYPE_CHECKING:
-    from worker.replica import Replica
+    from megatoken.worker.replica import Replica
 
 STATUS_ENGINE_DEAD: Final = 1
 STATUS_BAD_CONFIG: Final = 2
@@ -35,10 +35,10 @@ _log = logging.getLogger("worker")
 async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> int:
     """Serves a booted engine; returns the exit status."""
     from megatoken.loop_lag import watch_loop
-    from worker.measures import Measures
-    from worker.replica import Replica
-    from worker.server import WorkerServer
-    from worker.totals import open_counters
+    from megatoken.worker.measures import Measures
+    from megatoken.worker.replica import Replica
+    from megatoken.worker.server import WorkerServer
+    from megatoken.worker.totals import open_counters
 
     loop = asyncio.get_running_loop()
     stopping, died = asyncio.Event(), asyncio.Event()
@@ -98,7 +98,7 @@ def _start_metrics(config: WorkerConfig, replica: Replica) -> tuple[str | None, 
     if config.metrics_port is None:
         return None, lambda: None
     from megatoken.metrics import serve_metrics
-    from worker.metrics import worker_registry
+    from megatoken.worker.metrics import worker_registry
 
     try:
         registry, own = worker_registry(replica), replica.engine.exposition
@@ -129,13 +129,13 @@ def main() -> int:
     tag_process(config.replica, "worker")
     os.environ.update(config.env)
     if config.engine == "vllm":
-        from worker.engines.vllm_process import prepare_process
+        from megatoken.worker.engines.vllm.process import prepare_process
 
         prepare_process(config)
     setup_logging("worker", config.replica, config.log_level)
     import uvloop
 
-    from worker.engines.factory import make_engine
+    from megatoken.worker.engines.factory import make_engine
 
     try:
         engine = make_engine(config)

@@ -14,8 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from megatoken.metrics import FastHistogram, new_registry
-from worker import totals
-from worker.replica import Replica
+from megatoken.worker import totals
+from megatoken.worker.replica import Replica
 
 LABELS: Final = ("model", "replica", "engine")
 PREFIX: Final = "megatoken_worker_"

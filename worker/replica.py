@@ -26,14 +26,14 @@ from megatoken.errors import (
 from megatoken.log import log_event
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
-from worker import totals
-from worker.config import WorkerConfig
-from worker.engines.engine import Ended, Engine, EngineFacts, Step
-from worker.finish import end_of, refusal
-from worker.measures import Measures
-from worker.outlet import Outlet
-from worker.requests import MAX_CHOICES, check_request
-from worker.streams import Running, StreamTable
+from megatoken.worker import totals
+from megatoken.worker.config import WorkerConfig
+from megatoken.worker.engines.engine import Ended, Engine, EngineFacts, Step
+from megatoken.worker.measures import Measures
+from megatoken.worker.requests import MAX_CHOICES, check_request
+from megatoken.worker.streams.finish import end_of, refusal
+from megatoken.worker.streams.outlet import Outlet
+from megatoken.worker.streams.table import Running, StreamTable
 
 LOAD_INTERVAL_S: Final = 0.2  # how often a changed load goes out at most
 RETRY_AFTER_S: Final = 1.0  # told to a caller when this worker is full

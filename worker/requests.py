@@ -15,7 +15,7 @@ from megatoken.errors import NotFoundError, RequestError
 from megatoken.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
-from worker.engines.engine import EngineFacts, EngineRequest
+from megatoken.worker.engines.engine import EngineFacts, EngineRequest
 
 MAX_CHOICES: Final = 128  # OpenAI's own limit on n
 MAX_TOKEN_LIST: Final = 4096  # members of a token list in sampling; far above any real use

@@ -16,13 +16,13 @@ from megatoken.access.opening import credentials_of, gate_of
 from megatoken.access.table import Identity, Program
 from megatoken.errors import RequestError
 from megatoken.v1 import tokens_pb2, worker_pb2, worker_pb2_grpc
-from worker.config import TlsConfig, WorkerConfig
-from worker.fence import Fence
-from worker.leases import LeaseBook, Leases, UncheckedLeases
-from worker.replica import Replica
-from worker.tokens_service import SERVICE as TOKENS
-from worker.tokens_service import tokens_handler
-from worker.worker_service import WorkerService
+from megatoken.worker.config import TlsConfig, WorkerConfig
+from megatoken.worker.fence import Fence
+from megatoken.worker.leases import LeaseBook, Leases, UncheckedLeases
+from megatoken.worker.replica import Replica
+from megatoken.worker.tokens_service import SERVICE as TOKENS
+from megatoken.worker.tokens_service import tokens_handler
+from megatoken.worker.worker_service import WorkerService
 
 WORKER: Final = "megatoken.v1.Worker"
 MAX_CONCURRENT_CALLS: Final = 100_000  # HTTP/2 streams of one connection; Generate takes one a request

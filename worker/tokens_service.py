@@ -22,10 +22,10 @@ from megatoken.fields import fields_at_most
 from megatoken.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
-from worker.leases import LeaseBook, Leases
-from worker.outlet import Outlet, Taken, encode_frame
-from worker.part import Part
-from worker.replica import Replica, StreamInUseError
+from megatoken.worker.leases import LeaseBook, Leases
+from megatoken.worker.replica import Replica, StreamInUseError
+from megatoken.worker.streams.outlet import Outlet, Taken, encode_frame
+from megatoken.worker.streams.part import Part
 
 SERVICE: Final = "megatoken.v1.Tokens"
 END: Final[Any] = vars(grpc.aio)["EOF"]  # missing from the published stubs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from megatoken.counters import INDEX, CounterWriter
-from worker.config import WorkerConfig
+from megatoken.worker.config import WorkerConfig
 
 PROMPT_TOKENS: Final = INDEX["prompt_tokens"]
 GENERATED_TOKENS: Final = INDEX["generated_tokens"]

@@ -13,9 +13,9 @@ import numpy as np
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1 import worker_pb2, worker_pb2_grpc
-from worker.fence import Fence
-from worker.outlet import Outlet
-from worker.replica import Replica
+from megatoken.worker.fence import Fence
+from megatoken.worker.replica import Replica
+from megatoken.worker.streams.outlet import Outlet
 
 PROBE_TIMEOUT_S: Final = 60.0  # when the caller names no deadline
 PROBE_PROMPT: Final = np.array([1], "<u4")

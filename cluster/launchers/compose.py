@@ -1,6 +1,6 @@
 """A compose file: a head and serving containers on one machine, each with its own address. Pure.
 
-The token is a compose secret from a file that only its owner may read; every container runs cluster.launchers.node.
+The token is a compose secret from a file that only its owner may read; every container runs cluster/launchers/node.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from cluster.launchers.artefact import Artefact
-from cluster.launchers.launch_spec import ComposeLaunch, DeviceGroup, LaunchSpec
-from cluster.launchers.node_command import TOKEN_FILE, node_command, spec_on
-from cluster.spec import ClusterSpec
-from cluster.spec_load import dump_spec
+from megatoken.cluster.launchers.artefact import Artefact
+from megatoken.cluster.launchers.node.command import TOKEN_FILE, node_command, spec_on
+from megatoken.cluster.launchers.spec import ComposeLaunch, DeviceGroup, LaunchSpec
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.spec.load import dump_spec
 
 SECRET = "/run/secrets/ray_token"
 HEAD = "head"
@@ -57,7 +57,7 @@ def _service(
     spec: ClusterSpec, launch: LaunchSpec, compose: ComposeLaunch, group: DeviceGroup, *, head: bool
 ) -> dict[str, Any]:
     command = node_command(spec, launch.ports, group, ray="ray", head_address=HEAD, head=head, token_path=SECRET)
-    node = ["python3", "-m", "cluster.launchers.node", "run", "--directory", DIRECTORY]
+    node = ["python3", "-m", "megatoken.cluster.launchers.node", "run", "--directory", DIRECTORY]
     node += [] if head else ["--head", f"{HEAD}:{launch.ports.head}"]
     interface = group.interface or spec.network.interface
     node += ["--interface", interface] if interface else []

@@ -1,7 +1,7 @@
 """A KubeRay RayCluster, and what it needs beside it: the spec as a ConfigMap, a service for the edge. Pure.
 
 The token: `authOptions.mode: token` makes the operator generate a secret and hand it to every pod (KubeRay 1.5.1+).
-Every pod runs cluster.launchers.node, which works out the pod's interface and supervises the `ray start` command that
+Every pod runs cluster/launchers/node, which works out the pod's interface and supervises the `ray start` command that
 the operator generated (annotation ray.io/overwrite-container-cmd); the head brings the controller up once Ray runs.
 Ray's node labels are appended to that command: the operator refuses them among rayStartParams, and its chart has no
 other place for them. Also the same as values for the operator's `ray-cluster` Helm chart, which knows no authOptions:
@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
-from cluster.launchers.artefact import Artefact
-from cluster.launchers.launch_spec import KubeRayLaunch, LaunchSpec, PodGroup
-from cluster.launchers.node_command import RAY_HABITS, spec_on
-from cluster.spec import ClusterSpec
-from cluster.spec_load import dump_spec
+from megatoken.cluster.launchers.artefact import Artefact
+from megatoken.cluster.launchers.node.command import RAY_HABITS, spec_on
+from megatoken.cluster.launchers.spec import KubeRayLaunch, LaunchSpec, PodGroup
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.spec.load import dump_spec
 
 RAY_VERSION = "2.60.0"  # what the images carry: pyproject.toml pins it
 MIB = 1 << 20
@@ -205,7 +205,7 @@ def _command(spec: ClusterSpec, group: PodGroup, *, head: bool) -> str:
     interface = group.interface or spec.network.interface
     options = f' --interface "{interface}"' if interface else ""
     then = f" --then 'megatoken up --detach --no-wait -f {SPEC_DIRECTORY}/{SPEC_FILE}'" if head else ""
-    node = f'exec python3 -m cluster.launchers.node run --directory {DIRECTORY} --address "$MEGATOKEN_POD_IP"'
+    node = f'exec python3 -m megatoken.cluster.launchers.node run --directory {DIRECTORY} --address "$MEGATOKEN_POD_IP"'
     labels = ",".join(f"{name}={value}" for name, value in sorted(group.node_labels.items()))
     ray = f"$KUBERAY_GEN_RAY_START_CMD --labels={labels}" if labels else "$KUBERAY_GEN_RAY_START_CMD"
     return f'ulimit -n 65536; {node}{options}{then} -- bash -c "{ray}"'

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import shlex
 
-from cluster.launchers.artefact import Artefact
-from cluster.launchers.launch_spec import LaunchSpec, SlurmLaunch
-from cluster.launchers.node_command import node_env_of, ray_options, spec_on
-from cluster.spec import ClusterSpec
-from cluster.spec_load import dump_spec
+from megatoken.cluster.launchers.artefact import Artefact
+from megatoken.cluster.launchers.node.command import node_env_of, ray_options, spec_on
+from megatoken.cluster.launchers.spec import LaunchSpec, SlurmLaunch
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.spec.load import dump_spec
 
 JOB = """\
 #!/usr/bin/env bash
@@ -52,7 +52,7 @@ done'
 
 # Every node works out its own address and interface, then runs the same command.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \\
-    "$prefix/bin/python" -m cluster.launchers.node exec --head "$RAY_ADDRESS"{interface} -- \\
+    "$prefix/bin/python" -m megatoken.cluster.launchers.node exec --head "$RAY_ADDRESS"{interface} -- \\
     "$prefix/bin/ray" symmetric-run --address "$RAY_ADDRESS" --min-nodes "$SLURM_JOB_NUM_NODES" \\
     {options} \\
     -- bash -c "$serve" serve "$directory/spec.yaml"

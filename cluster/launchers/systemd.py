@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from cluster.launchers.artefact import Artefact
-from cluster.launchers.launch_spec import LaunchSpec, SshHost, SshLaunch
-from cluster.launchers.node_command import TOKEN_FILE, node_command, spec_on
-from cluster.spec import ClusterSpec
-from cluster.spec_load import dump_spec
+from megatoken.cluster.launchers.artefact import Artefact
+from megatoken.cluster.launchers.node.command import TOKEN_FILE, node_command, spec_on
+from megatoken.cluster.launchers.spec import LaunchSpec, SshHost, SshLaunch
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.spec.load import dump_spec
 
 STATE = "/var/lib/megatoken"
 UNIT = """\
@@ -57,7 +57,7 @@ def _unit(spec: ClusterSpec, launch: LaunchSpec, ssh: SshLaunch, host: SshHost) 
         head=host is head,
         token_path=f"{STATE}/{TOKEN_FILE}",
     )
-    node = [f"{ssh.prefix}/bin/python", "-m", "cluster.launchers.node", "run"]
+    node = [f"{ssh.prefix}/bin/python", "-m", "megatoken.cluster.launchers.node", "run"]
     node += ["--directory", STATE, "--address", host.node_address]
     interface = host.interface or spec.network.interface
     node += ["--interface", interface] if interface else []

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cluster.launchers.failure_detection import FAILURE_DETECTION
 from deploy.netns.hosts import Host, Network, NetworkError
+from megatoken.cluster.launchers.failure_detection import FAILURE_DETECTION
 
 GCS_PORT = 6379
 START_TIMEOUT_S = 180.0

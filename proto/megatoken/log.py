@@ -1,6 +1,6 @@
 """Structured logs: one JSON object a line, the same fields in every process.
 
-    {"ts": "2026-01-02T03:04:05.678Z", "level": "info", "logger": "worker.server", "event": "replica.ready",
+    {"ts": "2026-01-02T03:04:05.678Z", "level": "info", "logger": "megatoken.worker.server", "event": "replica.ready",
      "process": "worker", "id": "chat-0", "request_id": "r-17", ...}
 
 An entry point calls `setup_logging` once; modules use `logging.getLogger(__name__)` and, for what a machine should

@@ -1,7 +1,7 @@
 """What every process's Prometheus metrics share: bucket bounds, a registry, a cheap histogram, the /metrics server.
 
 docs/metrics.md is the contract for names and labels. The metrics themselves live in worker/metrics.py,
-router/metrics.py and so on; only those and this module import prometheus_client.
+router/shell/metrics.py and so on; only those and this module import prometheus_client.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Worker, router, edge and throughput agent are plain programs:
 
-    python -m worker --config FILE [--ready-fd N]
+    python -m megatoken.worker --config FILE [--ready-fd N]
 
 They read one JSON config, check it with pydantic, write one JSON line to the ready descriptor when they serve, and stop
 on SIGTERM. A process whose parent dies is killed by the kernel (PR_SET_PDEATHSIG), so a `kill -9` anywhere in the tree

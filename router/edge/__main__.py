@@ -1,4 +1,4 @@
-"""`python -m router.edge --config FILE [--ready-fd N]`: one edge process.
+"""`python -m megatoken.router.edge --config FILE [--ready-fd N]`: one edge process.
 
 vLLM's imports take most of the start, so what can be checked without them is checked before: the config, the port, the
 keys file, where the models are. It listens only when it serves: an edge that still starts gets no connection of a
@@ -22,10 +22,10 @@ from typing import Any
 from megatoken.errors import MegatokenError, RequestError
 from megatoken.log import setup_logging
 from megatoken.process import read_arguments, report_ready
+from megatoken.router.edge.config import EdgeConfig
+from megatoken.router.edge.vllm.serve_args import serve_arguments
+from megatoken.router.identity.api_keys import KeyRing
 from megatoken.tls import CertificateFiles, ServerTls
-from router.api_keys import KeyRing
-from router.edge.config import EdgeConfig
-from router.edge.serve_args import serve_arguments
 
 BACKLOG = 2048
 CERTIFICATES_S = 1.0  # exchanged certificates are in force within this
@@ -65,7 +65,7 @@ async def serve(config: EdgeConfig, keys: KeyRing | None, listener: socket.socke
     """Serves until SIGTERM or SIGINT, then lets running requests end for `limits.drain_s`."""
     import uvicorn
 
-    from router.edge.assemble import assemble
+    from megatoken.router.edge.assemble import assemble
 
     parts = await assemble(config, keys)
 
@@ -127,7 +127,7 @@ async def renew_certificates(tls: ServerTls | None, context: ssl.SSLContext | No
 
 def main() -> int:
     began = time.monotonic()
-    config, ready_fd = read_arguments("python -m router.edge", EdgeConfig)
+    config, ready_fd = read_arguments("python -m megatoken.router.edge", EdgeConfig)
     setup_logging("edge", config.edge, config.log_level)
     signal.signal(signal.SIGTERM, stop_at_once)
     try:
@@ -136,7 +136,7 @@ def main() -> int:
             serve_arguments(model)
         listener = bind(config)
     except (MegatokenError, OSError, ValueError) as error:
-        print(f"python -m router.edge: {error}", file=sys.stderr)
+        print(f"python -m megatoken.router.edge: {error}", file=sys.stderr)
         return 2
     prepare_environment(config)
     import uvloop
@@ -146,7 +146,7 @@ def main() -> int:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve(config, keys, listener, ready_fd))
         except (MegatokenError, OSError, ValueError) as error:  # what vLLM says about a model
-            print(f"python -m router.edge: {error}", file=sys.stderr)
+            print(f"python -m megatoken.router.edge: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             pass

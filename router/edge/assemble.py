@@ -9,13 +9,13 @@ from typing import Any
 from vllm.version import __version__ as vllm_version
 
 from megatoken.metrics import MetricsServer, serve_metrics
-from router.api_keys import KeyRing
-from router.door import Door
-from router.edge.config import EdgeConfig
-from router.edge.dispatch import Dispatch
-from router.edge.metrics import EdgeMetrics
-from router.edge.sessions import Sessions
-from router.edge.vllm_layer import ModelApp, build_model_app
+from megatoken.router.edge.config import EdgeConfig
+from megatoken.router.edge.http.dispatch import Dispatch
+from megatoken.router.edge.metrics import EdgeMetrics
+from megatoken.router.edge.router_session.sessions import Sessions
+from megatoken.router.edge.vllm.layer import ModelApp, build_model_app
+from megatoken.router.identity.api_keys import KeyRing
+from megatoken.router.identity.door import Door
 
 
 @dataclass(frozen=True, slots=True)

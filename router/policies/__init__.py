@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from router.fleet import Pool, Replica
+    from megatoken.router.fleet.fleet import Pool, Replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ NAMES: Final = ("least_tokens", "round_robin", "prefix", "affinity", "lora", "si
 
 def make_policy(name: str) -> Policy:
     """A fresh policy. Raises ValueError with the names that exist."""
-    from router.policies import affinity, least_tokens, lora, prefix, round_robin, site
+    from megatoken.router.policies import affinity, least_tokens, lora, prefix, round_robin, site
 
     kinds: dict[str, type] = {
         "least_tokens": least_tokens.LeastTokens,

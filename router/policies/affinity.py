@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from router.affinity_seeds import seed_of
-from router.policies.least_tokens import score, two_choices
+from megatoken.router.fleet.affinity_seeds import seed_of
+from megatoken.router.policies.least_tokens import score, two_choices
 
 if TYPE_CHECKING:
-    from router.fleet import Pool, Replica
-    from router.policies import Question
+    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.policies import Question
 
 SPILL_S: Final = 2.0
 

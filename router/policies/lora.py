@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Final
 
-from router.policies.least_tokens import score, two_choices
+from megatoken.router.policies.least_tokens import score, two_choices
 
 if TYPE_CHECKING:
-    from router.fleet import Pool, Replica
-    from router.policies import Question
+    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.policies import Question
 
 _DRAWS: Final = 4
 SPILL_S: Final = 2.0  # loading an adapter elsewhere is worth it past this much more waiting

@@ -10,12 +10,12 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Final
 
-from router.policies.least_tokens import score
-from router.prefix_book import cached_tokens
+from megatoken.router.fleet.prefix_book import cached_tokens
+from megatoken.router.policies.least_tokens import score
 
 if TYPE_CHECKING:
-    from router.fleet import Pool, Replica
-    from router.policies import Question
+    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.policies import Question
 
 _HOLDERS: Final = 8  # replicas looked at that hold the prefix
 

@@ -6,8 +6,8 @@ import random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from router.fleet import Pool, Replica
-    from router.policies import Question
+    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.policies import Question
 
 
 class RoundRobin:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Final
 
-from router.policies.least_tokens import score
+from megatoken.router.policies.least_tokens import score
 
 if TYPE_CHECKING:
-    from router.fleet import Pool, Replica
-    from router.policies import Question
+    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.policies import Question
 
 NEAR_S: Final = 0.02
 _DRAWS: Final = 4

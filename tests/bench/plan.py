@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.placement import Placement, ReplicaRequest, place
-from cluster.topology import Device, Inventory, Node
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.placement.place import Placement, ReplicaRequest, place
 
 SIZES = (10, 30, 100, 300, 1000)
 DEVICES = 8

@@ -19,8 +19,8 @@ from grpc import aio
 
 from megatoken.frames import column, pack
 from megatoken.process import die_with_parent
+from megatoken.router.client.columns import ColumnSession
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
-from router.columns import ColumnSession
 
 BUCKET_US = 100
 BUCKETS = 20_000  # 2 s

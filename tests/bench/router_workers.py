@@ -21,8 +21,8 @@ from grpc import aio
 
 from megatoken.frames import U32, column
 from megatoken.process import die_with_parent
+from megatoken.router import wire
 from megatoken.v1 import frame_columns_pb2, tokens_pb2, worker_pb2
-from router import wire
 
 LOAD_EVERY_S = 0.5
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from router.client import TokenClient
+from megatoken.router.client.client import TokenClient
 
 Prompts = list[list[int]]
 

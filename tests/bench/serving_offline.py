@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from megatoken.process import die_with_parent
-from worker.engines.vllm_plugins import OWNER_VARIABLE
+from megatoken.worker.engines.vllm.plugins import OWNER_VARIABLE
 
 
 def generate(llm: Any, params_type: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from megatoken.counters import INDEX, read_counters
+from megatoken.worker.throughput.decide.group import GroupPolicy
+from megatoken.worker.throughput.decide.hierarchy import reduction_groups
 from tests.processes import Started
 from tests.throughput_chaos import Fleet
 from tests.throughput_cluster import running
-from worker.collective.group import GroupPolicy
-from worker.collective.hierarchy import reduction_groups
 
 PHASE_S = 2.0
 TICKS = 20
@@ -178,7 +178,7 @@ def fork_rank(rank: int, groups: list[str], length: int, listener: socket.socket
 
 def run_rank(rank: int, groups: list[str], length: int, listener: socket.socket) -> dict[str, float]:
     """Connects, reduces TICKS times, and stays until every rank is done."""
-    from worker.collective.process_group import ProcessGroup
+    from megatoken.worker.throughput.reduce.process_group import ProcessGroup
 
     facts = {"epoch": 1, "rank": rank, "groups": groups, "backend": "gloo", "device": 0, "interface": None}
     facts |= {"store": listener.getsockname(), "host": "127.0.0.1", "timeout_s": 60.0}

@@ -24,18 +24,18 @@ from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from cluster.control_server import ControlServer
 from megatoken.access.channel import presenting
 from megatoken.access.credentials import METADATA_KEY, ClusterSecrets, dump, new_secrets, replica_lease_key
 from megatoken.access.files import CredentialsFile, write_private
 from megatoken.access.lease import LeaseTerms, sign
 from megatoken.access.table import METHODS, TOKENED, Identity, Program, callers_of
+from megatoken.cluster.controller.server import ControlServer
 from megatoken.tls import ClientTls, ServerTls, open_channel
 from megatoken.v1 import control_pb2, membership_pb2, router_pb2, throughput_pb2, tokens_pb2, worker_pb2
+from megatoken.worker.throughput.attendance import AttendanceServicer
 from tests.certificates import Authority
 from tests.chaos.outcome import Outcome
 from tests.processes import Processes
-from worker.collective.attendance import AttendanceServicer
 
 NAME = "access"
 ABOUT = "every method of every program called by everybody, plain, with TLS and with mutual TLS"
@@ -163,7 +163,7 @@ class Fleet:
                 node = {"node": "n", "controllers": controllers, "tls": shown, "credentials_file": own}
                 towards = self.client_tls(Caller("agent"))
                 node["controller_tls"] = towards.model_dump(mode="json") if towards is not None else None
-                agent = processes.start("worker.collective", common | node)
+                agent = processes.start("worker.throughput", common | node)
                 self.addresses |= {
                     Program.WORKER: worker.address,
                     Program.ROUTER: router.address,

@@ -26,22 +26,22 @@ from typing import Any, Final, TypeVar
 import grpc
 import grpc.aio
 
-from cluster.backend import Look, ProcessLaunch, ProcessObservation
-from cluster.control_server import ControlServer, MembershipServicer
-from cluster.controller import Controller, Settings
-from cluster.controller_main import bind_patiently
-from cluster.fleet import Fleet, Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
-from cluster.replica import ReplicaState
-from cluster.secrets_keeper import SecretsKeeper
-from cluster.spec import ClusterSpec
-from cluster.state import StateStore
-from cluster.topology import Device, Inventory, Node
 from megatoken.access.credentials import METADATA_KEY, Credentials, identify
 from megatoken.access.files import CredentialsFile
 from megatoken.access.table import Identity
+from megatoken.cluster.controller.loop import Controller, Settings
+from megatoken.cluster.controller.main import bind_patiently
+from megatoken.cluster.controller.server import ControlServer, MembershipServicer
+from megatoken.cluster.controller.state import StateStore
+from megatoken.cluster.decide.backend import Look, ProcessLaunch, ProcessObservation
+from megatoken.cluster.decide.fleet import Fleet, Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
+from megatoken.cluster.decide.replica import ReplicaState
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.secrets_keeper import SecretsKeeper
+from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.v1 import membership_pb2, tokens_pb2, worker_pb2, worker_pb2_grpc
+from megatoken.worker.fence import Fence
 from tests.chaos.outcome import Outcome
-from worker.fence import Fence
 
 NAME = "controller"
 ABOUT = "the controller killed between its steps, and restarted on lost, damaged, full or outdated files"

@@ -16,12 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from cluster import controller
-from cluster.membership import Versions
-from cluster.state import StateStore
+from megatoken.cluster.controller import loop as controller
+from megatoken.cluster.controller.membership import Versions
+from megatoken.cluster.controller.state import StateStore
 from megatoken.errors import MegatokenError
-from router import ending, first_token, intake, placement, upkeep
-from router.sink import SessionSink
+from megatoken.router.core import ending, placement, upkeep
+from megatoken.router.intake import first_token, intake
+from megatoken.router.streams.sink import SessionSink
 from tests.chaos.outcome import Outcome
 from tests.chaos.router_world import TURN_S, World
 from tests.unit.cluster.test_controller_loop import Running

@@ -21,9 +21,9 @@ import grpc
 
 from megatoken.errors import MegatokenError
 from megatoken.frames import pack
+from megatoken.router import wire
+from megatoken.router.client.client import TokenClient
 from megatoken.v1 import frame_columns_pb2
-from router import wire
-from router.client import TokenClient
 from tests.chaos.outcome import Outcome
 from tests.chaos.routed import (
     MODEL,

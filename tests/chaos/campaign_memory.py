@@ -15,8 +15,8 @@ import random
 from pathlib import Path
 from typing import Final
 
+from megatoken.router.core.request import Request
 from megatoken.v1 import tokens_pb2
-from router.request import Request
 from tests.chaos.outcome import Outcome
 from tests.router_core import CoreFleet
 

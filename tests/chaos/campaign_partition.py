@@ -23,21 +23,21 @@ from typing import Final
 import grpc
 import grpc.aio
 
-from cluster.backend import Look, ProcessLaunch, ProcessObservation
-from cluster.child import Child, Launch
-from cluster.control_server import ControlServer
-from cluster.controller import Controller, Settings
-from cluster.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
-from cluster.ports import find_ports
-from cluster.secrets_keeper import SecretsKeeper
-from cluster.spec import ClusterSpec
-from cluster.state import StateStore
-from cluster.topology import Device, Inventory, Node
 from megatoken.access.credentials import METADATA_KEY, new_secrets
 from megatoken.access.table import Identity
+from megatoken.cluster.controller.loop import Controller, Settings
+from megatoken.cluster.controller.ports import find_ports
+from megatoken.cluster.controller.server import ControlServer
+from megatoken.cluster.controller.state import StateStore
+from megatoken.cluster.decide.backend import Look, ProcessLaunch, ProcessObservation
+from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.ray.child import Child, Launch
+from megatoken.cluster.secrets_keeper import SecretsKeeper
+from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.errors import MegatokenError
+from megatoken.router.client.client import TokenClient
 from megatoken.v1 import tokens_pb2, tokens_pb2_grpc, worker_pb2, worker_pb2_grpc
-from router.client import TokenClient
 from tests.chaos.outcome import Outcome
 
 NAME = "partition"

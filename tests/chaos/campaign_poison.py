@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from megatoken.router.core.request import Request
+from megatoken.router.fleet.fleet import Replica
+from megatoken.router.intake.intake import on_frame
 from megatoken.v1 import tokens_pb2
-from router.fleet import Replica
-from router.intake import on_frame
-from router.request import Request
 from tests.chaos.outcome import Outcome
 from tests.router_core import LENGTH, CoreFleet
 from tests.simulation.test_router_chaos import Engine, undisturbed

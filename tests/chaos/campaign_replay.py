@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from megatoken.router.core.request import Request
+from megatoken.router.fleet.fleet import Replica
 from megatoken.v1 import tokens_pb2
-from router.fleet import Replica
-from router.request import Request
 from tests.chaos.outcome import Outcome
 from tests.router_core import CoreFleet
 

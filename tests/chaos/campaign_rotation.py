@@ -22,8 +22,8 @@ from megatoken.access.credentials import dump, new_secrets
 from megatoken.access.files import write_private
 from megatoken.access.table import Identity, Program
 from megatoken.errors import AuthError, MegatokenError
+from megatoken.router.client.client import TokenClient
 from megatoken.tls import ClientTls
-from router.client import TokenClient
 from tests.certificates import Authority
 from tests.chaos.outcome import Outcome
 from tests.processes import Processes, Started

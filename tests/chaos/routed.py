@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-from router.client import TokenClient
+from megatoken.router.client.client import TokenClient
 from tests.chaos.outcome import Outcome
 from tests.processes import Processes, Started
 

@@ -10,13 +10,13 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from megatoken.router.core.lifecycle import State
+from megatoken.router.core.request import Request
+from megatoken.router.fleet.fleet import Replica
+from megatoken.router.intake.intake import on_frames
+from megatoken.router.streams.sink import SessionSink
 from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
-from router.fleet import Replica
-from router.intake import on_frames
-from router.lifecycle import State
-from router.request import Request
-from router.sink import SessionSink
 from tests.chaos.outcome import Outcome
 from tests.router_core import CoreFleet
 from tests.simulation.test_router_chaos import Engine, undisturbed

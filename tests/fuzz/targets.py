@@ -19,23 +19,23 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
-from cluster.spec_load import SpecError, dump_spec, load_spec
 from megatoken.access.lease import LeaseTerms, sign, verify
+from megatoken.cluster.spec.load import SpecError, dump_spec, load_spec
 from megatoken.errors import AuthError, ForbiddenError, RequestError
 from megatoken.frames import MalformedFrame, column
+from megatoken.router.edge.http.dispatch import Dispatch, model_of
+from megatoken.router.edge.router_session.direct import learn
+from megatoken.router.identity.api_keys import KeyRing
+from megatoken.router.identity.door import Caller, Door
+from megatoken.router.identity.shown_key import secret_in
+from megatoken.router.intake.intake import on_frame
+from megatoken.router.secure import EOF
+from megatoken.router.shell.client_session import ClientSession
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
-from router.api_keys import KeyRing
-from router.client_session import ClientSession
-from router.door import Caller, Door
-from router.edge.direct import learn
-from router.edge.dispatch import Dispatch, model_of
-from router.intake import on_frame
-from router.secure import EOF
-from router.shown_key import secret_in
+from megatoken.worker.engines.engine import EngineFacts
+from megatoken.worker.requests import check_request
 from tests.router_core import CoreFleet
-from worker.engines.engine import EngineFacts
-from worker.requests import check_request
 
 LOOP: Final = asyncio.new_event_loop()
 REQUESTS: Final = 4  # that run when a worker's frames come in

@@ -21,7 +21,7 @@ MAX_DEVICE_MIB = 1024  # context and communicator; buffers are one channel of 64
 RANK = """
 import json, os, socket, sys
 import numpy as np, torch
-from worker.collective.process_group import ProcessGroup, usable_backends
+from megatoken.worker.throughput.reduce.process_group import ProcessGroup, usable_backends
 rank, size, port, listener = map(int, sys.argv[1:5])
 free_before, _ = torch.cuda.mem_get_info(rank)
 facts = {"epoch": 1, "rank": rank, "groups": ["all"] * size, "backend": "nccl", "device": rank, "interface": None}

@@ -56,18 +56,18 @@ def test_the_kill_of_up_takes_everything_down(cluster: RunningCluster) -> None:
     nothing_remains(cluster)
 
 
-@pytest.mark.parametrize("victim", ["cluster.guard", "cluster.embedded"])
+@pytest.mark.parametrize("victim", ["cluster.start.guard", "cluster.start.owner"])
 def test_the_kill_of_a_detached_clusters_owner_takes_everything_down(cluster: RunningCluster, victim: str) -> None:
     cluster.up()
     own = [
         pid
         for pid in cluster.pids(victim)
-        if (cluster.parent(pid) in cluster.pids("cluster.guard")) == (victim == "cluster.embedded")
+        if (cluster.parent(pid) in cluster.pids("cluster.start.guard")) == (victim == "cluster.start.owner")
     ]
     assert len(own) == 1
     os.kill(own[0], signal.SIGKILL)
     cluster.wait_nothing_left(30.0)
-    if victim == "cluster.embedded":
+    if victim == "cluster.start.owner":
         nothing_remains(cluster)
     else:  # whoever is left cannot clear the record; the next command says so and the next `up` works
         assert "no cluster is running" in cluster.run("status", status=1)
@@ -75,7 +75,7 @@ def test_the_kill_of_a_detached_clusters_owner_takes_everything_down(cluster: Ru
 
 def test_a_name_in_use_and_a_port_in_use_disturb_nothing(cluster: RunningCluster) -> None:
     cluster.up()
-    before = sorted(cluster.pids("-m", "router"))
+    before = sorted(cluster.pids("-m", "megatoken.router"))
     again = cluster.run("up", "-f", str(cluster.spec_file), "--detach", status=2)
     assert "a cluster of that name runs" in again
     port = cluster.address("router").rpartition(":")[2]
@@ -84,7 +84,7 @@ def test_a_name_in_use_and_a_port_in_use_disturb_nothing(cluster: RunningCluster
     assert f"routers.port: {port} is not allowed; it is in use on 127.0.0.1" in cluster.run(
         "up", "-f", str(other), status=2
     )
-    assert sorted(cluster.pids("-m", "router")) == before
+    assert sorted(cluster.pids("-m", "megatoken.router")) == before
     cluster.down()
     nothing_remains(cluster)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from router.client import TokenClient
+from megatoken.router.client.client import TokenClient
 from tests.clusters import RunningCluster, running
 
 MODEL = "sim"
@@ -142,20 +142,20 @@ async def test_scaling_under_load_fails_no_request(cluster: RunningCluster) -> N
 @pytest.mark.parametrize("victim", ["worker", "actor"])
 async def test_a_killed_replica_comes_back_under_a_new_id(cluster: RunningCluster, victim: str) -> None:
     (replica,) = cluster.ready(MODEL)
-    (worker,) = cluster.pids("-m worker", replica)
+    (worker,) = cluster.pids("-m megatoken.worker", replica)
     killed = worker if victim == "worker" else cluster.parent(worker)
     os.kill(killed, signal.SIGKILL)
     status = await in_thread(replaced, cluster, replica)
     (failed,) = (row for row in status["replicas"] if row["replica"] == replica)
     assert failed["state"] == "FAILED"
     assert failed["reason"]
-    assert not cluster.pids("-m worker", f"{replica}.json")
+    assert not cluster.pids("-m megatoken.worker", f"{replica}.json")
     assert cluster.run("generate", "--tokens", "1", "--max-tokens", "2")
 
 
 async def test_a_killed_controller_carries_on_and_traffic_does_not_pause(cluster: RunningCluster) -> None:
     before = cluster.status()
-    workers = sorted(cluster.pids("-m worker"))
+    workers = sorted(cluster.pids("-m megatoken.worker"))
     async with traffic(cluster):
         controller = next(pid for pid in cluster.pids("ray::ControllerActor"))
         os.kill(controller, signal.SIGKILL)
@@ -172,7 +172,7 @@ async def test_a_killed_controller_carries_on_and_traffic_does_not_pause(cluster
                 time.sleep(0.2)
 
         after = await in_thread(back)
-    assert sorted(cluster.pids("-m worker")) == workers
+    assert sorted(cluster.pids("-m megatoken.worker")) == workers
     assert after["generation"] == before["generation"]
     assert after["membership_epoch"] == before["membership_epoch"]
     assert after["membership_version"] >= before["membership_version"]

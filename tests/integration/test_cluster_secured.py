@@ -22,13 +22,13 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.control_client import shown
 from megatoken.access.channel import presenting
 from megatoken.access.credentials import METADATA_KEY
+from megatoken.cluster.client.control import shown
 from megatoken.errors import AuthError
+from megatoken.router.client.client import TokenClient
 from megatoken.tls import ClientTls, open_channel
 from megatoken.v1 import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc, worker_pb2, worker_pb2_grpc
-from router.client import TokenClient
 from tests.certificates import Authority
 from tests.clusters import RunningCluster, running
 

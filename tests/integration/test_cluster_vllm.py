@@ -70,7 +70,7 @@ def below(cluster: RunningCluster, root: int) -> list[int]:
 
 def test_a_killed_engine_is_replaced_under_a_new_id_and_leaves_nothing(cluster: RunningCluster) -> None:
     (replica,) = cluster.ready(MODEL)
-    (worker,) = cluster.pids("-m worker", f"{replica}.json")
+    (worker,) = cluster.pids("-m megatoken.worker", f"{replica}.json")
     engines = set(below(cluster, worker))
     assert engines, "the worker runs its engine in a process of its own; else this test shows nothing"
     os.kill(worker, signal.SIGKILL)
@@ -80,6 +80,6 @@ def test_a_killed_engine_is_replaced_under_a_new_id_and_leaves_nothing(cluster: 
         return len(serving) == 1 and serving != [replica]
 
     cluster.wait(met, timeout_s=300)
-    assert not cluster.pids("-m worker", f"{replica}.json")
+    assert not cluster.pids("-m megatoken.worker", f"{replica}.json")
     assert not engines & set(cluster.pids()), "processes of the dead worker's engine live on"
     assert cluster.run("generate", QUESTION).strip() == ANSWER

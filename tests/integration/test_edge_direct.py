@@ -21,10 +21,10 @@ import uvicorn
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from megatoken.router.edge.assemble import assemble
+from megatoken.router.edge.config import EdgeConfig
+from megatoken.router.edge.router_session.direct import DirectWriter
 from megatoken.v1.tokens_pb2 import FINISH_REASON_ERROR, FINISH_REASON_LENGTH, FINISH_REASON_STOP, Finish
-from router.edge.assemble import assemble
-from router.edge.config import EdgeConfig
-from router.edge.direct import DirectWriter
 from tests.fake_router import FakeRouter, Step
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.vllm]

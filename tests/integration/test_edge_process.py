@@ -37,7 +37,7 @@ def refused(tmp_path: Path, content: str) -> str:
     """Runs an edge that cannot start; returns what it says."""
     path = tmp_path / "edge.json"
     path.write_text(content)
-    command = [sys.executable, "-m", "router.edge", "--config", str(path)]
+    command = [sys.executable, "-m", "megatoken.router.edge", "--config", str(path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2, ended.stderr
     lines = ended.stderr.strip().splitlines()

@@ -16,10 +16,10 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 
+from megatoken.router.edge.http.outcomes import VLLM_REASON
+from megatoken.router.edge.vllm.engine_core import CoreReceiver
+from megatoken.router.edge.vllm.sampling import CONSTRAINT_OPTIONS, CONSTRAINTS, EXTRA, PLAIN, to_contract
 from megatoken.v1.tokens_pb2 import Detail, Logprobs
-from router.edge.engine_core import CoreReceiver
-from router.edge.outcomes import VLLM_REASON
-from router.edge.sampling import CONSTRAINT_OPTIONS, CONSTRAINTS, EXTRA, PLAIN, to_contract
 
 # What never leaves the edge: text, fan-out, delivery, and what vLLM derives.
 AT_THE_EDGE = {

@@ -343,7 +343,7 @@ def test_top_draws_a_picture_of_the_running_cluster(cluster: RunningCluster) -> 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed (Debian: apt-get install tmux)")
 def test_top_scales_and_drains_the_running_cluster(cluster: RunningCluster, request: pytest.FixtureRequest) -> None:
-    command = f"cd {REPOSITORY} && {sys.executable} -m cluster.cli top; echo left: $?; cat"
+    command = f"cd {REPOSITORY} && {sys.executable} -m megatoken.cluster.cli top; echo left: $?; cat"
     code = cluster.ready("code")[0]
     with Terminal(command, env=cluster.env) as terminal:
         screen = terminal.wait_for(code, "tok/s", "p50/p90/p99")

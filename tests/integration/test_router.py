@@ -15,9 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from megatoken.counters import NAMES, read_counters
 from megatoken.errors import AuthError, MegatokenError, OverloadError, RequestError, UnavailableError
+from megatoken.router.client.client import TokenClient
 from megatoken.tls import ClientTls
 from megatoken.v1 import router_pb2, router_pb2_grpc, tokens_pb2, tokens_pb2_grpc
-from router.client import TokenClient
 from tests.certificates import Authority
 from tests.processes import Processes, Started
 

@@ -12,8 +12,8 @@ import grpc
 import pytest
 from google.protobuf import json_format
 
+from megatoken.router.client.client import TokenClient
 from megatoken.v1 import membership_pb2, membership_pb2_grpc
-from router.client import TokenClient
 from tests.processes import Processes, Started
 
 MODEL = "simulated"

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from megatoken.router.client.client import TokenClient, TokenStream
 from megatoken.v1 import tokens_pb2
-from router.client import TokenClient, TokenStream
 from tests.processes import Processes, Started
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]

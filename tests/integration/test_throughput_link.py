@@ -13,11 +13,11 @@ import pytest
 
 from megatoken.tls import ClientTls, ServerTls
 from megatoken.v1 import membership_pb2, membership_pb2_grpc, throughput_pb2
+from megatoken.worker.throughput.attendance import AttendanceServicer
+from megatoken.worker.throughput.controller_link import ControllerLink
+from megatoken.worker.throughput.decide.layout import WIRE_VERSION
 from tests.certificates import Authority
 from tests.throughput_cluster import FakeController
-from worker.collective.attendance import AttendanceServicer
-from worker.collective.controller_link import ControllerLink
-from worker.collective.layout import WIRE_VERSION
 
 
 class Attending:

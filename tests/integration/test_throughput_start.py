@@ -15,7 +15,7 @@ import pytest
 def start_badly(tmp_path: Path, **config: object) -> subprocess.CompletedProcess[str]:
     facts = {"node": "n", "controllers": ["127.0.0.1:1"], "counters_dir": str(tmp_path / "counters"), **config}
     (tmp_path / "config.json").write_text(json.dumps(facts))
-    command = [sys.executable, "-m", "worker.collective", "--config", str(tmp_path / "config.json")]
+    command = [sys.executable, "-m", "megatoken.worker.throughput", "--config", str(tmp_path / "config.json")]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -27,7 +27,7 @@ def test_the_wrong_backend_for_the_device_is_one_clear_error(tmp_path: Path) -> 
     done = start_badly(tmp_path, backend="nccl")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
-        "python -m worker.collective: backend: 'nccl' is not usable on this node (usable: auto, gloo); "
+        "python -m megatoken.worker.throughput: backend: 'nccl' is not usable on this node (usable: auto, gloo); "
         "nccl needs a CUDA or ROCm device and a torch built for it"
     )
 

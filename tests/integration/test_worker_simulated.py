@@ -327,7 +327,7 @@ async def test_a_hanging_engine_is_seen_by_the_deep_check_only(processes: Proces
 def run_worker(directory: Path, fields: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     path = directory / "worker.json"
     path.write_text(json.dumps(fields))
-    command = [sys.executable, "-m", "worker", "--config", str(path)]
+    command = [sys.executable, "-m", "megatoken.worker", "--config", str(path)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 

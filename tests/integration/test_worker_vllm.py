@@ -17,9 +17,9 @@ import pytest
 from megatoken.counters import INDEX, read_counters
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1 import worker_pb2, worker_pb2_grpc
+from megatoken.worker.models import resolve_source
 from tests.processes import Processes, Started
 from tests.worker_client import TestSession, generate, request
-from worker.models import resolve_source
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -332,7 +332,7 @@ def test_a_model_that_cannot_work_is_told_in_one_line(tmp_path: Path) -> None:
 
     path = tmp_path / "worker.json"
     path.write_text(json.dumps(config(tmp_path, max_model_len=1_000_000)))
-    command = [sys.executable, "-m", "worker", "--config", str(path)]
+    command = [sys.executable, "-m", "megatoken.worker", "--config", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
     assert done.returncode == 2
     assert "max_model_len" in done.stderr.splitlines()[-1]

@@ -16,12 +16,12 @@ import torch
 from vllm.sampling_params import SamplingParams
 
 from megatoken.v1 import tokens_pb2 as pb
-from worker.config import WorkerConfig
-from worker.engines import vllm_resume
-from worker.engines.engine import EngineRequest, Step
-from worker.engines.vllm_engine import VllmEngine
-from worker.engines.vllm_resume import PENALTIES_KEY, RESUMED_KEY, carry_over
-from worker.engines.vllm_resumed_penalties import ResumedPenalties
+from megatoken.worker.config import WorkerConfig
+from megatoken.worker.engines.engine import EngineRequest, Step
+from megatoken.worker.engines.vllm import resume as vllm_resume
+from megatoken.worker.engines.vllm.engine import VllmEngine
+from megatoken.worker.engines.vllm.resume import PENALTIES_KEY, RESUMED_KEY, carry_over
+from megatoken.worker.engines.vllm.resumed_penalties import ResumedPenalties
 
 CONFIG = WorkerConfig(replica="r", model="m", source="/nowhere", counters_dir="/nowhere")
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT.value[0]

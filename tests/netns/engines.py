@@ -71,7 +71,7 @@ class RunningWorker:
 
     def stop(self) -> int:
         """Asks it to end, and waits."""
-        for pid in self.pids("-m worker"):
+        for pid in self.pids("-m megatoken.worker"):
             subprocess.run(["kill", "-TERM", str(pid)], check=False)
         if self.door.stdout is not None:
             self.door.stdout.close()
@@ -79,7 +79,7 @@ class RunningWorker:
 
 
 def start_worker(nodes: RayNodes, host: Host, group: str | None, **config: Any) -> RunningWorker:
-    """Starts `python -m worker` on a host, and waits until it is ready."""
+    """Starts `python -m megatoken.worker` on a host, and waits until it is ready."""
     whole = {
         "replica": f"replica-{group[-6:] if group else host.name}",
         "model": "model",
@@ -102,7 +102,7 @@ def start_worker(nodes: RayNodes, host: Host, group: str | None, **config: Any) 
     log = host.path(f"/tmp/{whole['replica']}.log")
     with log.open("w") as errors:
         door = host.popen(
-            [sys.executable, "-m", "worker", "--config", path],
+            [sys.executable, "-m", "megatoken.worker", "--config", path],
             nodes.environment(host),
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from cluster.control_client import CommandError, ControlClient
 from deploy.netns.hosts import Host
 from deploy.netns.ray_nodes import RayNodes
+from megatoken.cluster.client.control import CommandError, ControlClient
 from megatoken.errors import MegatokenError
+from megatoken.router.client.client import TokenClient
 from megatoken.v1 import control_pb2
-from router.client import TokenClient
 
 UP_TIMEOUT_S = 300.0
 FLOW_S = 60.0
@@ -44,7 +44,7 @@ class HostCluster:
 
     def command(self, *words: str, timeout_s: float = UP_TIMEOUT_S, check: bool = True) -> str:
         """Runs `megatoken WORDS` on node0; returns what it wrote."""
-        argv = [sys.executable, "-m", "cluster.cli", *words]
+        argv = [sys.executable, "-m", "megatoken.cluster.cli", *words]
         done = self.nodes.head.run(argv, self.nodes.environment(self.nodes.head), timeout_s=timeout_s, check=check)
         return done.stdout + done.stderr
 
@@ -106,7 +106,7 @@ class HostCluster:
         (pid,) = [
             pid
             for pid, command in host.processes().items()
-            if "-m worker" in command and f"/{replica.replica}.json" in command
+            if "-m megatoken.worker" in command and f"/{replica.replica}.json" in command
         ]
         return pid
 
@@ -119,7 +119,7 @@ def running(nodes: RayNodes, spec: Mapping[str, Any]) -> Iterator[HostCluster]:
     with cluster.control:
         yield cluster
         cluster.down()
-    words = ("-m worker", "-m router", "ProcessActor", "EngineCore", "CpuRank", "ControllerActor")
+    words = ("-m megatoken.worker", "-m megatoken.router", "ProcessActor", "EngineCore", "CpuRank", "ControllerActor")
     deadline = time.monotonic() + 15
     while left := [
         f"{host.name}: {command}"

@@ -56,7 +56,7 @@ def answers(worker: RunningWorker) -> list[list[int]]:
 
 def engine_processes(nodes: RayNodes) -> dict[int, str]:
     """Processes of any engine, on every host: the worker, its engine core, and the ranks."""
-    words = ("-m worker", "EngineCore", "CpuRank", "Worker_")
+    words = ("-m megatoken.worker", "EngineCore", "CpuRank", "Worker_")
     return {
         pid: f"{host.name}: {command}"
         for host in nodes.network.hosts
@@ -109,7 +109,7 @@ def test_any_dead_part_ends_the_whole_replica_within_seconds(victim: str, nodes:
     pids = {
         "rank": nodes.ray_pids(second, "CpuRank"),
         "engine core": worker.pids("EngineCore"),
-        "worker": worker.pids("-m worker"),
+        "worker": worker.pids("-m megatoken.worker"),
     }[victim]
     assert len(pids) == 1
     os.kill(pids[0], signal.SIGKILL)

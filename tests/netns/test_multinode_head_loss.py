@@ -22,7 +22,7 @@ SPEC = {"models": [{"name": "sim", "engine": "simulated", "replicas": 2, "simula
 ENDED_S = 45.0
 SERVED_S = 30.0
 STREAMS = 4
-OURS = ("-m worker", "-m router", "ProcessActor", "ControllerActor")
+OURS = ("-m megatoken.worker", "-m megatoken.router", "ProcessActor", "ControllerActor")
 
 
 def ours(network: Network) -> dict[int, str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.spec_services import ControlSpec
 from deploy.netns.hosts import Network
 from deploy.netns.ray_nodes import RayNodes
+from megatoken.cluster.spec.services import ControlSpec
 from tests.netns.host_clusters import Traffic, ask, running
 
 LEASE_S = ControlSpec().worker_lease_s

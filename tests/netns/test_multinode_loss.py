@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from cluster.spec_services import ControlSpec
 from deploy.netns import hosts
 from deploy.netns.ray_nodes import RayNodes
+from megatoken.cluster.spec.services import ControlSpec
 from megatoken.v1 import control_pb2
 from tests.netns.host_clusters import HostCluster, Report, Traffic, ask, running
 
@@ -128,7 +128,7 @@ def test_a_crash_of_a_nodes_ray_moves_its_replica_and_the_node_is_used_again(
     check(report, expected)
     assert "node" in blocked.models[0].blocked
     assert node_state(blocked, host.address) == "dead"
-    assert not [command for command in host.processes().values() if "-m worker" in command]
+    assert not [command for command in host.processes().values() if "-m megatoken.worker" in command]
     cluster.nodes.start_node(host)
     returned = cluster.wait_ready("sim", 3, REPLACED_S)
     assert host.address in {row.address.rpartition(":")[0] for row in returned}
@@ -265,6 +265,6 @@ def test_a_wrong_token_joins_nothing(nodes: RayNodes) -> None:
     host = nodes.network.hosts[1]
     environment = nodes.environment(host, RAY_AUTH_TOKEN="0" * 64)
     del environment["RAY_AUTH_TOKEN_PATH"]
-    done = host.run([sys.executable, "-m", "cluster.cli", "up"], environment, timeout_s=200, check=False)
+    done = host.run([sys.executable, "-m", "megatoken.cluster.cli", "up"], environment, timeout_s=200, check=False)
     assert done.returncode != 0
     assert "token" in (done.stdout + done.stderr).lower()

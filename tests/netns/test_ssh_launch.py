@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import main
-from cluster.launchers.launch_load import launch_of
-from cluster.launchers.ssh_run import LaunchError, SshCluster
-from cluster.launchers.ssh_script import ssh_artefacts
-from cluster.spec import ClusterSpec
-from cluster.spec_load import dump_spec, parse_spec
 from deploy.netns.hosts import Host, Network
+from megatoken.cluster.cli.__main__ import main
+from megatoken.cluster.launchers.load import launch_of
+from megatoken.cluster.launchers.ssh.run import LaunchError, SshCluster
+from megatoken.cluster.launchers.ssh.script import ssh_artefacts
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.spec.load import dump_spec, parse_spec
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 pytestmark = pytest.mark.skipif(

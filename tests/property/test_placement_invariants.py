@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.placement import Blocked, Constraints, Placement, ReplicaRequest, Separate, TpSpan, place
-from cluster.topology import Device, Inventory, Node
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.placement.place import Blocked, Constraints, Placement, ReplicaRequest, Separate, TpSpan, place
 
 KINDS = ("mi300x", "mi355x")
 SITES = ("", "paris")

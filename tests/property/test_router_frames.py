@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatoken.frames import U32, MalformedFrame, token_columns
+from megatoken.router import wire
+from megatoken.router.intake.demux import sort_frame
+from megatoken.router.streams.history import PAGE, TokenPages
+from megatoken.router.streams.outbox import FrameOutbox, Part, encode_frame
+from megatoken.router.streams.slots import DIRECT, NOBODY, SlotTable
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
-from router import wire
-from router.demux import sort_frame
-from router.history import PAGE, TokenPages
-from router.outbox import FrameOutbox, Part, encode_frame
-from router.slots import DIRECT, NOBODY, SlotTable
 
 REPLICAS = 3
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 
-from cluster.exit_cause import ExitCause
-from cluster.fleet import (
+from megatoken.cluster.decide.exit_cause import ExitCause
+from megatoken.cluster.decide.fleet import (
     Action,
     Observation,
     Phase,
@@ -18,8 +18,8 @@ from cluster.fleet import (
     TellDrain,
     WorkerFacts,
 )
-from cluster.placement import Placement
-from cluster.topology import Device, Inventory, Node
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.placement.place import Placement
 
 
 @dataclass

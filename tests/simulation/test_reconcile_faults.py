@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.fleet import Desired, Fleet, Limits, Replica, RollBack
-from cluster.placement import Placement
-from cluster.reconciler import reconcile
-from cluster.replica import FINAL, TRANSITIONS, ReplicaState
-from cluster.spec_model import ModelSpec
+from megatoken.cluster.decide.fleet import Desired, Fleet, Limits, Replica, RollBack
+from megatoken.cluster.decide.reconciler import reconcile
+from megatoken.cluster.decide.replica import FINAL, TRANSITIONS, ReplicaState
+from megatoken.cluster.placement.place import Placement
+from megatoken.cluster.spec.model import ModelSpec
 from tests.simulation.reconcile_world import Faults, SimulatedRay
 
 TICKS, HEAL_TICKS, TICK_S = 150, 400, 0.5

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from megatoken.router.core.lifecycle import State
+from megatoken.router.core.request import Request
+from megatoken.router.fleet.fleet import Replica
 from megatoken.v1 import tokens_pb2
-from router.fleet import Replica
-from router.lifecycle import State
-from router.request import Request
 from tests.router_core import CANCELLED, CoreFleet
 
 

@@ -10,9 +10,9 @@ import random
 
 import pytest
 
+from megatoken.router.core.request import Request
+from megatoken.router.fleet.fleet import Replica
 from megatoken.v1 import tokens_pb2
-from router.fleet import Replica
-from router.request import Request
 from tests.router_core import ERROR, CoreFleet
 from tests.simulation.test_router_chaos import Engine, undisturbed
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from megatoken.counters import INDEX
-from worker.collective import epochs as e
-from worker.collective.books import Books
-from worker.collective.group import Attended, Attendee, Group, GroupPolicy, Groups, Stance
-from worker.collective.layout import Greeting, Layout, greeting_of
-from worker.collective.ledger import WIDTH, Ledger, Totals, Writer
+from megatoken.worker.throughput.decide import epochs as e
+from megatoken.worker.throughput.decide.books import Books
+from megatoken.worker.throughput.decide.group import Attended, Attendee, Group, GroupPolicy, Groups, Stance
+from megatoken.worker.throughput.decide.layout import Greeting, Layout, greeting_of
+from megatoken.worker.throughput.decide.ledger import WIDTH, Ledger, Totals, Writer
 
 TICK_S, DEADLINE_S, FORM_S, ATTEND_S, POLL_S = 1.0, 1.0, 2.0, 0.5, 0.1
 GENERATED = INDEX["generated_tokens"]

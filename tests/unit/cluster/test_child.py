@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.child import Child, ChildState, Launch, said
-from cluster.exit_cause import ExitCause
+from megatoken.cluster.decide.exit_cause import ExitCause
+from megatoken.cluster.ray.child import Child, ChildState, Launch, said
 from megatoken.log import JsonFormatter
 
 PROGRAM = """

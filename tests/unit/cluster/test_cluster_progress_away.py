@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cluster import progress
-from cluster.control_client import Unreachable
+from megatoken.cluster.client import progress
+from megatoken.cluster.client.control import Unreachable
 from megatoken.v1 import control_pb2
 
 SETTLED = control_pb2.ClusterStatus(

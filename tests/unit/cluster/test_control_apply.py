@@ -6,8 +6,8 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from cluster.control_server import ControlServicer
-from cluster.spec import ClusterSpec
+from megatoken.cluster.controller.server import ControlServicer
+from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.v1 import control_pb2
 
 

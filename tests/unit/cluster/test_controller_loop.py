@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.backend import Look, ProcessLaunch, ProcessObservation
-from cluster.control_server import MembershipServicer
-from cluster.controller import Controller, Settings
-from cluster.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
-from cluster.membership import Versions
-from cluster.secrets_keeper import SecretsKeeper
-from cluster.spec import ClusterSpec
-from cluster.state import StateStore
-from cluster.topology import Device, Inventory, Node
+from megatoken.cluster.controller.loop import Controller, Settings
+from megatoken.cluster.controller.membership import Versions
+from megatoken.cluster.controller.server import MembershipServicer
+from megatoken.cluster.controller.state import StateStore
+from megatoken.cluster.decide.backend import Look, ProcessLaunch, ProcessObservation
+from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.secrets_keeper import SecretsKeeper
+from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.v1 import membership_pb2
 
 NODES = Inventory((Node("n0", "127.0.0.1", tuple(Device("cpu", index) for index in range(4)), head=True),))
@@ -190,7 +190,7 @@ async def test_the_epoch_of_a_throughput_group_is_written_down_before_it_is_told
 async def test_a_process_that_does_not_say_its_lines_delays_no_tick(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.controller.TAIL_S", 2.0)
+    monkeypatch.setattr("megatoken.cluster.controller.loop.TAIL_S", 2.0)
     running.start()
     try:
         await running.until(lambda: len(running.serving()) == 2)
@@ -207,8 +207,8 @@ async def test_a_process_that_does_not_say_its_lines_delays_no_tick(
 async def test_a_controller_whose_ticks_stand_still_ends_so_that_it_is_started_anew(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.controller.STUCK_S", 0.5)
-    monkeypatch.setattr("cluster.controller.STUCK_CHECK_S", 0.1)
+    monkeypatch.setattr("megatoken.cluster.controller.loop.STUCK_S", 0.5)
+    monkeypatch.setattr("megatoken.cluster.controller.loop.STUCK_CHECK_S", 0.1)
     running.start()
     await running.until(lambda: len(running.serving()) == 2)
     await asyncio.sleep(1.0)

@@ -11,11 +11,11 @@ from typing import NoReturn
 
 import pytest
 
-from cluster import controller_main
-from cluster.controller_main import SETTLED_PORTS, ControllerActor, bind_patiently, settle_ports
-from cluster.ports import candidates, ephemeral_range, find_ports
-from cluster.spec import ClusterSpec
-from cluster.state import StateStore
+from megatoken.cluster.controller import main as controller_main
+from megatoken.cluster.controller.main import SETTLED_PORTS, ControllerActor, bind_patiently, settle_ports
+from megatoken.cluster.controller.ports import candidates, ephemeral_range, find_ports
+from megatoken.cluster.controller.state import StateStore
+from megatoken.cluster.spec.cluster import ClusterSpec
 
 SPEC = ClusterSpec.model_validate(
     {

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.launchers.launch_load import launch_of
-from cluster.model_shape import read_shape
-from cluster.plan import plan_cluster
-from cluster.render import render
-from cluster.spec_load import load_spec
-from cluster.topology import Inventory
-from cluster.topology_file import NodeEntry
+from megatoken.cluster.inventory.model_shape import read_shape
+from megatoken.cluster.inventory.topology import Inventory
+from megatoken.cluster.launchers.load import launch_of
+from megatoken.cluster.launchers.render import render
+from megatoken.cluster.planning.plan import plan_cluster
+from megatoken.cluster.planning.topology_file import NodeEntry
+from megatoken.cluster.spec.load import load_spec
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.device_health import PAUSE_S, SETTLED_S, DeviceBook, judge, with_devices_out
-from cluster.exit_cause import BY_ITSELF, ExitCause
-from cluster.fleet import Fleet, Replica
-from cluster.placement import Placement, Rank
-from cluster.replica import ReplicaState
-from cluster.topology import Device, Inventory, Node
+from megatoken.cluster.decide.device_health import PAUSE_S, SETTLED_S, DeviceBook, judge, with_devices_out
+from megatoken.cluster.decide.exit_cause import BY_ITSELF, ExitCause
+from megatoken.cluster.decide.fleet import Fleet, Replica
+from megatoken.cluster.decide.replica import ReplicaState
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.placement.place import Placement, Rank
 
 NODES = Inventory((Node("n", "10.0.0.1", tuple(Device("mi355x", number) for number in range(8))),))
 BOOM = "exit status 1: RuntimeError: HIP error"

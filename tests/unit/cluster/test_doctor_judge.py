@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.doctor_facts import Finding, LinkFacts, Needs, NodeFacts, PairFacts, Severity
-from cluster.doctor_judge import GIB, MIB, judge, stops
+from megatoken.cluster.doctor.facts import Finding, LinkFacts, Needs, NodeFacts, PairFacts, Severity
+from megatoken.cluster.doctor.judge import GIB, MIB, judge, stops
 
 VERSIONS = {
     "python": "3.11.7",

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from cluster.embedded import RAY_ATTEMPTS, start_patiently
+from megatoken.cluster.start.owner import RAY_ATTEMPTS, start_patiently
 
 GAVE_UP = "The current node timed out during startup. This could happen because ..."
 

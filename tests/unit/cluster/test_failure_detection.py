@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.launchers.failure_detection import FAILURE_DETECTION
-from cluster.launchers.launch_load import launch_of
-from cluster.render import render
-from cluster.spec_load import load_spec
 from deploy.netns.hosts import Network
 from deploy.netns.ray_nodes import RayNodes
+from megatoken.cluster.launchers.failure_detection import FAILURE_DETECTION
+from megatoken.cluster.launchers.load import launch_of
+from megatoken.cluster.launchers.render import render
+from megatoken.cluster.spec.load import load_spec
 
 EXAMPLES = Path(__file__).parents[3] / "deploy" / "examples"
 STARTS_RAY = {"ssh": "up.sh", "systemd": "gpu-01.service", "slurm": "megatoken.sbatch"}

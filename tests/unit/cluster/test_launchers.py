@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.cli import main
-from cluster.launchers.artefact import Artefact
-from cluster.launchers.kuberay import RAY_VERSION
-from cluster.launchers.launch_load import launch_of
-from cluster.launchers.node_env import AddressError, node_environment, resolve_address
-from cluster.launchers.ssh_run import LaunchError, explain, read_or_make_token
-from cluster.launchers.ssh_script import ssh_artefacts
-from cluster.launchers.ssh_steps import SshStep, ssh_plan
-from cluster.launchers.systemd import quoted
-from cluster.render import RENDERERS, render
-from cluster.spec import ClusterSpec
-from cluster.spec_load import SpecError, load_spec, parse_spec
+from megatoken.cluster.cli.__main__ import main
+from megatoken.cluster.launchers.artefact import Artefact
+from megatoken.cluster.launchers.kuberay import RAY_VERSION
+from megatoken.cluster.launchers.load import launch_of
+from megatoken.cluster.launchers.node.environment import AddressError, node_environment, resolve_address
+from megatoken.cluster.launchers.render import RENDERERS, render
+from megatoken.cluster.launchers.ssh.run import LaunchError, explain, read_or_make_token
+from megatoken.cluster.launchers.ssh.script import ssh_artefacts
+from megatoken.cluster.launchers.ssh.steps import SshStep, ssh_plan
+from megatoken.cluster.launchers.systemd import quoted
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.spec.load import SpecError, load_spec, parse_spec
 
 ROOT = Path(__file__).parents[3]
 DOCUMENT: dict[str, Any] = {
@@ -151,7 +151,7 @@ def test_the_remote_command_survives_the_remote_shell(tmp_path: Path) -> None:
     step = ssh_plan(spec, launch_of(spec.launch)).others[0]
     show = "python3 -c 'import json, os, sys; print(json.dumps([sys.argv[1:], os.environ[\"TRICKY\"]]))'"
     shown = subprocess.run(
-        ["bash", "-c", step.argv[-1].replace("/opt/megatoken/bin/python -m cluster.launchers.node", show)],
+        ["bash", "-c", step.argv[-1].replace("/opt/megatoken/bin/python -m megatoken.cluster.launchers.node", show)],
         input="the-token\n" + "".join(f"{name}={value}\n" for name, value in step.env),
         capture_output=True,
         text=True,

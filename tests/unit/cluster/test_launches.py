@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from cluster.fleet import Replica
-from cluster.launches import Surroundings, agent_launch, edge_launch, router_launch, worker_launch
-from cluster.placement import Placement, Rank
-from cluster.spec import ClusterSpec
-from cluster.spec_load import load_spec
-from cluster.topology import Device, Inventory, Node
 from megatoken.access.credentials import Credentials, new_secrets
 from megatoken.access.table import Identity
-from router.config import RouterConfig
-from router.edge.config import EdgeConfig
-from worker.collective.config import AgentConfig
-from worker.config import WorkerConfig
+from megatoken.cluster.decide.fleet import Replica
+from megatoken.cluster.decide.launches import Surroundings, agent_launch, edge_launch, router_launch, worker_launch
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.placement.place import Placement, Rank
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.spec.load import load_spec
+from megatoken.router.config import RouterConfig
+from megatoken.router.edge.config import EdgeConfig
+from megatoken.worker.config import WorkerConfig
+from megatoken.worker.throughput.config import AgentConfig
 
 HEAD = Node("h" * 56, "10.0.0.1", tuple(Device("cpu", number) for number in range(2)), name="alpha", head=True)
 OTHER = Node("o" * 56, "10.0.0.2", tuple(Device("mi355x", number) for number in range(8)), name="beta", site="oslo")

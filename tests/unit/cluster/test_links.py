@@ -8,11 +8,11 @@ from typing import Any
 
 import grpc
 
-from cluster.fleet import Replica, WorkerFacts
-from cluster.links import Links
-from cluster.liveness import LivenessLimits
-from cluster.placement import Placement, Rank
-from cluster.replica import ReplicaState
+from megatoken.cluster.controller.links import Links
+from megatoken.cluster.decide.fleet import Replica, WorkerFacts
+from megatoken.cluster.decide.liveness import LivenessLimits
+from megatoken.cluster.decide.replica import ReplicaState
+from megatoken.cluster.placement.place import Placement, Rank
 from megatoken.v1 import tokens_pb2, worker_pb2, worker_pb2_grpc
 
 LIMITS = LivenessLimits(lease_s=30.0, hang_s=60.0, probe_s=30.0)

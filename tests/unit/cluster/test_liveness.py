@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.liveness import Answered, Hang, Liveness, LivenessLimits
+from megatoken.cluster.decide.liveness import Answered, Hang, Liveness, LivenessLimits
 
 LIMITS = LivenessLimits(lease_s=30.0, hang_s=60.0, probe_s=30.0)
 

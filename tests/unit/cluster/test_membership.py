@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.fleet import Fleet, Replica, WorkerFacts
-from cluster.membership import Versions, content_of
-from cluster.placement import Placement, Rank
-from cluster.replica import ReplicaState
-from cluster.spec_model import ModelSpec
-from cluster.topology import Inventory, Node
+from megatoken.cluster.controller.membership import Versions, content_of
+from megatoken.cluster.decide.fleet import Fleet, Replica, WorkerFacts
+from megatoken.cluster.decide.replica import ReplicaState
+from megatoken.cluster.inventory.topology import Inventory, Node
+from megatoken.cluster.placement.place import Placement, Rank
+from megatoken.cluster.spec.model import ModelSpec
 from megatoken.v1 import membership_pb2
 
 MODEL = ModelSpec(name="m", engine="simulated", replicas=2, policy="prefix")

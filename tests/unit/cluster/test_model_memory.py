@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.model_memory import (
+from megatoken.cluster.inventory.model_memory import (
     active_bytes,
     memory_need,
     parallel_problems,
@@ -15,7 +15,7 @@ from cluster.model_memory import (
     tensor_sizes,
     weight_total,
 )
-from cluster.model_shape import GIB, ModelShape, ShapeError, load_shape, read_shape
+from megatoken.cluster.inventory.model_shape import GIB, ModelShape, ShapeError, load_shape, read_shape
 
 SMOLLM2 = {
     "num_hidden_layers": 30,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.launchers.launch_load import launch_of
-from cluster.launchers.node import descendants
-from cluster.ray_inventory import inventory_of
+from megatoken.cluster.launchers.load import launch_of
+from megatoken.cluster.launchers.node.__main__ import descendants
+from megatoken.cluster.ray.inventory import inventory_of
 
-NODE = [sys.executable, "-m", "cluster.launchers.node"]
+NODE = [sys.executable, "-m", "megatoken.cluster.launchers.node"]
 # Starts a daemon that leaves its session and parent, as Ray's processes may; says the word; waits for its end.
 RAY = """
 import subprocess, sys, time

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from cluster.fleet import Fleet, Happening, Replica
-from cluster.orders import Orders
-from cluster.placement import Placement, Rank
-from cluster.replica import ReplicaState
-from cluster.spec import ClusterSpec
-from cluster.spec_load import SpecError
-from cluster.state import StateStore
-from cluster.topology import Inventory, Node
+from megatoken.cluster.controller.orders import Orders
+from megatoken.cluster.controller.state import StateStore
+from megatoken.cluster.decide.fleet import Fleet, Happening, Replica
+from megatoken.cluster.decide.replica import ReplicaState
+from megatoken.cluster.inventory.topology import Inventory, Node
+from megatoken.cluster.placement.place import Placement, Rank
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.spec.load import SpecError
 from megatoken.errors import NotFoundError, RequestError
 
 NODES = Inventory((Node("aaaaaaaa1", "10.0.0.1", name="x"), Node("aaaaaaaa2", "10.0.0.2", name="y")))

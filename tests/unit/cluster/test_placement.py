@@ -7,8 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.placement import Blocked, BlockedKind, Constraints, Placement, ReplicaRequest, Separate, TpSpan, place
-from cluster.topology import Device, Inventory, Node
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.placement.place import (
+    Blocked,
+    BlockedKind,
+    Constraints,
+    Placement,
+    ReplicaRequest,
+    Separate,
+    TpSpan,
+    place,
+)
 
 GIB = 1 << 30
 

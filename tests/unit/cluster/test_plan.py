@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import main
-from cluster.model_shape import read_shape
-from cluster.plan import plan_cluster
-from cluster.plan_live import live_inventory
-from cluster.plan_order import rate_of
-from cluster.plan_print import plan_json, plan_text, span
-from cluster.spec_load import SpecError, parse_spec
-from cluster.topology_file import load_inventory
+from megatoken.cluster.cli.__main__ import main
+from megatoken.cluster.inventory.model_shape import read_shape
+from megatoken.cluster.planning.order import rate_of
+from megatoken.cluster.planning.plan import plan_cluster
+from megatoken.cluster.planning.print import plan_json, plan_text, span
+from megatoken.cluster.planning.topology_file import load_inventory
+from megatoken.cluster.ray.live import live_inventory
+from megatoken.cluster.spec.load import SpecError, parse_spec
 from megatoken.v1 import control_pb2
 
 LLAMA2_70B = {

@@ -3,12 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-from cluster.backend import ProcessObservation
-from cluster.fleet import Fleet, Phase
-from cluster.launches import Surroundings
-from cluster.processes import BACKOFF_MAX_S, Decision, Record, Wanted, supervise, wanted_processes
-from cluster.spec import ClusterSpec
-from cluster.topology import Device, Inventory, Node
+from megatoken.cluster.decide.backend import ProcessObservation
+from megatoken.cluster.decide.fleet import Fleet, Phase
+from megatoken.cluster.decide.launches import Surroundings
+from megatoken.cluster.decide.processes import BACKOFF_MAX_S, Decision, Record, Wanted, supervise, wanted_processes
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.spec.cluster import ClusterSpec
 
 AROUND = Surroundings("127.0.0.1:7700", {"routers.port": 1, "edge.port": 2, "agents.port": 3}, "10.0.0.0:6379", True)
 HEAD = Node("aaaaaaaaaaaa", "10.0.0.0", (Device("cpu", 0),), name="head", head=True)

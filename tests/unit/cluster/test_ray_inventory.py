@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.ray_inventory import inventory_of
+from megatoken.cluster.ray.inventory import inventory_of
 
 
 def node(**changes: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from cluster.exit_cause import ExitCause
-from cluster.fleet import (
+from megatoken.cluster.decide.exit_cause import ExitCause
+from megatoken.cluster.decide.fleet import (
     Desired,
     Fleet,
     Limits,
@@ -23,12 +23,12 @@ from cluster.fleet import (
     TellDrain,
     WorkerFacts,
 )
-from cluster.liveness import Hang, HangSeen, PartSeen
-from cluster.placement import BlockedKind
-from cluster.reconciler import reconcile
-from cluster.replica import ReplicaState
-from cluster.spec_model import ModelSpec
-from cluster.topology import Device, Inventory, Node
+from megatoken.cluster.decide.liveness import Hang, HangSeen, PartSeen
+from megatoken.cluster.decide.reconciler import reconcile
+from megatoken.cluster.decide.replica import ReplicaState
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.placement.place import BlockedKind
+from megatoken.cluster.spec.model import ModelSpec
 
 FACTS = WorkerFacts("127.0.0.1:1", 1, "simulated")
 LIMITS = Limits(backoff_s=1.0, backoff_max_s=8.0)

@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 
-from cluster.replica import FINAL, LIVE, TRANSITIONS, IllegalTransition, ReplicaEvent, ReplicaState, next_state
+from megatoken.cluster.decide.replica import (
+    FINAL,
+    LIVE,
+    TRANSITIONS,
+    IllegalTransition,
+    ReplicaEvent,
+    ReplicaState,
+    next_state,
+)
 
 S, E = ReplicaState, ReplicaEvent
 LEGAL = {

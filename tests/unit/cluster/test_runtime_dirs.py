@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.bring_up import bring_up
-from cluster.child import Child, Launch
-from cluster.control_client import CommandError
-from cluster.progress import Progress
-from cluster.runtime_dirs import UnsafeDirectory, make_private, runtime_root, state_path
-from cluster.spec import ClusterSpec
+from megatoken.cluster.client.control import CommandError
+from megatoken.cluster.client.progress import Progress
+from megatoken.cluster.ray.child import Child, Launch
+from megatoken.cluster.runtime_dirs import UnsafeDirectory, make_private, runtime_root, state_path
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.start.bring_up import bring_up
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_up_refuses_an_unsafe_runtime_directory_in_one_sentence(
     (tmp_path / "run").chmod(0o777)
     monkeypatch.setenv("MEGATOKEN_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("MEGATOKEN_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr("cluster.bring_up._Started", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr("megatoken.cluster.start.bring_up._Started", lambda *_: pytest.fail("it went on"))
     with pytest.raises(CommandError, match="others may write there"):
         bring_up(ClusterSpec(cluster="c"), Progress(), attached=False)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.secrets_keeper import OVERLAP_S, PATIENCE_S, SecretsKeeper, process_credentials
 from megatoken.access.credentials import identify
 from megatoken.access.table import Identity
+from megatoken.cluster.secrets_keeper import OVERLAP_S, PATIENCE_S, SecretsKeeper, process_credentials
 from megatoken.errors import RequestError, UnavailableError
 
 
@@ -93,7 +93,7 @@ def test_a_restarted_controller_writes_nothing_that_is_written(tmp_path: Path, m
     def full(_path: Path, _text: str) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr("cluster.secrets_keeper.write_private", full)
+    monkeypatch.setattr("megatoken.cluster.secrets_keeper.write_private", full)
     assert SecretsKeeper(tmp_path).current == first.current
     with pytest.raises(OSError, match="no space"):
         first.rotate()

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.cli import main
-from cluster.clusters import ClusterRecord, alive, read_records, write_record
-from cluster.control_client import CommandError, choose
-from cluster.control_server import new_lines
-from cluster.runtime_dirs import node_directory, runtime_root, state_directory
+from megatoken.cluster.cli.__main__ import main
+from megatoken.cluster.client.control import CommandError, choose
+from megatoken.cluster.client.records import ClusterRecord, alive, read_records, write_record
+from megatoken.cluster.controller.server import new_lines
+from megatoken.cluster.runtime_dirs import node_directory, runtime_root, state_directory
 
 
 def test_new_lines_are_those_after_what_was_shown() -> None:

@@ -8,10 +8,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.spec import ClusterSpec, default_spec
-from cluster.spec_check import device_problems, model_problems
-from cluster.spec_load import MAX_SPEC_BYTES, SpecError, dump_spec, load_spec
-from cluster.spec_model import ModelSpec
+from megatoken.cluster.planning.check import device_problems, model_problems
+from megatoken.cluster.spec.cluster import ClusterSpec, default_spec
+from megatoken.cluster.spec.load import MAX_SPEC_BYTES, SpecError, dump_spec, load_spec
+from megatoken.cluster.spec.model import ModelSpec
 
 
 def problems(text: str) -> str:

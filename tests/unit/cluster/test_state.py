@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.exit_cause import ExitCause
-from cluster.fleet import Fleet, Replica, WorkerFacts, on_this_clock
-from cluster.placement import Placement, Rank
-from cluster.replica import ReplicaState
-from cluster.spec import default_spec
-from cluster.state import StateStore
+from megatoken.cluster.controller.state import StateStore
+from megatoken.cluster.decide.exit_cause import ExitCause
+from megatoken.cluster.decide.fleet import Fleet, Replica, WorkerFacts, on_this_clock
+from megatoken.cluster.decide.replica import ReplicaState
+from megatoken.cluster.placement.place import Placement, Rank
+from megatoken.cluster.spec.cluster import default_spec
 
 
 def replica(number: int, state: ReplicaState = ReplicaState.READY) -> Replica:

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from cluster.human import duration, number, table
-from cluster.progress import waiting_for
-from cluster.status_json import status_document
-from cluster.status_text import status_text
+from megatoken.cluster.client.progress import waiting_for
+from megatoken.cluster.view.human import duration, number, table
+from megatoken.cluster.view.json import status_document
+from megatoken.cluster.view.text import status_text
 from megatoken.v1 import control_pb2
 
 

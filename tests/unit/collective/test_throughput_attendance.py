@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable
 
 from megatoken.v1 import membership_pb2
-from worker.collective.attendance import AttendanceServicer
-from worker.collective.group import Attended, Attendee, GroupPolicy
+from megatoken.worker.throughput.attendance import AttendanceServicer
+from megatoken.worker.throughput.decide.group import Attended, Attendee, GroupPolicy
 
 AT_ONCE = GroupPolicy(gather_s=0.0, gather_max_s=0.0)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatoken.counters import INDEX
-from worker.collective.books import Books, Row
-from worker.collective.layout import Cell, Departed, Greeting, Layout, ReplicaFacts
-from worker.collective.ledger import WIDTH, NodeSums, Totals, Writer
+from megatoken.worker.throughput.decide.books import Books, Row
+from megatoken.worker.throughput.decide.layout import Cell, Departed, Greeting, Layout, ReplicaFacts
+from megatoken.worker.throughput.decide.ledger import WIDTH, NodeSums, Totals, Writer
 
 TOKENS = INDEX["generated_tokens"]
 

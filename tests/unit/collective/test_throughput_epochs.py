@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from worker.collective.epochs import (
+from megatoken.worker.throughput.decide.epochs import (
     TRANSITIONS,
     Abandon,
     Broke,

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from worker.collective.group import Attended, Attendee, Group, GroupPolicy, Groups, Stance, common_backend
+from megatoken.worker.throughput.decide.group import (
+    Attended,
+    Attendee,
+    Group,
+    GroupPolicy,
+    Groups,
+    Stance,
+    common_backend,
+)
 
 POLICY = GroupPolicy()
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from worker.collective.hierarchy import FLAT_RANKS, reduction_groups
+from megatoken.worker.throughput.decide.hierarchy import FLAT_RANKS, reduction_groups
 
 
 def test_declared_sites_are_the_groups() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatoken.counters import INDEX
-from worker.collective.layout import (
+from megatoken.worker.throughput.decide.layout import (
     WIRE_VERSION,
     Cell,
     Greeting,
@@ -18,7 +18,7 @@ from worker.collective.layout import (
     pack_departed,
     unpack_departed,
 )
-from worker.collective.ledger import WIDTH, NodeSums, Writer
+from megatoken.worker.throughput.decide.ledger import WIDTH, NodeSums, Writer
 
 TOKENS = INDEX["generated_tokens"]
 FACTS = ReplicaFacts("m", "vllm", "cpu", 1, True)

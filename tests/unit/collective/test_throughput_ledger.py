@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatoken.counters import INDEX, NAMES, CounterWriter
-from worker.collective.counter_files import CounterFiles, ledger_id
-from worker.collective.ledger import SHOWN_S, WIDTH, Ledger, Totals, Writer
+from megatoken.worker.throughput.counter_files import CounterFiles, ledger_id
+from megatoken.worker.throughput.decide.ledger import SHOWN_S, WIDTH, Ledger, Totals, Writer
 
 
 def worker(name: str = "r0", incarnation: int = 1, model: str = "m") -> Writer:
@@ -123,7 +123,7 @@ def test_a_truncated_file_does_not_end_the_reader(tmp_path) -> None:
 
 
 def test_with_more_files_than_a_tick_reads_each_has_its_turn_and_a_new_one_is_first(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("worker.collective.counter_files.MAX_FILES", 2)
+    monkeypatch.setattr("megatoken.worker.throughput.counter_files.MAX_FILES", 2)
 
     def write(name: str) -> None:
         CounterWriter(tmp_path / f"{name}.1.counters", {"kind": "worker", "id": name, "incarnation": 1}).close()

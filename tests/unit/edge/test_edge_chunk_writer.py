@@ -8,9 +8,9 @@ from typing import Any
 import pydantic_core
 import pytest
 
-from router.edge.direct import DirectWriter, Template, learn
-from router.edge.exchange import Exchange
-from router.edge.refusals import GuardedSend
+from megatoken.router.edge.http.exchange import Exchange
+from megatoken.router.edge.http.refusals import GuardedSend
+from megatoken.router.edge.router_session.direct import DirectWriter, Template, learn
 
 CHAT = (
     'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,'

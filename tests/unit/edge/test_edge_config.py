@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from megatoken.errors import RequestError
-from router.edge.config import EdgeConfig, EdgeModel
-from router.edge.serve_args import local_source, one_argument, serve_arguments
+from megatoken.router.edge.config import EdgeConfig, EdgeModel
+from megatoken.router.edge.vllm.serve_args import local_source, one_argument, serve_arguments
 
 
 def config(**changed: Any) -> EdgeConfig:

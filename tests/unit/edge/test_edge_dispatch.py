@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from router.api_keys import KeyRing
-from router.door import Door
-from router.edge.dispatch import Dispatch, model_of
-from router.edge.exchange import EXCHANGE
-from router.edge.refusals import GuardedSend
+from megatoken.router.edge.http.dispatch import Dispatch, model_of
+from megatoken.router.edge.http.exchange import EXCHANGE
+from megatoken.router.edge.http.refusals import GuardedSend
+from megatoken.router.identity.api_keys import KeyRing
+from megatoken.router.identity.door import Door
 
 Message = MutableMapping[str, Any]
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]

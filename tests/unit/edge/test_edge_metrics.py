@@ -5,8 +5,8 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 from megatoken.metrics import metrics_route
+from megatoken.router.edge.metrics import EdgeMetrics
 from megatoken.v1.tokens_pb2 import FINISH_REASON_CANCELLED, FINISH_REASON_ERROR, FINISH_REASON_STOP, Finish
-from router.edge.metrics import EdgeMetrics
 
 
 def exposition(metrics: EdgeMetrics, *, connected: bool) -> str:

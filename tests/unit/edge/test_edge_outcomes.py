@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from megatoken.errors import HTTP_OF_GRPC
+from megatoken.router.edge.http.outcomes import HTTP_OF_CODE, refusal, retry_after_headers, stop_reason
 from megatoken.v1.tokens_pb2 import (
     FINISH_REASON_CANCELLED,
     FINISH_REASON_ERROR,
@@ -16,7 +17,6 @@ from megatoken.v1.tokens_pb2 import (
     FINISH_REASON_STOP,
     Finish,
 )
-from router.edge.outcomes import HTTP_OF_CODE, refusal, retry_after_headers, stop_reason
 
 
 @pytest.mark.parametrize(

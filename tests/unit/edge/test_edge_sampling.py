@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatoken.errors import RequestError
-from router.edge.sampling import EXTRA, PLAIN, to_contract
+from megatoken.router.edge.vllm.sampling import EXTRA, PLAIN, to_contract
 
 
 def params(**changed: Any) -> SimpleNamespace:

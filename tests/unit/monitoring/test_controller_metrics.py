@@ -1,4 +1,4 @@
-"""cluster/metrics.py and cluster/service_discovery.py: a ClusterStatus as gauges, and as Prometheus targets."""
+"""metrics.py and service_discovery.py of cluster/controller: a ClusterStatus as gauges, and as Prometheus targets."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import urllib.request
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from cluster.metrics import MAX_EVENT_KINDS, ControllerMetrics
-from cluster.service_discovery import serve_controller_metrics, targets
+from megatoken.cluster.controller.metrics import MAX_EVENT_KINDS, ControllerMetrics
+from megatoken.cluster.controller.service_discovery import serve_controller_metrics, targets
 from megatoken.v1.control_pb2 import ClusterStatus, Event, ModelStatus, NodeStatus, ProcessStatus, ReplicaStatus
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
-from cluster.metrics import ControllerMetrics
+from megatoken.cluster.controller.metrics import ControllerMetrics
 from megatoken.metrics import metrics_route, new_registry
+from megatoken.router.edge.metrics import EdgeMetrics
 from megatoken.v1.control_pb2 import ClusterStatus, ModelStatus
 from megatoken.v1.tokens_pb2 import Finish
-from router.edge.metrics import EdgeMetrics
 
 CONTRACT = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 

@@ -1,4 +1,4 @@
-"""router/throughput.py: the agent's samples, passed on by RPC and as metrics."""
+"""router/shell/throughput.py: the agent's samples, passed on by RPC and as metrics."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from megatoken.errors import AuthError
+from megatoken.router.shell.throughput import ThroughputCollector, ThroughputRelay
 from megatoken.v1 import throughput_pb2 as pb
 from megatoken.v1 import throughput_pb2_grpc
-from router.throughput import ThroughputCollector, ThroughputRelay
 
 REQUEST = pb.GetThroughputRequest()
 

@@ -1,4 +1,4 @@
-"""top_app.py without a terminal: keys, dialogs and what they ask of the cluster."""
+"""cluster/view/top/app.py without a terminal: keys, dialogs and what they ask of the cluster."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Static
 
-from cluster.top_app import Top
-from cluster.top_view import Inputs
+from megatoken.cluster.view.top.app import Top
+from megatoken.cluster.view.top.view import Inputs
 from megatoken.v1.control_pb2 import ClusterStatus, Event, ModelStatus, ReplicaStatus
 
 

@@ -1,4 +1,4 @@
-"""top_view.py and top_text.py: what `megatoken top` shows for which inputs."""
+"""view.py and text.py of cluster/view/top: what `megatoken top` shows for which inputs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from cluster.top_text import age, compact, milliseconds, percent, sparkline, whole
-from cluster.top_view import (
+from megatoken.cluster.view.top.text import age, compact, milliseconds, percent, sparkline, whole
+from megatoken.cluster.view.top.view import (
     MODEL_COLUMNS,
     REPLICA_COLUMNS,
     REPLICA_SORTS,

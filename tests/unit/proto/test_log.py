@@ -30,12 +30,12 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
 
 
 def test_a_line_says_when_who_and_what(stream: io.StringIO) -> None:
-    log_event(logging.getLogger("worker.server"), "replica.ready", "serving", replica="chat-0", port=5)
+    log_event(logging.getLogger("megatoken.worker.server"), "replica.ready", "serving", replica="chat-0", port=5)
     (line,) = lines(stream)
     assert line.pop("ts").endswith("Z")
     assert line == {
         "level": "info",
-        "logger": "worker.server",
+        "logger": "megatoken.worker.server",
         "event": "replica.ready",
         "process": "worker",
         "id": "chat-0",

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatoken.errors import UnavailableError
+from megatoken.router.client.client import TokenClient
 from megatoken.tls import ClientTls
 from megatoken.v1.tokens_pb2 import Detail, Logprobs
-from router.client import TokenClient
 from tests.fake_router import END, FakeRouter
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megatoken.errors import DeadlineError, OverloadError, RequestError, UnavailableError
+from megatoken.router.core.lifecycle import TRANSITIONS, Event, IllegalTransition, State, step
+from megatoken.router.identity.api_keys import ApiKey
+from megatoken.router.intake.intake import on_frames
 from megatoken.v1 import tokens_pb2
-from router.api_keys import ApiKey
-from router.intake import on_frames
-from router.lifecycle import TRANSITIONS, Event, IllegalTransition, State, step
 from tests.router_core import CANCELLED, ERROR, LENGTH, STOP, CoreFleet
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from router import cork
-from router.cork import Corks, find_socket
+from megatoken.router.shell import cork
+from megatoken.router.shell.cork import Corks, find_socket
 
 
 @pytest.fixture

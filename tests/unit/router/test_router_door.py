@@ -11,16 +11,16 @@ import pytest
 
 from megatoken.errors import AuthError, OverloadError, RequestError, UnavailableError
 from megatoken.frames import pack
+from megatoken.router.core import submission
+from megatoken.router.core.leases import Leases
+from megatoken.router.core.request import Request
+from megatoken.router.core.submission import submit
+from megatoken.router.identity.api_keys import ApiKey, KeyRing
+from megatoken.router.identity.door import Caller, Door
+from megatoken.router.identity.key_limits import Usage
+from megatoken.router.measures import refusal_reason
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, router_pb2
-from router import submission
-from router.api_keys import ApiKey, KeyRing
-from router.door import Caller, Door
-from router.key_limits import Usage
-from router.leases import Leases
-from router.measures import refusal_reason
-from router.request import Request
-from router.submission import submit
 from tests.router_core import CoreFleet
 
 HASH = hashlib.sha256(b"secret-1").hexdigest()

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from megatoken.router.core import recovery, upkeep
+from megatoken.router.core.lifecycle import State
+from megatoken.router.core.request import Request
+from megatoken.router.fleet.circuit import CircuitState
+from megatoken.router.fleet.fleet import Replica
+from megatoken.router.intake.intake import on_frames
 from megatoken.v1 import tokens_pb2
-from router import recovery, upkeep
-from router.circuit import CircuitState
-from router.fleet import Replica
-from router.intake import on_frames
-from router.lifecycle import State
-from router.request import Request
 from tests.router_core import CANCELLED, ERROR, LENGTH, CoreFleet
 
 

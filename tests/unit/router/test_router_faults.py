@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatoken.router.core import ending, placement, upkeep
+from megatoken.router.core.request import Request
+from megatoken.router.fleet.fleet import Replica
+from megatoken.router.identity.api_keys import ApiKey
+from megatoken.router.intake import demux, finishes, intake
+from megatoken.router.intake.intake import on_frames
+from megatoken.router.shell.request_log import log_request
+from megatoken.router.streams import outbox
 from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
-from router import demux, ending, finishes, intake, outbox, placement, upkeep
-from router.api_keys import ApiKey
-from router.fleet import Replica
-from router.intake import on_frames
-from router.request import Request
-from router.request_log import log_request
 from tests.router_core import ERROR, CoreFleet
 
 INTERNAL = 13

@@ -11,11 +11,11 @@ from megatoken.access.credentials import Credentials, new_secrets
 from megatoken.access.lease import lease_id, verify
 from megatoken.access.table import Identity, Program
 from megatoken.errors import OverloadError, RequestError
+from megatoken.router.core.leases import Leases, LeaseSigner
+from megatoken.router.identity.api_keys import ApiKey
+from megatoken.router.identity.door import Caller
+from megatoken.router.intake.intake import on_frame
 from megatoken.v1 import frame_columns_pb2, router_pb2, tokens_pb2
-from router.api_keys import ApiKey
-from router.door import Caller
-from router.intake import on_frame
-from router.leases import Leases, LeaseSigner
 from tests.router_core import CoreFleet
 
 ASK = router_pb2.AssignRequest(model="m", prompt_tokens=100, max_tokens=400)

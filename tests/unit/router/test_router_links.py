@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from grpc import aio
 
+from megatoken.router.edge.router_session import link as edge_module
+from megatoken.router.fleet.circuit import CircuitState
+from megatoken.router.fleet.membership import apply_snapshot
+from megatoken.router.secure import channel_to
+from megatoken.router.shell import watch as watch_module
+from megatoken.router.shell import worker_link as link_module
+from megatoken.router.shell.inbox import Inbox
+from megatoken.router.shell.watch import watch_membership
+from megatoken.router.shell.worker_link import WorkerLink
 from megatoken.tls import ClientTls
 from megatoken.v1 import membership_pb2
-from router import link as link_module
-from router import watch as watch_module
-from router.circuit import CircuitState
-from router.edge import link as edge_module
-from router.inbox import Inbox
-from router.link import WorkerLink
-from router.membership import apply_snapshot
-from router.secure import channel_to
-from router.watch import watch_membership
 from tests.fake_router import FakeRouter
 from tests.fake_worker import FakeWorker
 from tests.router_core import CoreFleet

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.capacity import Capacity, Rates
-from router.circuit import Circuit, CircuitState
-from router.fair_queue import FairQueue
-from router.fleet_limits import ceiling
-from router.latency import Histogram
-from router.retry_budget import RetryBudget
+from megatoken.router.core.retry_budget import RetryBudget
+from megatoken.router.fleet.capacity import Capacity, Rates
+from megatoken.router.fleet.circuit import Circuit, CircuitState
+from megatoken.router.fleet.fair_queue import FairQueue
+from megatoken.router.fleet.limits import ceiling
+from megatoken.router.streams.latency import Histogram
 from tests.router_core import CoreFleet
 
 

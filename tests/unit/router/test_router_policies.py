@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megatoken.frames import pack
-from router.capacity import Rates
-from router.policies import NAMES, Question, make_policy
-from router.prefix_book import MOST, block_hashes
+from megatoken.router.fleet.capacity import Rates
+from megatoken.router.fleet.prefix_book import MOST, block_hashes
+from megatoken.router.policies import NAMES, Question, make_policy
 from tests.router_core import CoreFleet
 
 

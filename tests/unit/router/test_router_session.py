@@ -10,15 +10,15 @@ import pytest
 
 from megatoken.fields import FIELDS_AT_ONCE, fields_at_most
 from megatoken.frames import pack
+from megatoken.router import wire
+from megatoken.router.config import RouterConfig
+from megatoken.router.core.state import RouterState
+from megatoken.router.fleet.fleet import Fleet
+from megatoken.router.identity.door import Caller
+from megatoken.router.secure import EOF
+from megatoken.router.shell.client_session import CANCELS_AT_ONCE, MAX_REFUSALS, STARTS_AT_ONCE, ClientSession
+from megatoken.router.streams.ledger import Ledger
 from megatoken.v1 import tokens_pb2
-from router import wire
-from router.client_session import CANCELS_AT_ONCE, MAX_REFUSALS, STARTS_AT_ONCE, ClientSession
-from router.config import RouterConfig
-from router.door import Caller
-from router.fleet import Fleet
-from router.ledger import Ledger
-from router.secure import EOF
-from router.state import RouterState
 
 ClientFrame, GenerateRequest = tokens_pb2.ClientFrame, tokens_pb2.GenerateRequest
 INVALID_ARGUMENT, NOT_FOUND = 3, 5

@@ -10,13 +10,13 @@ import pytest
 
 from megatoken.errors import RequestError
 from megatoken.frames import U32, token_columns
+from megatoken.router.client.client import TokenClient
+from megatoken.router.client.columns import ColumnSession
+from megatoken.router.shell.generate import GenerateSink, submit_call
+from megatoken.router.streams.outbox import FrameOutbox, Part
+from megatoken.router.wire import MAX_REQUEST_BYTES
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import Frame
-from router.client import TokenClient
-from router.columns import ColumnSession
-from router.generate import GenerateSink, submit_call
-from router.outbox import FrameOutbox, Part
-from router.wire import MAX_REQUEST_BYTES
 from tests.router_core import CoreFleet
 
 GRPC_DEFAULT = 4 << 20  # bytes of a message that a gRPC client takes unless told otherwise

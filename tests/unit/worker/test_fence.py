@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from worker.fence import Fence
+from megatoken.worker.fence import Fence
 
 
 class Loop:

@@ -7,9 +7,9 @@ import numpy as np
 from megatoken.frames import column
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import GenerateResponse
-from worker.outlet import Taken
-from worker.part import Part
-from worker.tokens_service import responses
+from megatoken.worker.streams.outlet import Taken
+from megatoken.worker.streams.part import Part
+from megatoken.worker.tokens_service import responses
 
 
 def part(streams, tokens, counts=None, details=(), finishes=()) -> Part:

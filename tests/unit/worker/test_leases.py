@@ -13,10 +13,10 @@ from megatoken.access.lease import LeaseTerms, sign
 from megatoken.errors import ForbiddenError, OverloadError, RequestError
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
+from megatoken.worker.engines.engine import Ended
+from megatoken.worker.leases import LeaseBook, UncheckedLeases
+from megatoken.worker.streams.outlet import FRAME_USAGE, WAITING_USAGE, Outlet, encode_frame
 from tests.unit.worker.test_replica import World
-from worker.engines.engine import Ended
-from worker.leases import LeaseBook, UncheckedLeases
-from worker.outlet import FRAME_USAGE, WAITING_USAGE, Outlet, encode_frame
 
 KEY = "6b" * 32
 NOW_S = 1000.0

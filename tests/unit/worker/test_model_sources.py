@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatoken.errors import RequestError
-from worker import models
+from megatoken.worker import models
 
 
 @pytest.fixture(autouse=True)

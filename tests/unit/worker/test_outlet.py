@@ -7,8 +7,8 @@ import numpy as np
 from megatoken.frames import token_columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame
-from worker.outlet import FRAME_PARTS, FRAME_TOKENS, LOOSE_FINISHES, Outlet, encode_frame
-from worker.part import Part
+from megatoken.worker.streams.outlet import FRAME_PARTS, FRAME_TOKENS, LOOSE_FINISHES, Outlet, encode_frame
+from megatoken.worker.streams.part import Part
 
 
 def part(streams, tokens, counts=None, finishes=(), details=()) -> Part:

@@ -10,9 +10,9 @@ import pytest
 from megatoken.frames import token_columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame, GenerateResponse
-from worker.outlet import Outlet, encode_frame
-from worker.part import Part
-from worker.tokens_service import responses
+from megatoken.worker.streams.outlet import Outlet, encode_frame
+from megatoken.worker.streams.part import Part
+from megatoken.worker.tokens_service import responses
 
 CLIENT_BYTES = 4 << 20  # gRPC's default limit on a received message
 

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from worker.config import WorkerConfig
-from worker.engines import cpu_platform_plugin, ray_placement
+from megatoken.worker.config import WorkerConfig
+from megatoken.worker.engines.ray import cpu_platform_plugin
+from megatoken.worker.engines.ray import placement as ray_placement
 
 GROUP = {"ray_address": "10.0.0.1:6379", "placement_group_id": "ab" * 18}
 

@@ -14,13 +14,13 @@ from megatoken.errors import EngineDeadError, OverloadError, RequestError
 from megatoken.frames import U32, token_columns
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
-from worker.config import WorkerConfig
-from worker.engines.engine import Ended, EngineFacts, EngineLoad, EngineRequest, Prefilled, Step
-from worker.measures import Measures
-from worker.outlet import LOOSE_FINISHES, Outlet, encode_frame
-from worker.replica import Replica, StreamInUseError
-from worker.tokens_service import STARTS_A_MESSAGE, STARTS_AT_ONCE, _read_session
-from worker.totals import open_counters
+from megatoken.worker.config import WorkerConfig
+from megatoken.worker.engines.engine import Ended, EngineFacts, EngineLoad, EngineRequest, Prefilled, Step
+from megatoken.worker.measures import Measures
+from megatoken.worker.replica import Replica, StreamInUseError
+from megatoken.worker.streams.outlet import LOOSE_FINISHES, Outlet, encode_frame
+from megatoken.worker.tokens_service import STARTS_A_MESSAGE, STARTS_AT_ONCE, _read_session
+from megatoken.worker.totals import open_counters
 
 
 class ScriptedEngine:

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from megatoken.router import wire
 from megatoken.v1.frame_columns_pb2 import ClientFrame
-from router import wire
-from worker.tokens_service import CANCELS_AT_ONCE, END, _read_session
+from megatoken.worker.tokens_service import CANCELS_AT_ONCE, END, _read_session
 
 
 class Cancelled:

@@ -7,9 +7,9 @@ import pytest
 
 from megatoken.frames import U32
 from megatoken.v1 import tokens_pb2 as pb
-from worker.config import SimulatedConfig
-from worker.engines.engine import EngineRequest
-from worker.engines.simulated_batch import SimulatedBatch
+from megatoken.worker.config import SimulatedConfig
+from megatoken.worker.engines.engine import EngineRequest
+from megatoken.worker.engines.simulated.batch import SimulatedBatch
 
 
 def request(prompt, slots=(0,), max_tokens=8, priority=0, resumed=0, **sampling) -> EngineRequest:

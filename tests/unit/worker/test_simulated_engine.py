@@ -8,9 +8,9 @@ import numpy as np
 
 from megatoken.frames import U32
 from megatoken.v1 import tokens_pb2 as pb
-from worker.config import FaultConfig, SimulatedConfig
-from worker.engines.engine import EngineRequest, Step
-from worker.engines.simulated_engine import SimulatedEngine
+from megatoken.worker.config import FaultConfig, SimulatedConfig
+from megatoken.worker.engines.engine import EngineRequest, Step
+from megatoken.worker.engines.simulated.engine import SimulatedEngine
 
 
 class Sink:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from megatoken.frames import U32, token_columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame
-from worker.engines.engine import EngineRequest, Step
-from worker.outlet import Outlet, encode_frame
-from worker.streams import Running, StreamTable
+from megatoken.worker.engines.engine import EngineRequest, Step
+from megatoken.worker.streams.outlet import Outlet, encode_frame
+from megatoken.worker.streams.table import Running, StreamTable
 
 
 def running(outlet: Outlet, choices: int = 1) -> Running:

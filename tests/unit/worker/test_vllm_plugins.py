@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from worker.engines.vllm_plugins import OWNER_VARIABLE
+from megatoken.worker.engines.vllm.plugins import OWNER_VARIABLE
 
 # PR_GET_PDEATHSIG (2) tells which signal the parent's death sends.
 SHOW = """
 import ctypes, os, sys
-sys.modules["worker.engines.vllm_resume"] = type(sys)("stub")
-sys.modules["worker.engines.vllm_resume"].install = lambda: print("installed")
+sys.modules["megatoken.worker.engines.vllm.resume"] = type(sys)("stub")
+sys.modules["megatoken.worker.engines.vllm.resume"].install = lambda: print("installed")
 {before}
-from worker.engines.vllm_plugins import tie_to_parent
+from megatoken.worker.engines.vllm.plugins import tie_to_parent
 tie_to_parent()
 signal = ctypes.c_int()
 ctypes.CDLL(None).prctl(2, ctypes.byref(signal), 0, 0, 0)
@@ -54,7 +54,7 @@ def test_it_ties_a_child_of_a_worker_and_readies_it_for_resumes() -> None:
 def test_a_fork_dies_with_its_parent(tmp_path: Path) -> None:
     code = """
 import os, sys, time
-from worker.engines.vllm_plugins import tie_forks
+from megatoken.worker.engines.vllm.plugins import tie_forks
 tie_forks()
 child = os.fork()
 if child == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pydantic
 import pytest
 
-from worker.config import FaultConfig, WorkerConfig
+from megatoken.worker.config import FaultConfig, WorkerConfig
 
 BASE = {"replica": "r", "model": "m", "counters_dir": "/nowhere"}
 

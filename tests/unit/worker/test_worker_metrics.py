@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from megatoken.errors import AuthError, ForbiddenError, OverloadError, RequestError, UnavailableError
-from worker.config import WorkerConfig
-from worker.engines.engine import EngineFacts, EngineLoad
-from worker.measures import REFUSALS, Measures
-from worker.metrics import WorkerCollector
-from worker.replica import Replica
-from worker.totals import open_counters
+from megatoken.worker.config import WorkerConfig
+from megatoken.worker.engines.engine import EngineFacts, EngineLoad
+from megatoken.worker.measures import REFUSALS, Measures
+from megatoken.worker.metrics import WorkerCollector
+from megatoken.worker.replica import Replica
+from megatoken.worker.totals import open_counters
 
 CONTRACT = Path(__file__).parents[3] / "docs" / "metrics.md"
 ABSENT_HERE = {"megatoken_worker_energy_joules_total"}  # only where the device reports it

@@ -1,0 +1,1 @@
+"""The `megatoken` command: a file a command."""

@@ -1,0 +1,1 @@
+"""The running controller: its loop, what it remembers, what it publishes, and the services that it offers."""

@@ -1,0 +1,503 @@
+"""The control loop: observe -> decide -> apply (never waits) -> publish. The shell around reconciler.py.
+
+It runs as one asyncio task inside the controller's Ray actor; the Backend is called from one other thread, so that a
+Ray that does not answer stops no gRPC stream. What was asked for and the fleet are in the state file; a new controller
+reads it, adopts what runs, and carries on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from megatoken.access.credentials import dump
+from megatoken.access.files import CredentialsFile
+from megatoken.cluster.controller.events import EventLog
+from megatoken.cluster.controller.links import Links
+from megatoken.cluster.controller.membership import Versions, content_of
+from megatoken.cluster.controller.orders import Orders
+from megatoken.cluster.controller.state import StateStore
+from megatoken.cluster.controller.status import (
+    Readings,
+    model_statuses,
+    node_statuses,
+    process_statuses,
+    replica_statuses,
+)
+from megatoken.cluster.decide.backend import Backend, Look
+from megatoken.cluster.decide.device_health import DeviceBook, judge, with_devices_out
+from megatoken.cluster.decide.fleet import (
+    Action,
+    Fleet,
+    Happening,
+    Limits,
+    Observation,
+    Phase,
+    Release,
+    Reserve,
+    RollBack,
+    Start,
+    TellDrain,
+    on_this_clock,
+)
+from megatoken.cluster.decide.launches import LOOPBACK, Surroundings, worker_launch
+from megatoken.cluster.decide.liveness import LivenessLimits
+from megatoken.cluster.decide.processes import Record, supervise, wanted_processes
+from megatoken.cluster.decide.reconciler import reconcile
+from megatoken.cluster.decide.replica import ReplicaState
+from megatoken.cluster.inventory.topology import Inventory
+from megatoken.cluster.secrets_keeper import SecretsKeeper, process_credentials
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.errors import NotFoundError, UnavailableError
+from megatoken.tls import ClientTls
+from megatoken.v1 import control_pb2, membership_pb2
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+BUSY_WAIT_S = 0.2  # between looks while something is on its way
+POLL_S = 1.0  # between readings of queues and throughput
+RENEW_S = 1.0  # between renewals of workers' leases, which bring their loads
+TAIL_S = 5.0  # for a process to say its last lines
+STOP_GRACE_S = 5.0  # of a worker that has no request left
+INSPECT_S = 5.0  # for the nodes of replicas that hang to say what their processes do
+STUCK_S = 180.0  # no call of Ray that returns takes this long; past it the controller is started anew
+STUCK_CHECK_S = 1.0
+CREDENTIALS_S = 2.0  # for processes to take new credentials; those that did not are told again at the next tick
+ROTATION_POLL_S = 0.1
+LIVE_STATES_MOVING = frozenset({ReplicaState.RESERVING, ReplicaState.STARTING, ReplicaState.DRAINING})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the controller is started with."""
+
+    cluster: str
+    state_file: Path
+    local: bool
+    """One machine: processes may bind loopback."""
+    host: str
+    """Address its server binds."""
+    advertise_host: str
+    tls: ClientTls | None = None
+
+
+class Controller:
+    """Owns the fleet. Its methods run in its event loop; only the Backend is elsewhere."""
+
+    def __init__(
+        self, settings: Settings, store: StateStore, secrets: SecretsKeeper, make_backend: Callable[[], Backend]
+    ) -> None:
+        self.settings = settings
+        self.secrets = secrets
+        self.store = store
+        self._make_backend = make_backend
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="backend")
+        self._tails = ThreadPoolExecutor(1, thread_name_prefix="tail")  # a process that does not answer delays no tick
+        self._wake = asyncio.Event()
+        self.orders = Orders(store, self.tell, self._wake.set)
+        self.fleet: Fleet = on_this_clock(store.fleet(), time.monotonic())
+        self.records: Mapping[str, Record] = {}
+        self.look = Look(complete=False)
+        self.inventory = Inventory()
+        self.devices = DeviceBook()
+        self.events = EventLog(self.orders.spec.control.events_kept, time.time)
+        # In microseconds, since a controller that loses its file may be started twice within a second.
+        epoch = int(store.get("epoch") or time.time_ns() // 1000)
+        self.versions = Versions(epoch, int(store.get("version") or 0))
+        self.snapshot_changed = asyncio.Condition()
+        self.credentials = CredentialsFile(secrets.own_path)
+        self.links = Links(settings.tls, self.credentials.metadata)
+        self.throughput: membership_pb2.ThroughputGroup | None = None
+        self.closed = asyncio.Event()
+        self.address = ""
+        self.metrics_address = ""
+        self._backend: Backend | None = None
+        self._around = Surroundings("", {}, "", settings.local)
+        self._drains: dict[str, asyncio.Task[None]] = {}
+        self._restored = bool(self.fleet.replicas)
+        self.log_lines: deque[str] = deque(maxlen=1)
+        self._turned_s = time.monotonic()
+        """When a tick last ended, well or not."""
+        self.on_event: Callable[[control_pb2.Event], None] = lambda _event: None
+        self.on_tick: Callable[[float, bool], None] = lambda _seconds, _ok: None
+        self.on_fault: Callable[[str], None] = lambda _what: None
+        """Called, from any thread, with what failed and goes on: it is counted."""
+
+    # -- the loop --
+
+    async def run(self) -> None:
+        """Ticks until the cluster was taken down. Raises when the backend cannot be made."""
+        backend = self._backend = await self._in_thread(self._make_backend)
+        self._turned_s = time.monotonic()
+        self._around = Surroundings(
+            self.address, self.store.ports(), backend.ray_address, self.settings.local, self.secrets.current
+        )
+        self.tell(Happening("controller.started", "controller", "carries on" if self._restored else "starts"))
+        try:
+            self._publish_snapshot()
+        except Exception:  # the first tick does it again
+            self._survived("publishing")
+        loops = [asyncio.create_task(loop()) for loop in (self._poll_forever, self._renew_forever)]
+        turns = asyncio.create_task(self._turns(backend))
+        try:
+            while not turns.done():
+                await asyncio.wait((turns,), timeout=STUCK_CHECK_S)
+                if time.monotonic() - self._turned_s > STUCK_S:  # the next one finds what runs, and may find Ray well
+                    raise RuntimeError(f"no tick ended within {STUCK_S:.0f} s: a call of Ray does not return")
+            turns.result()
+            if not self.settings.local:  # a local cluster's guard does it, and sooner
+                await self._in_thread(backend.clean)
+        finally:
+            for loop in (turns, *loops):
+                loop.cancel()
+            await asyncio.gather(turns, *loops, *self._drains.values(), return_exceptions=True)
+            await self.links.close()
+            await self.events.publish(closed=True)
+            self.closed.set()
+            self._thread.shutdown(wait=False)
+            self._tails.shutdown(wait=False)
+
+    async def _turns(self, backend: Backend) -> None:
+        """Ticks until the cluster is down."""
+        while not await self._turn(backend):
+            self._turned_s = time.monotonic()
+
+    async def _turn(self, backend: Backend) -> bool:
+        """One tick and the wait after it; says whether the cluster is down. An error is logged and the loop goes on."""
+        began = time.monotonic()
+        try:
+            down = await self._tick(backend)
+        except Exception:  # the loop that supervises: whatever went wrong, the next tick looks again
+            self._survived("tick")
+            self._count_turn(time.monotonic() - began, False)
+            await asyncio.sleep(self.orders.spec.control.tick_s)
+            return False
+        self._count_turn(time.monotonic() - began, True)
+        return down
+
+    def _count_turn(self, seconds: float, ok: bool) -> None:
+        try:
+            self.on_tick(seconds, ok)
+        except Exception:  # whoever looks on does not end the loop
+            self._survived("metrics")
+
+    def _survived(self, what: str) -> None:
+        """Logs and counts an exception that ends nothing. Called where it is caught, from any thread."""
+        logger.exception("%s failed", what)
+        self.on_fault(what)
+
+    async def _tick(self, backend: Backend) -> bool:
+        await self._wait(backend)
+        self.look = await self._in_thread(backend.look)
+        now = time.monotonic()
+        observation = await self._inspected(backend, self._observation())
+        plan = reconcile(self.orders.desired, self.fleet, observation, self._limits(), now)
+        self.store.save_fleet(plan.fleet)  # a disk that takes nothing leaves all as it was, to be decided anew
+        self.devices = judge(self.devices, self.fleet, plan.fleet, now)
+        self.fleet = plan.fleet
+        for happening in plan.happenings:
+            self.tell(happening)
+        self._publish_snapshot()  # before anything is done: who drains or failed is told even if an action fails
+        await self._keep_secrets(backend, now)
+        await self._apply(backend, plan.actions)
+        self.orders.settle_updates(self.fleet)
+        processes_left = await self._supervise(backend, now)
+        self._publish_snapshot()
+        await self.events.publish()
+        held = any(seen.holds_something for seen in self.look.replicas.values())
+        live = any(replica.live for replica in self.fleet.replicas)
+        return self.orders.stopping and self.look.complete and not (held or live or processes_left)
+
+    async def _wait(self, backend: Backend) -> None:
+        """Waits for a change that Ray reports, an order, or the time of the next tick, whichever comes first."""
+        tick_s = BUSY_WAIT_S if self._moving() else self.orders.spec.control.tick_s
+        until = time.monotonic() + tick_s
+        while not self._wake.is_set() and (left_s := until - time.monotonic()) > 0:
+            if await self._in_thread(lambda: backend.wait_change(min(left_s, BUSY_WAIT_S))):
+                break
+        self._wake.clear()
+
+    def _observation(self) -> Observation:
+        nodes = tuple(
+            replace(node, draining=node.id in self.orders.desired.drained_nodes) for node in self.look.inventory.nodes
+        )
+        self.inventory = with_devices_out(Inventory(nodes), self.devices, time.monotonic())
+        now, limits, liveness = time.monotonic(), self._liveness_limits(), self.links.liveness
+        replicas = {
+            replica_id: replace(
+                seen,
+                unfinished=self.links.unfinished.get(replica_id),
+                hang=liveness.hang(replica_id, limits, now) if seen.phase is Phase.SERVING else None,
+                lease_until_s=liveness.lease_until_s(replica_id, limits, now),
+            )
+            for replica_id, seen in self.look.replicas.items()
+        }
+        return Observation(self.inventory, replicas, self.look.complete)
+
+    async def _inspected(self, backend: Backend, observation: Observation) -> Observation:
+        """With what the processes of replicas that hang are doing, so that the reason can name the one to blame."""
+        hung = [
+            replica
+            for replica in self.fleet.replicas
+            if replica.live and replica.id in observation.replicas and observation.replicas[replica.id].hang
+        ]
+        if not hung:
+            return observation
+        try:
+            parts = await self._in_thread(lambda: backend.inspect(hung, INSPECT_S))
+        except Exception:
+            self._survived("look at what hangs")
+            return observation
+        found = dict(observation.replicas)
+        for replica in hung:
+            seen = found[replica.id]
+            if seen.hang is not None:
+                found[replica.id] = replace(seen, hang=replace(seen.hang, parts=parts.get(replica.id, ())))
+        return replace(observation, replicas=found)
+
+    def _limits(self) -> Limits:
+        control = self.orders.spec.control
+        return Limits(
+            reserve_timeout_s=control.reserve_timeout_s,
+            backoff_s=control.restart_backoff_s,
+            backoff_max_s=control.restart_backoff_max_s,
+        )
+
+    async def _apply(self, backend: Backend, actions: tuple[Action, ...]) -> None:
+        """Hands every action on. Nothing here waits for its effect: the next look shows it."""
+        for action in actions:
+            match action:
+                case TellDrain(replica):
+                    if replica.id not in self._drains or self._drains[replica.id].done():
+                        self._drains[replica.id] = asyncio.create_task(self.links.tell_drain(replica))
+                case RollBack(model, _):
+                    self.orders.roll_back(model)
+        calls = [action for action in actions if isinstance(action, Reserve | Start | Release)]
+        if calls:
+            await self._in_thread(lambda: self._call_all(backend, calls))
+        live = {replica.id for replica in self.fleet.replicas if replica.live}
+        self._drains = {replica: task for replica, task in self._drains.items() if replica in live}
+
+    def _call_all(self, backend: Backend, actions: list[Reserve | Start | Release]) -> None:
+        """Each by itself: one that raises takes no other along, and the next tick asks for it again."""
+        for action in actions:
+            try:
+                self._call(backend, action)
+            except Exception:
+                self._survived(f"{type(action).__name__.lower()} of a replica")
+
+    def _call(self, backend: Backend, action: Reserve | Start | Release) -> None:
+        match action:
+            case Reserve(replica):
+                backend.reserve(replica)
+            case Start(replica):
+                model = self.orders.model_of(replica)
+                if model is not None:
+                    group = backend.placement_group_id(replica.id)
+                    near = self._ranks_on(replica.placement.driver_node)
+                    launch = worker_launch(replica, model, self.orders.spec, self.inventory, self._around, group, near)
+                    backend.start_replica(replica, launch)
+            case Release(replica_id):
+                backend.release(replica_id, STOP_GRACE_S)
+
+    def _ranks_on(self, node: str) -> int:
+        held = (replica.placement.ranks for replica in self.fleet.replicas if replica.live)
+        return sum(1 for ranks in held for rank in ranks if rank.node == node)
+
+    async def _supervise(self, backend: Backend, now: float) -> bool:
+        """Starts and stops routers, edges and agents; says whether any is left."""
+        live = any(replica.live for replica in self.fleet.replicas)
+        wanted = (
+            ()
+            if self.orders.stopping and not live
+            else wanted_processes(self.orders.spec, self.inventory, self.fleet, self._around)
+        )
+        if not self.look.complete:
+            return True
+        decision = supervise(wanted, self.look.processes, self.records, now)
+        self.records = decision.records
+        for name, record in decision.changed:
+            message = record.state + (f": {record.reason}" if record.reason else "")
+            self.tell(Happening("process.state", name, message, "observed", {"kind": record.kind}))
+
+        def call() -> None:
+            for launch in decision.start:
+                try:
+                    backend.start_process(launch)
+                except Exception:
+                    self._survived("start of a process")
+            for name, grace_s in decision.stop:
+                try:
+                    backend.stop_process(name, min(grace_s, STOP_GRACE_S) if self.orders.stopping else grace_s)
+                except Exception:
+                    self._survived("stop of a process")
+
+        if decision.start or decision.stop:
+            await self._in_thread(call)
+        return bool(self.look.processes or decision.start)
+
+    async def rotate_tokens(self) -> str:
+        """Makes every token anew; the operator's, once all processes show theirs. Raises UnavailableError."""
+        self.secrets.rotate()
+        self.tell(Happening("tokens.rotating", "cluster", "a new secret is made; the old one ends soon", "operator"))
+        while self.secrets.current.rotating and self.secrets.current.presented:
+            self._wake.set()
+            await asyncio.sleep(ROTATION_POLL_S)
+        return self.secrets.operator_token
+
+    async def _keep_secrets(self, backend: Backend, now: float) -> None:
+        """Brings every running process to know the present secrets, and a rotation to its next step."""
+        if not self.look.complete:
+            return
+        started = (Phase.STARTING, Phase.SERVING)
+        kinds = {name: "worker" for name, seen in self.look.replicas.items() if seen.phase in started}
+        kinds |= {name: name.partition("-")[0] for name, seen in self.look.processes.items() if seen.phase in started}
+        self.secrets.advance(kinds, now)
+        secrets = self.secrets.current
+        self._around = replace(self._around, secrets=secrets)
+        untold = self.secrets.untold(kinds)
+        made = {name: process_credentials(secrets, kinds[name], name) for name in untold}
+        self.secrets.told([name for name, own in made.items() if own is None], secrets)
+        texts = {name: dump(own) for name, own in made.items() if own is not None}
+        if texts:
+            took = await self._in_thread(lambda: backend.give_credentials(texts, CREDENTIALS_S))
+            self.secrets.told(took, secrets)
+
+    def _moving(self) -> bool:
+        """Whether something is on its way, so that the next look should come soon."""
+        if self.orders.stopping or not self.look.complete:
+            return True
+        if any(replica.state in LIVE_STATES_MOVING for replica in self.fleet.replicas):
+            return True
+        return any(record.state not in ("READY", "FAILED") for record in self.records.values())
+
+    # -- publishing --
+
+    def _publish_snapshot(self) -> None:
+        routers = [
+            membership_pb2.RouterMember(router=name, address=str(seen.facts["address"]), node=seen.node)
+            for name, seen in sorted(self.look.processes.items())
+            if name.startswith("router") and seen.facts and "address" in seen.facts
+        ]
+        inventory = self.inventory if self.inventory.nodes else Inventory()
+        offset_s = time.time() - time.monotonic()
+        content = content_of(self.fleet, self.orders.spec.models, inventory, routers, self.throughput, offset_s)
+        if not self.look.complete and self.versions.current.version:
+            content.routers.MergeFrom(self.versions.current.routers)
+        if self.versions.offer(content, self._write_version):
+            self._notify = asyncio.ensure_future(self._notify_watchers())
+
+    def _write_version(self, snapshot: membership_pb2.Snapshot) -> None:
+        self.store.put(epoch=str(snapshot.epoch), version=str(snapshot.version))
+
+    async def _notify_watchers(self) -> None:
+        async with self.snapshot_changed:
+            self.snapshot_changed.notify_all()
+
+    def set_throughput(self, group: membership_pb2.ThroughputGroup, why: str) -> None:
+        """Publishes a new throughput group at once, and first writes its number down: none is used twice."""
+        self.store.put(throughput_epoch=str(group.epoch))
+        self.throughput = group
+        self.tell(Happening("throughput.epoch", str(group.epoch), f"{len(group.members)} agents: {why}", "attendance"))
+        self._publish_snapshot()
+
+    def tell(self, happening: Happening) -> None:
+        """Writes an event down, for followers and the log."""
+        self.on_event(self.events.add(happening))
+        logger.info("%s %s: %s", happening.kind, happening.subject, happening.message)
+
+    def status(self) -> control_pb2.ClusterStatus:
+        """Everything there is to say, as of the last tick."""
+        now, readings = time.monotonic(), self._readings()
+        models = {model.name: model for model in self.orders.spec.models}
+        replicas = replica_statuses(self.fleet, models, self.inventory, readings, now)
+        return control_pb2.ClusterStatus(
+            cluster=self.settings.cluster,
+            generation=self.orders.desired.generation,
+            membership_epoch=self.versions.current.epoch,
+            membership_version=self.versions.current.version,
+            unix_s=time.time(),
+            controller=self.address,
+            ray_address=self._around.ray_address,
+            metrics_address=self.metrics_address,
+            nodes=node_statuses(self.inventory, self.fleet, self.orders.desired.drained_nodes),
+            models=model_statuses(self.fleet, self.orders.spec.models, replicas, readings, now),
+            replicas=replicas,
+            processes=process_statuses(self.records, self.look.processes, self.inventory),
+            throughput=self.links.sample,
+        )
+
+    def _readings(self) -> Readings:
+        return self.links.readings()
+
+    async def _renew_forever(self) -> None:
+        """Apart from all other reading: a router that does not answer must not cost a worker its lease."""
+        while True:
+            try:
+                self.links.renew(self.fleet.replicas, self._liveness_limits())
+            except Exception:
+                self._survived("renewal of leases")
+            await asyncio.sleep(RENEW_S)
+
+    def _liveness_limits(self) -> LivenessLimits:
+        control = self.orders.spec.control
+        return LivenessLimits(control.worker_lease_s, control.hang_s, control.probe_s)
+
+    async def _poll_forever(self) -> None:
+        while True:
+            try:
+                await self._poll()
+            except Exception:  # supervises: readings are for people, and the next round reads again
+                self._survived("reading of loads")
+            await asyncio.sleep(POLL_S)
+
+    async def _poll(self) -> None:
+        routers = self._addresses("router")
+        agents = self._addresses("agent")
+        await self.links.read_routers(routers)
+        await self.links.read_throughput(agents.values())
+        workers = {replica.facts.address for replica in self.fleet.replicas if replica.facts and replica.live}
+        await self.links.keep_only({*workers, *routers.values(), *agents.values()})
+
+    def _addresses(self, kind: str) -> dict[str, str]:
+        found = {}
+        for name, record in self.records.items():
+            seen = self.look.processes.get(name)
+            if record.kind == kind and record.state == "READY" and seen is not None and seen.facts:
+                # Routers of a node share an address; each has one of its own for us.
+                found[name] = str(seen.facts.get("own_address") or seen.facts["address"])
+        return found
+
+    async def tail(self, name: str, lines: int) -> str:
+        """The last lines of a replica or process. Raises NotFoundError."""
+        backend = self._backend
+        if backend is None:
+            raise UnavailableError("the controller has not reached Ray yet")
+        names = [name, *(full for full in self.look.processes if full.partition(".")[0] == name)]
+        for candidate in names:
+            if candidate in self.look.replicas or candidate in self.look.processes:
+                try:
+                    loop = asyncio.get_running_loop()
+                    return await loop.run_in_executor(self._tails, backend.tail, candidate, lines, TAIL_S)
+                except KeyError:
+                    raise UnavailableError(f"{candidate} has not started yet") from None
+        known = ", ".join(sorted({*self.look.replicas, *self.look.processes})) or "none"
+        raise NotFoundError("name", name, f"one of: {known}; no name for the controller")
+
+    async def _in_thread(self, call: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+
+def bind_host(spec: ClusterSpec, node_address: str) -> str:
+    """Where the controller's server binds: as the spec says, else by HOST_RULE."""
+    if spec.control.host is not None:
+        return spec.control.host
+    return LOOPBACK if spec.ray.address == "local" else node_address

@@ -1,0 +1,149 @@
+"""What was asked for, and how orders change it: apply, scale, drain, shut down, roll back.
+
+Keeps the desired state in the state file and in memory; the control loop reads `desired` every tick. Wrong orders raise
+one of megatoken.errors and change nothing. Lives in the controller's event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from megatoken.cluster.controller.state import StateStore
+from megatoken.cluster.decide.fleet import Desired, Fleet, Happening, Replica
+from megatoken.cluster.decide.replica import ReplicaState
+from megatoken.cluster.inventory.topology import Inventory, Node
+from megatoken.cluster.planning.check import shape_of
+from megatoken.cluster.planning.need import device_need_bytes
+from megatoken.cluster.spec.changes import changes_between, previous_specs
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.spec.model import ModelSpec
+from megatoken.errors import NotFoundError, RequestError
+
+NODE_ID_CHARS = 6  # of a node id are enough to mean it
+DRAIN_WITHOUT_MODEL_S = 30.0
+
+
+class Orders:
+    """The desired state of one cluster. `tell` writes an event down; `changed` wakes the control loop."""
+
+    def __init__(self, store: StateStore, tell: Callable[[Happening], None], changed: Callable[[], None]) -> None:
+        spec = store.spec()
+        if spec is None:
+            raise ValueError("the state file holds no spec")
+        self.spec: ClusterSpec = spec
+        self.stopping = store.get("stopping") == "1"
+        self._store, self._tell, self._changed = store, tell, changed
+        self.desired: Desired = self._read()
+
+    def apply(self, spec: ClusterSpec, fleet: Fleet, *, dry_run: bool) -> tuple[int, list[str]]:
+        """Makes `spec` the desired one; returns its generation and what changes. Raises SpecError."""
+        changes = changes_between(self.spec, spec)
+        if not dry_run and changes:
+            self._take(spec, previous_specs(self.spec, spec, self.desired.previous, settled_models(self.spec, fleet)))
+            self._tell(Happening("spec.applied", f"generation {self.desired.generation}", "; ".join(changes), "apply"))
+        return self.desired.generation, changes
+
+    def scale(self, model: str, replicas: int) -> int:
+        """Asks for another number of replicas; returns the generation. Raises NotFoundError."""
+        before = self.spec.model(model)
+        if before is None:
+            known = ", ".join(entry.name for entry in self.spec.models) or "none"
+            raise NotFoundError("model", model, f"one of: {known}")
+        if replicas != before.replicas:
+            self._take(self.spec.with_replicas(model, replicas), {})
+            self._tell(Happening("model.scaled", model, f"{before.replicas} -> {replicas} replicas", "scale"))
+        return self.desired.generation
+
+    def drain_replica(self, replica_id: str, timeout_s: float | None, fleet: Fleet) -> list[str]:
+        """Takes one replica out of service; another replaces it. Raises NotFoundError."""
+        replica = fleet.replica(replica_id)
+        if replica is None or not replica.live:
+            known = ", ".join(entry.id for entry in fleet.replicas if entry.live) or "none"
+            raise NotFoundError("replica", replica_id, f"a live replica, one of: {known}")
+        model = self.spec.model(replica.model)
+        default_s = model.drain_timeout_s if model else DRAIN_WITHOUT_MODEL_S
+        self._store.drain_replica(replica_id, default_s if timeout_s is None else timeout_s)
+        self._refresh()
+        self._tell(Happening("replica.drain", replica_id, "drain asked for", "drain"))
+        return [replica_id]
+
+    def drain_node(self, name: str, inventory: Inventory, fleet: Fleet, *, undo: bool) -> list[str]:
+        """Takes a node out of service, or back; returns the replicas that go. Raises NotFoundError, RequestError."""
+        node = find_node(name, inventory)
+        self._store.drain_node(node.id, undo=undo)
+        self._refresh()
+        self._tell(Happening("node.drain", node.title, "back in service" if undo else "drain asked for", "drain"))
+        return [] if undo else [r.id for r in fleet.replicas if r.live and node.id in r.placement.nodes]
+
+    def shut_down(self, drain_timeout_s: float, fleet: Fleet) -> None:
+        """Everything drains and ends; the control loop sees when nothing is left."""
+        for replica in fleet.replicas:
+            if replica.live:
+                self._store.drain_replica(replica.id, drain_timeout_s)
+        self.stopping = True
+        self._store.put(stopping="1")
+        self._refresh()
+        message = f"drains, at most {drain_timeout_s:.0f} s"
+        self._tell(Happening("cluster.stopping", self.spec.cluster, message, "down"))
+
+    def roll_back(self, model: str) -> None:
+        """Puts a model's previous spec back, with as many replicas as are wanted now."""
+        previous, present = self.desired.previous.get(model), self.spec.model(model)
+        if previous is not None and present is not None:
+            restored = previous.model_copy(update={"replicas": present.replicas})
+            self._take(self.spec.with_model(restored), {model: None})
+
+    def settle_updates(self, fleet: Fleet) -> None:
+        """Forgets what an update came from once all its replicas are exchanged."""
+        done = settled_models(self.spec, fleet) & self.desired.previous.keys()
+        if done:
+            self._store.forget_previous(done)
+            self._refresh()
+            for name in sorted(done):
+                self._tell(Happening("model.updated", name, "every replica runs the new spec", "reconcile"))
+
+    def model_of(self, replica: Replica) -> ModelSpec | None:
+        """The spec a replica was made from: the wanted one, or the one it is being updated from."""
+        candidates = (self.spec.model(replica.model), self.desired.previous.get(replica.model))
+        return next((model for model in candidates if model and model.revision == replica.revision), None)
+
+    def _take(self, spec: ClusterSpec, previous: Mapping[str, ModelSpec | None]) -> None:
+        self._store.put_spec(spec, previous)
+        self.spec = spec
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.desired = self._read()
+        self._changed()
+
+    def _read(self) -> Desired:
+        needs = {model.name: device_need_bytes(model, shape_of(model)) for model in self.spec.models}
+        return replace(self._store.desired(stopping=self.stopping), device_needs=needs)
+
+
+def settled_models(spec: ClusterSpec, fleet: Fleet) -> frozenset[str]:
+    """Models whose wanted spec is known to work: a replica of it is READY, and none of another runs."""
+    found = set()
+    for model in spec.models:
+        active = [replica for replica in fleet.of_model(model.name) if replica.active]
+        ready = any(replica.state is ReplicaState.READY for replica in active)
+        if ready and all(replica.revision == model.revision for replica in active):
+            found.add(model.name)
+    return frozenset(found)
+
+
+def find_node(name: str, inventory: Inventory) -> Node:
+    """The node of that name, address or beginning of its id; a living one where several are. Raises RequestError."""
+    matches = [
+        node
+        for node in inventory.nodes
+        if name in (node.name, node.address) or (len(name) >= NODE_ID_CHARS and node.id.startswith(name))
+    ]
+    alive = [node for node in matches if node.alive] or matches
+    if not alive:
+        known = ", ".join(node.title for node in inventory.nodes) or "none"
+        raise NotFoundError("node", name, f"one of: {known}")
+    if len(alive) > 1:
+        raise RequestError("node", name, f"several nodes have it; use an id: {', '.join(node.id for node in alive)}")
+    return alive[0]

@@ -1,0 +1,1 @@
+"""What the controller decides, from what it sees. Pure: nothing here waits, reads a clock or talks to anybody."""

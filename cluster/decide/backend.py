@@ -1,0 +1,95 @@
+"""What the controller needs from the system that runs things: the seam between deciding and Ray.
+
+ray_backend.py is the real one; tests and the simulation have their own. All methods are called from one thread, none
+may wait longer than it says, and each is idempotent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation
+from megatoken.cluster.decide.liveness import PartSeen
+from megatoken.cluster.inventory.topology import Inventory
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessObservation:
+    """What is seen of a router, edge or agent."""
+
+    phase: Phase = Phase.NONE
+    facts: Mapping[str, Any] | None = None
+    reason: str = ""
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at Ray. `complete` is False when Ray did not answer."""
+
+    inventory: Inventory = field(default_factory=Inventory)
+    replicas: Mapping[str, ReplicaObservation] = field(default_factory=dict)
+    processes: Mapping[str, ProcessObservation] = field(default_factory=dict)
+    complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessLaunch:
+    """A program to run on one node, as child.Launch has it."""
+
+    name: str
+    program: str
+    config: Mapping[str, Any]
+    node: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    cpu_ranks: int = 0
+    """Ranks that share the node's cores, this one included; 0: the program sets its own threads."""
+    credentials: str = field(default="", repr=False)
+    """What the program's credentials_file holds; empty: it has none."""
+
+
+class Backend(Protocol):
+    """Reserves devices, starts and ends processes, and looks."""
+
+    ray_address: str
+    head_node: str
+
+    def wait_change(self, wait_s: float) -> bool:
+        """Waits until a process reports a change, at most about `wait_s`; says whether one did."""
+
+    def look(self) -> Look:
+        """What there is now. Waits for nothing but Ray's own answer."""
+
+    def reserve(self, replica: Replica) -> None:
+        """Asks for the replica's devices, each bundle pinned to its node."""
+
+    def start_replica(self, replica: Replica, launch: ProcessLaunch) -> None:
+        """Starts the worker in the replica's reservation."""
+
+    def release(self, replica_id: str, grace_s: float) -> None:
+        """Ends the worker, after `grace_s` by force, and gives the devices back."""
+
+    def start_process(self, launch: ProcessLaunch) -> None:
+        """Starts a router, edge or agent."""
+
+    def stop_process(self, name: str, grace_s: float) -> None:
+        """Ends it, after `grace_s` by force."""
+
+    def tail(self, name: str, lines: int, timeout_s: float) -> str:
+        """The last lines that a replica or process wrote. Raises KeyError when there is none of that name.
+
+        The one method that is called beside the others, from a thread of its own."""
+
+    def give_credentials(self, texts: Mapping[str, str], timeout_s: float) -> list[str]:
+        """Replaces the credentials files of running replicas and processes; returns those that took theirs in time."""
+
+    def inspect(self, replicas: Sequence[Replica], timeout_s: float) -> dict[str, tuple[PartSeen, ...]]:
+        """By replica: what its processes do, on all of its nodes; a node that does not answer in time says so."""
+
+    def placement_group_id(self, replica_id: str) -> str:
+        """Ray's id of the replica's placement group; empty when it has none."""
+
+    def clean(self) -> None:
+        """Removes the runtime directories of every node."""

@@ -1,0 +1,115 @@
+"""Which devices to leave out, because replicas keep dying on them. Pure; the controller calls it after every tick.
+
+A replica that ends by itself while it starts or serves is a strike against each of its devices. STRIKES in a row put a
+device out for a pause; when it comes back one more strike puts it out again for twice as long, and a replica that
+serves on it for SETTLED_S clears it. So the probe of a device is a replica on it.
+
+Not strikes: a lost node, a kill from outside (SIGKILL says nothing of the device), a drain. A model that fails
+wherever it is put is not the devices' fault: once two of its replicas' worth of devices would be out without one
+replica of that revision serving, they are given back and that revision strikes no more until it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from megatoken.cluster.decide.exit_cause import BY_ITSELF
+from megatoken.cluster.decide.fleet import Fleet, Replica
+from megatoken.cluster.decide.replica import ReplicaState
+from megatoken.cluster.inventory.topology import Inventory
+
+STRIKES = 3
+PAUSE_S, PAUSE_MAX_S = 60.0, 3600.0
+SETTLED_S = 30.0
+REPLICAS_UNTIL_BLAMED = 2
+
+Place = tuple[str, int]
+"""(node id, device index)"""
+Revision = tuple[str, str]
+"""(model, revision)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Strikes:
+    """What is held against one device."""
+
+    count: int = 0
+    pauses: int = 0
+    out_until_s: float = 0.0
+    reason: str = ""
+    by: Revision = ("", "")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBook:
+    """Strikes by device, and the revisions that are themselves to blame."""
+
+    strikes: Mapping[Place, Strikes] = field(default_factory=dict)
+    blamed: frozenset[Revision] = frozenset()
+
+
+def judge(book: DeviceBook, before: Fleet, after: Fleet, now: float) -> DeviceBook:
+    """The book after one tick turned `before` into `after`."""
+    strikes, blamed = dict(book.strikes), set(book.blamed)
+    serving: set[Revision] = set()
+    for replica in after.replicas:
+        if replica.state is ReplicaState.READY:
+            serving.add((replica.model, replica.revision))
+            if now - replica.since_s >= SETTLED_S:
+                for place in _places(replica):
+                    strikes.pop(place, None)
+    blamed -= serving
+    earlier = {replica.id: replica.state for replica in before.replicas}
+    for replica in after.replicas:
+        revision = (replica.model, replica.revision)
+        if _died_by_itself(replica, earlier.get(replica.id)) and revision not in blamed:
+            for place in _places(replica):
+                strikes[place] = _struck(strikes.get(place, Strikes()), replica, now)
+            if revision not in serving and _is_to_blame(strikes, revision, len(_places(replica)), now):
+                blamed.add(revision)
+                strikes = {place: entry for place, entry in strikes.items() if entry.by != revision}
+    return DeviceBook(strikes, frozenset(blamed))
+
+
+def with_devices_out(inventory: Inventory, book: DeviceBook, now: float) -> Inventory:
+    """The inventory with the devices that the book leaves out marked, and why."""
+    out = {place: entry for place, entry in book.strikes.items() if entry.out_until_s > now}
+    if not out:
+        return inventory
+    nodes = []
+    for node in inventory.nodes:
+        devices = tuple(
+            replace(device, out=_why(out[node.id, device.index], now))
+            if (node.id, device.index) in out and not device.out
+            else device
+            for device in node.devices
+        )
+        nodes.append(replace(node, devices=devices))
+    return Inventory(tuple(nodes))
+
+
+def _places(replica: Replica) -> list[Place]:
+    return [(rank.node, rank.device) for rank in replica.placement.ranks]
+
+
+def _died_by_itself(replica: Replica, earlier: ReplicaState | None) -> bool:
+    was_up = earlier in (ReplicaState.STARTING, ReplicaState.READY)
+    return was_up and replica.state is ReplicaState.FAILED and replica.exit_cause in BY_ITSELF
+
+
+def _struck(entry: Strikes, replica: Replica, now: float) -> Strikes:
+    count, by = entry.count + 1, (replica.model, replica.revision)
+    if count < STRIKES and not entry.pauses:
+        return replace(entry, count=count, reason=replica.reason, by=by)
+    pause_s = min(PAUSE_MAX_S, PAUSE_S * 2.0 ** min(entry.pauses, 20))
+    return Strikes(count, entry.pauses + 1, now + pause_s, replica.reason, by)
+
+
+def _is_to_blame(strikes: Mapping[Place, Strikes], revision: Revision, width: int, now: float) -> bool:
+    out = sum(1 for entry in strikes.values() if entry.by == revision and entry.out_until_s > now)
+    return out >= REPLICAS_UNTIL_BLAMED * width
+
+
+def _why(entry: Strikes, now: float) -> str:
+    return f"replicas died here {entry.count} times ({entry.reason}); tried again in {entry.out_until_s - now:.0f} s"

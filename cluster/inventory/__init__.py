@@ -1,0 +1,1 @@
+"""What there is to place on, and how large models are. Pure."""

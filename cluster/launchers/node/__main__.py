@@ -1,0 +1,254 @@
+"""Supervises Ray on one machine. Every launcher runs it; nothing imports it.
+
+    python -m megatoken.cluster.launchers.node ...
+    run   --address A [--directory D] [--then 'COMMAND'] -- ray start ... --block
+    start ... (the same, in the background; returns when Ray runs)
+    stop  --directory D
+    exec  --head HOST:PORT -- COMMAND   (no supervision: Slurm has its own)
+
+`run` stays in the foreground: for containers, systemd and Slurm. It adopts whatever its Ray leaves behind (Linux child
+subreaper) and ends it, so that after `stop` no process of that Ray is left, and no other Ray on the machine is touched,
+as `ray stop` would. `--then` runs once Ray is up: the head brings the cluster's controller up with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatoken.cluster.launchers.node.environment import (
+    AddressError,
+    interface_addresses,
+    node_environment,
+    resolve_address,
+)
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+STARTED = "Ray runtime started."  # what `ray start` prints when its processes run
+PID_FILE, LOG_FILE = "node.pid", "node.log"
+STOP_S = 20.0  # for `ray start --block` to end its processes in order, before they are killed
+POLL_S = 0.2
+
+
+def main() -> int:
+    arguments = _arguments()
+    directory = Path(arguments.directory).expanduser()
+    if arguments.action == "stop":
+        return stop(directory)
+    if arguments.action != "exec":
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if arguments.action == "start":
+        return start(directory, arguments.timeout_s)
+    try:
+        address = resolve_address(arguments.address, arguments.head)
+        added = node_environment(address, arguments.interface, interface_addresses(), os.environ)
+    except AddressError as error:
+        print(f"megatoken node: {error}", file=sys.stderr)
+        return 2
+    command = [part.replace("{address}", address) for part in arguments.command]
+    if arguments.action == "exec":
+        os.execvpe(command[0], command, {**os.environ, **added})
+    return run(directory, command, {**os.environ, **added}, arguments.then)
+
+
+def start(directory: Path, timeout_s: float) -> int:
+    """Runs this program again with `run`, in a session of its own; returns when Ray runs, or with why it does not."""
+    if _holder(directory):
+        print(f"megatoken node: Ray of {directory} runs already; stop it first", file=sys.stderr)
+        return 3
+    log = directory / LOG_FILE
+    again = [sys.executable, "-m", "megatoken.cluster.launchers.node", "run", *sys.argv[2:]]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            again, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd="/"
+        )
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if (directory / "ready").exists():
+            return 0
+        if process.poll() is not None:
+            print(f"megatoken node: Ray did not start: {_why(log)}", file=sys.stderr)
+            return process.returncode or 1
+        time.sleep(POLL_S)
+    stop(directory)
+    print(f"megatoken node: Ray did not start within {timeout_s:.0f} s: {_why(log)}", file=sys.stderr)
+    return 1
+
+
+def run(directory: Path, command: list[str], env: dict[str, str], then: str | None) -> int:
+    """Ray in the foreground until it ends or SIGTERM comes; then nothing of it is left."""
+    lock = (directory / PID_FILE).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"megatoken node: Ray of {directory} runs already; stop it first", file=sys.stderr)
+        return 3
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    (directory / "ready").unlink(missing_ok=True)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    ray = None
+    try:
+        ray = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return _follow(ray, directory, env, then)
+    except KeyboardInterrupt:
+        return 0
+    except OSError as error:
+        print(f"megatoken node: {command[0]} cannot be run: {error.strerror}", file=sys.stderr)
+        return 127
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        _end(ray)
+        (directory / "ready").unlink(missing_ok=True)
+        (directory / PID_FILE).unlink(missing_ok=True)
+
+
+def _follow(ray: subprocess.Popen[bytes], directory: Path, env: dict[str, str], then: str | None) -> int:
+    """Passes Ray's output on; once it runs, runs `then` and tells whoever waits."""
+    up = False
+    for raw in ray.stdout or ():
+        line = raw.decode(errors="replace")
+        print(line, end="", flush=True)
+        if not up and STARTED in line:
+            up = True
+            if then and subprocess.run(shlex.split(then), env=env, check=False).returncode:
+                print(f"megatoken node: failed once Ray ran: {then}", file=sys.stderr)
+                return 1
+            (directory / "ready").touch()
+    return ray.wait()
+
+
+def _end(ray: subprocess.Popen[bytes] | None) -> None:
+    """Asks Ray to end, then kills every process that is still below this one."""
+    if ray is not None and ray.poll() is None:
+        ray.terminate()
+        try:
+            ray.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            pass
+    deadline = time.monotonic() + STOP_S
+    while time.monotonic() < deadline:
+        left = descendants(os.getpid())
+        if not left:
+            return
+        for pid in left:
+            _signal(pid, signal.SIGKILL)
+        _reap()
+        time.sleep(POLL_S)
+
+
+def stop(directory: Path) -> int:
+    """Ends the supervisor of this directory, and waits until it is gone; nothing to stop is fine."""
+    pid = _holder(directory)
+    if not pid:
+        return 0
+    _signal(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 2 * STOP_S + 5
+    while time.monotonic() < deadline:
+        if not _holder(directory):
+            return 0
+        time.sleep(POLL_S)
+    left = descendants(pid)
+    for each in (pid, *left):
+        _signal(each, signal.SIGKILL)
+    print(f"megatoken node: {pid} did not stop in time and was killed", file=sys.stderr)
+    return 1
+
+
+def _holder(directory: Path) -> int:
+    """The pid of the running supervisor; 0 when none holds the lock. A stale file of a crash holds none."""
+    path = directory / PID_FILE
+    try:
+        with path.open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read() or 0)
+    except (OSError, ValueError):
+        return 0
+    return 0
+
+
+def descendants(root: int) -> list[int]:
+    """Every living process below `root`, from /proc."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            except (OSError, ValueError):
+                continue  # it ended meanwhile
+            if state != "Z":
+                parents[int(entry.name)] = int(parent)
+    found = {root}
+    grew = True
+    while grew:
+        below = {pid for pid, parent in parents.items() if parent in found} - found
+        grew = bool(below)
+        found |= below
+    return sorted(found - {root})
+
+
+def _reap() -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _why(log: Path) -> str:
+    """The last lines of the log that say something, as one line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = [line for line in lines if any(word in line.lower() for word in ("error", "fail", "megatoken node", "not"))]
+    return " | ".join(_last(said or lines, 3)) or "it said nothing"
+
+
+def _last(lines: Iterable[str], count: int) -> list[str]:
+    return [line[:300] for line in list(lines)[-count:]]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="megatoken.cluster.launchers.node")
+    parser.add_argument("action", choices=("run", "start", "stop", "exec"))
+    parser.add_argument("--directory", default="~/.megatoken/node", help="pid file, log and token")
+    parser.add_argument("--address", default="auto", help="of this node; auto: the one that reaches the head")
+    parser.add_argument("--head", help="HOST:PORT of the head, for --address auto")
+    parser.add_argument("--interface", help="for Gloo, NCCL and RCCL; by default the one with the address")
+    parser.add_argument("--then", help="command to run once Ray runs")
+    parser.add_argument("--timeout-s", type=float, default=120.0, help="of `start`")
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    arguments = parser.parse_args(words[:cut])
+    arguments.command = words[cut + 1 :]  # the ray start command; {address} in it is replaced
+    if arguments.action != "stop" and not arguments.command:
+        parser.error("the ray start command is missing; put it behind --")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A fleet over ssh: the steps, run from here or written as a script."""

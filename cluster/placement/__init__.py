@@ -1,0 +1,1 @@
+"""Which ranks go onto which devices, and why some go nowhere. Pure."""

@@ -1,0 +1,98 @@
+"""The Ray actors: thin hulls around a child process and around the controller. They decide nothing.
+
+ProcessActor runs one worker, router, edge or agent on the node it was placed on; the child dies with it. Names in the
+cluster's namespace are `replica/ID`, `process/NAME` and `controller`, by which a restarted controller finds them again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from megatoken.cluster.ray.child import Child, Launch
+from megatoken.process_tag import tagged_processes
+
+CONTROLLER_NAME = "controller"
+REPLICA_PREFIX = "replica/"
+PROCESS_PREFIX = "process/"
+WATCH_S = 20.0  # a watch is answered at least this often, so that a lost one is noticed
+
+
+def namespace_of(cluster: str) -> str:
+    """The Ray namespace of a cluster's actors."""
+    return f"megatoken-{cluster}"
+
+
+class ProcessActor:
+    """Supervises one child process."""
+
+    def __init__(self, launch: dict[str, Any], cpu_ranks: int) -> None:
+        config = dict(launch["config"])
+        if cpu_ranks and launch["program"] == "worker" and config.get("cpu_threads") is None:
+            config["cpu_threads"] = max(1, len(os.sched_getaffinity(0)) // cpu_ranks)
+        self._child = Child(Launch(**{**launch, "config": config, "env": node_environment(launch)}))
+
+    def watch(self, seen: int) -> dict[str, Any]:
+        """The child's state once it is newer than `seen`."""
+        state = self._child.wait_change(seen, WATCH_S)
+        return {
+            "version": state.version,
+            "phase": state.phase,
+            "facts": state.facts,
+            "reason": state.reason,
+            "cause": state.cause.value,
+        }
+
+    def tail(self, lines: int) -> str:
+        return self._child.tail(lines)
+
+    def give_credentials(self, text: str) -> None:
+        """Ray's own authenticated connection is the way that secrets travel."""
+        self._child.give_credentials(text)
+
+    def stop(self, grace_s: float) -> None:
+        """Ends the child; returns when it is gone."""
+        self._child.stop(grace_s)
+
+
+def node_environment(launch: dict[str, Any]) -> dict[str, str]:
+    """The launch's environment with what only the node itself knows: its address and the interface that has it."""
+    env = dict(launch["env"])
+    address = env.pop("MEGATOKEN_NODE_ADDRESS", "")
+    if address:
+        env.setdefault("VLLM_HOST_IP", address)
+        interface = interface_of(address)
+        if interface:
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
+                env.setdefault(name, os.environ.get(name) or interface)  # what `ray start` was given there stands
+    return env
+
+
+def interface_of(address: str) -> str:
+    """The name of the interface that has `address`; empty when none has."""
+    import psutil  # ray brings it along
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.family in (socket.AF_INET, socket.AF_INET6) and entry.address == address for entry in addresses):
+            return str(name)
+    return ""
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def processes_of(replicas: list[str]) -> dict[str, list[tuple[str, int, str]]]:
+    """(part, pid, state) of the processes that these replicas have on the node this runs on."""
+    return {
+        replica: [(process.part, process.pid, process.state) for process in tagged_processes(replica)]
+        for replica in replicas
+    }
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def remove_directory(path: str) -> None:
+    """Removes a runtime directory of a node that a cluster leaves."""
+    shutil.rmtree(Path(path), ignore_errors=True)

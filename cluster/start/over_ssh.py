@@ -1,0 +1,102 @@
+"""`megatoken up` and `down` where the spec lists ssh hosts: Ray on all of them, and the controller on the first.
+
+cli_up.py and cli_down.py hand over to it. The spec is kept beside the cluster's record, so that `down` knows the hosts.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatoken.cluster.client.control import CommandError, Unreachable, client_of
+from megatoken.cluster.client.progress import Progress, wait_until_settled
+from megatoken.cluster.client.records import ClusterRecord, forget, record_path, write_record, write_token
+from megatoken.cluster.controller.main import client_tls
+from megatoken.cluster.launchers.load import launch_of
+from megatoken.cluster.launchers.ssh.run import LaunchError, SshCluster, read_or_make_token
+from megatoken.cluster.runtime_dirs import state_directory
+from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.spec.load import dump_spec, load_spec
+from megatoken.cluster.view.text import status_text
+
+
+def wants_ssh(spec: ClusterSpec) -> bool:
+    """Whether the spec is to be launched over ssh: it lists hosts, and names no Ray that runs already."""
+    return spec.ray.address == "local" and launch_of(spec.launch).ssh is not None
+
+
+def up_over_ssh(spec: ClusterSpec, *, wait: bool, timeout_s: float) -> int:
+    """Launches, waits until replicas are READY unless told not to. Raises CommandError, with everything taken down."""
+    launch, states, progress = launch_of(spec.launch), state_directory(os.environ), Progress()
+    if launch.ssh is None:
+        raise CommandError("launch.ssh is missing: it lists the hosts", 2)
+    if not spec.control.port:
+        raise CommandError("control.port: 0 is not allowed with launch.ssh; a fixed port that this machine reaches", 2)
+    if record_path(states, spec.cluster).exists():
+        raise CommandError(
+            f"cluster: {spec.cluster!r} is not allowed; it is up already, or `megatoken down` it first", 2
+        )
+    try:
+        cluster = _cluster(spec, states, progress)
+        ray_address, token = cluster.up(), cluster.operator_token()
+    except LaunchError as error:
+        raise CommandError(str(error)) from None
+    control = f"{launch.ssh.hosts[0].node_address}:{spec.control.port}"
+    tls = client_tls(spec)
+    record = ClusterRecord(
+        cluster=spec.cluster,
+        control=control,
+        ray_address=ray_address,
+        tls=tls,
+        token_file=str(write_token(states, spec.cluster, token)),
+    )
+    write_record(states, record)
+    _kept_spec(states, spec.cluster).write_text(dump_spec(spec))
+    try:
+        with client_of(record) as client:
+            if wait:
+                wait_until_settled(client, timeout_s=timeout_s, progress=progress)
+                print(status_text(client.status()), flush=True)
+    except BaseException as error:
+        progress.say("taking down what was started")
+        cluster.down(quiet=True)
+        _forget(states, spec.cluster)
+        if isinstance(error, Unreachable):
+            raise CommandError(f"the controller on {control} cannot be reached from here; check the firewall") from None
+        raise
+    progress.say(f"cluster {spec.cluster} is up on {len(launch.ssh.hosts)} hosts; `megatoken down` takes it down")
+    return 0
+
+
+def kept_spec(cluster: str) -> ClusterSpec | None:
+    """The spec of a cluster that was launched over ssh from here; None for any other."""
+    try:
+        return load_spec(_kept_spec(state_directory(os.environ), cluster).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def down_over_ssh(spec: ClusterSpec) -> None:
+    """Takes the controller and Ray down on every host. Raises CommandError naming hosts that did not answer."""
+    states, progress = state_directory(os.environ), Progress()
+    try:
+        _cluster(spec, states, progress).down()
+    except LaunchError as error:
+        raise CommandError(f"{error}; run `megatoken down` again once these hosts answer") from None
+    _forget(states, spec.cluster)
+    progress.say(f"cluster {spec.cluster} is down")
+
+
+def _cluster(spec: ClusterSpec, states: Path, progress: Progress) -> SshCluster:
+    token = read_or_make_token(states / f"{spec.cluster}.token")
+    return SshCluster(spec, launch_of(spec.launch), token, progress.say)
+
+
+def _kept_spec(states: Path, cluster: str) -> Path:
+    return states / f"{cluster}.launch.yaml"
+
+
+def _forget(states: Path, cluster: str) -> None:
+    forget(states, cluster)
+    for path in (_kept_spec(states, cluster), states / f"{cluster}.token"):
+        path.unlink(missing_ok=True)

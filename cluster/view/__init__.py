@@ -1,0 +1,1 @@
+"""A status for people and for programs."""

@@ -1,0 +1,1 @@
+"""`megatoken top`: the live full-screen view."""

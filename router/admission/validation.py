@@ -1,0 +1,108 @@
+"""Whether a request is well-formed: what the router can tell without an engine. Pure.
+
+The worker checks again, since clients may reach it directly, and knows more (grammars, adapters).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatoken.errors import NotFoundError, RequestError
+from megatoken.frames import MalformedFrame, column
+from megatoken.router.config import LimitsConfig
+from megatoken.v1 import tokens_pb2
+from megatoken.v1.frame_columns_pb2 import GenerateRequest
+
+if TYPE_CHECKING:
+    from megatoken.router.fleet.fleet import Fleet, Pool
+
+_MAX_SEED = (1 << 63) - 1  # int64
+
+
+def pool_of(fleet: Fleet, model: str) -> Pool:
+    """The model's pool. Raises NotFoundError, naming what there is."""
+    pool = fleet.pools.get(model)
+    if pool is None or not (pool.known or pool.replicas):
+        names = sorted(name for name, p in fleet.pools.items() if p.known or p.replicas)
+        shown = ", ".join(names[:20]) or "none is served now"
+        raise NotFoundError("model", model, f"one of: {shown}")
+    return pool
+
+
+def check_request(request: GenerateRequest, pool: Pool, limits: LimitsConfig) -> tuple[int, int]:
+    """(prompt tokens, tokens it may generate). Raises RequestError naming field, value and what is allowed."""
+    try:
+        prompt = column(request.prompt)
+    except MalformedFrame as error:
+        raise RequestError("prompt", f"{len(request.prompt)} bytes", f"packed fixed32 token ids ({error})") from None
+    length = len(prompt)
+    if not length:
+        raise RequestError("prompt", "", "at least one token id")
+    if length > limits.max_prompt_tokens:
+        raise RequestError("prompt", f"{length} tokens", f"at most {limits.max_prompt_tokens} tokens")
+    if pool.vocab_size and int(prompt.max()) >= pool.vocab_size:
+        raise RequestError("prompt", int(prompt.max()), f"token ids below the vocabulary's size, {pool.vocab_size}")
+    _check_times(request, limits)
+    sampling = request.sampling
+    context = pool.max_model_len
+    wanted = _max_tokens(sampling, length, context)
+    _check_sampling(sampling, limits)
+    _check_numbers(sampling)
+    return length, wanted
+
+
+def check_priority(request: GenerateRequest, highest: int) -> None:
+    """Raises RequestError for a priority that goes before what the caller may ask for: it would pass all fairness."""
+    if request.priority < highest:
+        raise RequestError("priority", request.priority, f"{highest} or more for this caller (lower runs earlier)")
+
+
+def _check_times(request: GenerateRequest, limits: LimitsConfig) -> None:
+    if request.timeout_ms > limits.max_timeout_ms:
+        raise RequestError("timeout_ms", request.timeout_ms, f"at most {limits.max_timeout_ms}")
+    if request.max_delay_ms > limits.max_delay_ms:
+        raise RequestError("max_delay_ms", request.max_delay_ms, f"at most {limits.max_delay_ms}")
+
+
+def _max_tokens(sampling: tokens_pb2.SamplingParams, length: int, context: int) -> int:
+    if context and length >= context:
+        raise RequestError("prompt", f"{length} tokens", f"at most {context - 1} tokens (context of {context})")
+    if not sampling.HasField("max_tokens"):
+        return context - length if context else 16
+    wanted = sampling.max_tokens
+    if wanted < 1:
+        raise RequestError("max_tokens", wanted, "at least 1")
+    if context and length + wanted > context:
+        raise RequestError("max_tokens", wanted, f"at most {context - length} (context of {context}, prompt {length})")
+    if sampling.min_tokens > wanted:
+        raise RequestError("min_tokens", sampling.min_tokens, f"at most max_tokens, {wanted}")
+    return wanted
+
+
+def _check_sampling(sampling: tokens_pb2.SamplingParams, limits: LimitsConfig) -> None:
+    if sampling.HasField("n") and not 1 <= sampling.n <= limits.max_n:
+        raise RequestError("n", sampling.n, f"1 to {limits.max_n}")
+    most = _MAX_SEED + 1 - max(1, sampling.n)
+    if sampling.HasField("seed") and sampling.seed > most:  # choice i gets seed + i
+        raise RequestError("seed", sampling.seed, f"at most {most} with n = {max(1, sampling.n)}")
+    if sampling.HasField("top_k") and sampling.top_k < -1:
+        raise RequestError("top_k", sampling.top_k, "-1, 0 or more")
+    if sampling.HasField("logprobs") and sampling.logprobs < -1:
+        raise RequestError("logprobs", sampling.logprobs, "-1, 0 or more")
+    if sampling.HasField("prompt_logprobs") and sampling.prompt_logprobs < -1:
+        raise RequestError("prompt_logprobs", sampling.prompt_logprobs, "-1, 0 or more")
+
+
+def _check_numbers(sampling: tokens_pb2.SamplingParams) -> None:
+    """Comparisons are written so that NaN fails them."""
+    if sampling.HasField("temperature") and not 0 <= sampling.temperature < float("inf"):
+        raise RequestError("temperature", sampling.temperature, "0 or more")
+    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
+        raise RequestError("top_p", sampling.top_p, "more than 0 and at most 1")
+    if sampling.HasField("min_p") and not 0 <= sampling.min_p <= 1:
+        raise RequestError("min_p", sampling.min_p, "0 to 1")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if sampling.HasField(name) and not -2 <= getattr(sampling, name) <= 2:
+            raise RequestError(name, getattr(sampling, name), "-2 to 2")
+    if sampling.HasField("repetition_penalty") and not 0 < sampling.repetition_penalty < float("inf"):
+        raise RequestError("repetition_penalty", sampling.repetition_penalty, "more than 0")

@@ -1,0 +1,1 @@
+"""A client of routers: one session to each, requests on any."""

@@ -1,0 +1,169 @@
+"""ColumnSession: one Session call to one router, in whole frames.
+
+For callers that serve many requests at once: submit encoded requests, get every frame as columns
+(`megatoken.frames.token_columns`), no work per token or per stream here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Final, cast
+
+import grpc
+from grpc import aio
+
+from megatoken.errors import (
+    AuthError,
+    DeadlineError,
+    MegatokenError,
+    NotFoundError,
+    OverloadError,
+    RequestError,
+    UnavailableError,
+)
+from megatoken.router import wire
+from megatoken.router.secure import EOF, channel_to
+from megatoken.tls import ClientTls
+from megatoken.v1.frame_columns_pb2 import Frame
+
+MAX_BATCH_BYTES: Final = 1 << 20
+TAKEN_S: Final = 1.0  # for a router to say that it takes a session
+
+
+class RemoteRequestError(RequestError):
+    """A RequestError as the other side put it."""
+
+    def __init__(self, message: str) -> None:
+        MegatokenError.__init__(self, message)
+        self.field, self.value, self.allowed = "", None, message
+
+
+class RemoteNotFoundError(RemoteRequestError, NotFoundError):
+    pass
+
+
+def error_of(code: int, message: str, retry_after_ms: int = 0) -> MegatokenError:
+    """The exception for a gRPC status code and message."""
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
+        return OverloadError(message, retry_after_ms / 1000)
+    if code == grpc.StatusCode.NOT_FOUND.value[0]:
+        return RemoteNotFoundError(message)
+    if code in (grpc.StatusCode.INVALID_ARGUMENT.value[0], grpc.StatusCode.OUT_OF_RANGE.value[0]):
+        return RemoteRequestError(message)
+    if code in (grpc.StatusCode.UNAUTHENTICATED.value[0], grpc.StatusCode.PERMISSION_DENIED.value[0]):
+        return AuthError(message)
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]:
+        return DeadlineError(message)
+    if code == grpc.StatusCode.UNAVAILABLE.value[0]:
+        return UnavailableError(message)
+    return MegatokenError(message)
+
+
+class ColumnSession:
+    """`open`, `submit` and `cancel` as often as you like, `frames` in one task, `close`."""
+
+    def __init__(
+        self,
+        address: str,
+        metadata: tuple[tuple[str, str], ...] = (),
+        tls: ClientTls | None = None,
+        max_request_bytes: int = wire.MAX_REQUEST_BYTES,
+    ) -> None:
+        self._max_request_bytes = max_request_bytes
+        self.address = address
+        self._metadata = metadata
+        self._tls = tls
+        self._channel: aio.Channel | None = None
+        self._call: Any = None
+        self._starts: list[bytes] = []
+        self._cancels: list[int] = []
+        self._something = asyncio.Event()
+        self._writer: asyncio.Task[None] | None = None
+        self._next = 1
+
+    async def open(self, timeout_s: float) -> None:
+        """Raises UnavailableError when the router does not answer in time."""
+        self._channel = channel_to(self.address, self._tls)
+        try:
+            async with asyncio.timeout(timeout_s):  # wait_for may lose a cancel
+                await self._channel.channel_ready()
+        except TimeoutError:
+            raise UnavailableError(f"router {self.address} does not answer within {timeout_s:.0f} s") from None
+        call = cast(Any, self._channel).stream_stream("/megatoken.v1.Tokens/Session")(metadata=self._metadata)
+        self._call = call
+        # A write to a call that is just being refused makes gRPC forget why. So wait until it is taken, or over; a
+        # router of another kind may say nothing until it has something to say.
+        with contextlib.suppress(TimeoutError, aio.AioRpcError):
+            async with asyncio.timeout(min(timeout_s, TAKEN_S)):
+                await call.initial_metadata()
+        self._writer = asyncio.create_task(self._write(call))
+
+    def submit(self, request: bytes, choices: int = 1) -> int:
+        """Sends an encoded GenerateRequest; returns its stream number, the first of `choices` in a row.
+
+        Numbers are not used again until 2**32 have been. Raises RequestError for one that is larger than routers take,
+        since a message over their limit would end the session for all its requests.
+        """
+        if len(request) > self._max_request_bytes:
+            raise wire.too_large(len(request), self._max_request_bytes)
+        stream = self._next
+        if stream + choices > 1 << 32:
+            stream = 1
+        self._next = stream + choices
+        self._starts.append(wire.start(stream, request))
+        self._something.set()
+        return stream
+
+    def cancel(self, streams: Iterable[int]) -> None:
+        self._cancels.extend(streams)
+        self._something.set()
+
+    async def frames(self) -> AsyncIterator[Frame]:
+        """Frames until the session ends. Raises the error that ended it."""
+        if self._call is None:
+            raise RuntimeError("frames() before open()")
+        try:
+            while True:
+                raw = await self._call.read()
+                if raw is EOF:
+                    break
+                yield Frame.FromString(raw)
+            code, details = await self._call.code(), await self._call.details()
+            if code is not grpc.StatusCode.OK:
+                raise error_of(code.value[0], f"router {self.address}: {details}")
+        except aio.AioRpcError as error:
+            raise error_of(error.code().value[0], f"router {self.address}: {error.details()}") from None
+
+    async def close(self) -> None:
+        if self._writer is not None:
+            self._writer.cancel()
+            await asyncio.gather(self._writer, return_exceptions=True)
+        if self._call is not None:
+            self._call.cancel()
+        if self._channel is not None:
+            await self._channel.close(None)
+
+    async def _write(self, call: Any) -> None:
+        try:
+            while True:
+                await self._something.wait()
+                self._something.clear()
+                while self._starts or self._cancels:
+                    await call.write(self._take())
+        except (aio.AioRpcError, asyncio.InvalidStateError):
+            call.cancel()  # the reader tells why
+
+    def _take(self) -> bytes:
+        size, taken = 0, 0
+        for start in self._starts:
+            if taken and size + len(start) > MAX_BATCH_BYTES:
+                break
+            size += len(start)
+            taken += 1
+        batch, self._starts = self._starts[:taken], self._starts[taken:]
+        if not self._starts and self._cancels:
+            batch.append(wire.cancel(self._cancels))
+            self._cancels = []
+        return b"".join(batch)

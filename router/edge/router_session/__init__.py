@@ -1,0 +1,1 @@
+"""The edge's session with its router, and the streams in it."""

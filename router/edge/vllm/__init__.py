@@ -1,0 +1,1 @@
+"""vLLM's OpenAI layer over a router instead of an engine."""

@@ -1,0 +1,1 @@
+"""Who asks: keys, their limits, and what they may ask for."""

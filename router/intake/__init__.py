@@ -1,0 +1,1 @@
+"""What comes in from workers: frames taken apart, and each token put where its request is."""

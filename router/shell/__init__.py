@@ -1,0 +1,1 @@
+"""The router's process: services, links, loops and metrics around the core."""

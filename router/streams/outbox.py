@@ -1,0 +1,215 @@
+"""What waits to be sent to one client session: parts in order, put together into as few frames as fit.
+
+One part is what one worker frame held for the session. Several parts in one frame only repeat stream numbers, which
+the contract allows; order within a stream is the order of parts. The tokens in a part are views of received memory:
+nothing is copied before the frame is put together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatoken.frames import U32
+from megatoken.pieces import detail_stream, prompt_pieces, token_rows
+from megatoken.router import wire
+
+U32Column = npt.NDArray[np.uint32]
+_LOOSE: Final = 64
+MAX_FRAME_BYTES: Final = 1 << 20  # gRPC clients refuse messages over 4 MiB unless told otherwise
+
+
+class Part(NamedTuple):
+    """Columns as in Frame (counts None: all one), with details and finishes encoded."""
+
+    stream: U32Column | None
+    counts: U32Column | None
+    token: U32Column | None
+    details: list[bytes]
+    finishes: list[bytes]
+
+    def size_bytes(self) -> int:
+        columns = 0 if self.stream is None or self.token is None else 8 * len(self.stream) + 4 * len(self.token)
+        return columns + sum(map(len, self.details)) + sum(map(len, self.finishes))
+
+
+_NONE: Final[list[bytes]] = []
+
+
+class FrameOutbox:
+    """Unbounded in itself: it holds at most what its requests may still produce, and admission bounds those."""
+
+    def __init__(self) -> None:
+        self._parts: deque[Part] = deque()
+        self._loose = 0  # parts at the end that are still views of received memory
+        self.refusals = 0  # ends of requests that were never taken on: nothing else bounds them
+        self.urgent = False  # holds a first token or a finish: do not wait
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def add_part(self, part: Part) -> None:
+        """When it raises, nothing was taken, and what waits is all there."""
+        if self._loose >= _LOOSE:
+            self._tie()
+        self._parts.append(part)
+        self._loose += 1
+
+    def add_finish(self, finish: bytes) -> None:
+        self.add_part(Part(None, None, None, _NONE, [finish]))
+        self.urgent = True
+
+    def add_refusals(self, finishes: list[bytes]) -> None:
+        if finishes:
+            self.add_part(Part(None, None, None, _NONE, finishes))
+            self.refusals += len(finishes)
+            self.urgent = True
+
+    def clear(self) -> None:
+        self._parts.clear()
+        self.refusals = 0
+        self._loose = 0
+        self.urgent = False
+
+    def _tie(self) -> None:
+        """Copies the loose parts into one: the client is slow, and each view keeps a whole frame in memory."""
+        count = min(self._loose, len(self._parts))
+        made: list[Part] = []
+        group: list[Part] = []
+        size = 0
+        for part in islice(self._parts, len(self._parts) - count, None):
+            size += part.size_bytes()
+            if group and size > MAX_FRAME_BYTES:
+                made.append(tied(group))
+                group, size = [], part.size_bytes()
+            group.append(part)
+        made.append(tied(group))
+        for _ in range(count):
+            self._parts.pop()
+        self._parts.extend(made)
+        self._loose = 0
+
+    def take(self) -> bytes:
+        """One encoded Frame of what waits, as much as fits; call again while the outbox is not empty."""
+        parts: list[Part] = []
+        size = 0
+        while self._parts:
+            following = self._parts[0].size_bytes()
+            if following > MAX_FRAME_BYTES and self._parts[0].details:
+                smaller = divided(self._parts.popleft())
+                self._parts.extendleft(reversed(smaller))
+                following = smaller[0].size_bytes()
+            if parts and size + following > MAX_FRAME_BYTES:
+                break
+            size += following
+            parts.append(self._parts.popleft())
+        self._loose = min(self._loose, len(self._parts))
+        if not self._parts:
+            self.refusals = 0
+            self.urgent = False
+        return encode_frame(parts)
+
+
+def divided(part: Part) -> list[Part]:
+    """Parts of at most about a frame each, in order; a stream's details stay with the tokens that they belong to."""
+    parts: list[Part] = []
+    details: dict[int, deque[bytes]] = {}
+    for encoded in part.details:
+        pieces, rest = prompt_pieces(encoded)
+        parts += [Part(None, None, None, [piece], _NONE) for piece in pieces]
+        if rest:
+            details.setdefault(detail_stream(rest), deque()).append(rest)
+    if part.stream is not None and part.token is not None:
+        parts += _entry_parts(
+            part.stream, _ones(part.stream) if part.counts is None else part.counts, part.token, details
+        )
+    left = [encoded for queue in details.values() for encoded in queue]
+    if left or part.finishes or not parts:
+        parts.append(Part(None, None, None, left, part.finishes))
+    return parts
+
+
+def _entry_parts(
+    stream: U32Column, counts: U32Column, token: U32Column, details: dict[int, deque[bytes]]
+) -> list[Part]:
+    """Entry after entry, with as many of its stream's details as have rows for its tokens."""
+    parts: list[Part] = []
+    entries: list[tuple[int, int]] = []
+    taken: list[bytes] = []
+    begin = at = size = 0
+
+    def close() -> None:
+        nonlocal entries, taken, begin, size
+        if entries:
+            columns = np.array(entries, U32)
+            parts.append(Part(columns[:, 0], columns[:, 1], token[begin:at], taken, _NONE))
+        entries, taken, begin, size = [], [], at, 0
+
+    for number, count in zip(stream.tolist(), counts.tolist(), strict=True):
+        queue = details.get(number)
+        left = count
+        while left:
+            covered = left
+            if queue:
+                size += len(queue[0])
+                if size > MAX_FRAME_BYTES:
+                    close()
+                    size = len(queue[0])
+                taken.append(queue.popleft())
+                covered = max(1, min(left, token_rows(taken[-1])))
+            entries.append((number, covered))
+            at += covered
+            left -= covered
+    close()
+    return parts
+
+
+def tied(parts: list[Part]) -> Part:
+    """One part with the content of several, in memory of its own."""
+    columns = [part for part in parts if part.stream is not None and part.token is not None]
+    details = [detail for part in parts for detail in part.details]
+    finishes = [finish for part in parts for finish in part.finishes]
+    if not columns:
+        return Part(None, None, None, details, finishes)
+    counts = None
+    if any(part.counts is not None for part in columns):
+        counts = np.concatenate([_ones(part.stream) if part.counts is None else part.counts for part in columns])
+    stream = np.concatenate([part.stream for part in columns if part.stream is not None])
+    token = np.concatenate([part.token for part in columns if part.token is not None])
+    return Part(stream, counts, token, details, finishes)
+
+
+def encode_frame(parts: list[Part]) -> bytes:
+    """The bytes of a Frame that holds the parts in order."""
+    columns = [part for part in parts if part.stream is not None]
+    pieces: list[bytes] = []
+    if columns:
+        stream = _joined([part.stream for part in columns])
+        token = _joined([part.token for part in columns])
+        pieces += (wire.TAG_FRAME_STREAM, wire.varint(len(stream)), stream)
+        if any(part.counts is not None for part in columns):
+            count = _joined([_ones(part.stream) if part.counts is None else part.counts for part in columns])
+            pieces += (wire.TAG_FRAME_COUNT, wire.varint(len(count)), count)
+        pieces += (wire.TAG_FRAME_TOKEN, wire.varint(len(token)), token)
+    for part in parts:
+        for detail in part.details:
+            pieces += (wire.TAG_FRAME_DETAIL, wire.varint(len(detail)), detail)
+    for part in parts:
+        for finish in part.finishes:
+            pieces += (wire.TAG_FRAME_FINISH, wire.varint(len(finish)), finish)
+    return b"".join(pieces)
+
+
+def _ones(stream: U32Column | None) -> U32Column:
+    return np.ones(0 if stream is None else len(stream), U32)
+
+
+def _joined(columns: list[U32Column | None]) -> bytes:
+    present = [column for column in columns if column is not None]
+    if len(present) == 1:
+        return present[0].tobytes()
+    return np.concatenate(present).tobytes()

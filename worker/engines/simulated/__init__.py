@@ -1,0 +1,1 @@
+"""An engine without a model, for scale and faults. Whatever it makes is labelled simulated."""

@@ -1,0 +1,1 @@
+"""The real engine: vLLM, its arguments, its requests and its steps."""

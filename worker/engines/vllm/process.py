@@ -1,0 +1,37 @@
+"""The environment that vLLM is started in: set before it is imported, once.
+
+vLLM, torch and the OpenMP runtime read threads, platform and wait policy from the environment when they are loaded.
+Called first thing by worker/__main__.py.
+"""
+
+from __future__ import annotations
+
+import os
+
+from megatoken.worker.config import WorkerConfig
+from megatoken.worker.engines.ray.placement import prepare_environment
+from megatoken.worker.engines.vllm.plugins import OWNER_VARIABLE
+
+
+def prepare_process(config: WorkerConfig) -> None:
+    """Sets the environment for this config's engine. The config's own `env` was set before and wins where it may."""
+    environment = os.environ
+    environment[OWNER_VARIABLE] = str(os.getpid())
+    environment["VLLM_LOGGING_LEVEL"] = config.log_level.upper()
+    environment["VLLM_NO_USAGE_STATS"] = "1"
+    environment["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(config.start_timeout_s))
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    prepare_environment(config)
+    if config.device_kind != "cpu":
+        return
+    # The engine's cores are whatever this process may run on; binding would fight other replicas for the same ones.
+    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    threads = config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // config.world_size)
+    environment["OMP_NUM_THREADS"] = str(threads)
+    # A thread that waits for a parallel region sleeps. The default spins, which is a little faster on idle cores and
+    # several times slower as soon as anything else wants one: the router, the edge, another replica.
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
+    if config.engine_args.get("enforce_eager", True):
+        # Eager mode leaves a few functions to torch.compile all the same; with tensor parallelism their C++ build would
+        # hold up the first token by 20 s.
+        environment.setdefault("TORCH_COMPILE_DISABLE", "1")

@@ -1,0 +1,1 @@
+"""Epochs, ranks and counts of the collective. Pure."""
