@@ -29,7 +29,7 @@ from megatoken.worker.streams.part import Part
 
 SERVICE: Final = "megatoken.v1.Tokens"
 END: Final[Any] = vars(grpc.aio)["EOF"]  # missing from the published stubs
-STARTS_AT_ONCE: Final = 64
+REQUESTS_AT_ONCE: Final = 64  # taken on before the other callers have their turn
 CANCELS_AT_ONCE: Final = 4096  # a message holds millions of numbers, and most cost but a look, some 0.2 us
 STARTS_A_MESSAGE: Final = 1 << 17  # four times what a router sends in one; decoded, some 30 MB
 OVERRUN_RETRY_S: Final = 1.0
@@ -103,12 +103,15 @@ async def _read_session(replica: Replica, outlet: Outlet, context: Any) -> None:
         except (DecodeError, MalformedFrame) as error:
             raise ValueError(f"a message of {len(raw)} bytes is no ClientFrame: {error}") from None
         try:
-            for position, start in enumerate(frame.start, start=1):
+            taken = 0
+            for start in frame.start:
                 replica.submit(outlet, start.stream, start.request)
                 if outlet.overrun:
                     raise OverloadError("this session reads no answers, and too many wait for it", OVERRUN_RETRY_S)
-                if position % STARTS_AT_ONCE == 0:
-                    await asyncio.sleep(0)  # a large message must not hold up the other callers
+                taken += max(1, start.request.sampling.n)
+                if taken >= REQUESTS_AT_ONCE:
+                    taken = 0
+                    await asyncio.sleep(0)
         except StreamInUseError as error:
             raise ValueError(str(error)) from None
         for first in range(0, len(cancelled), CANCELS_AT_ONCE):

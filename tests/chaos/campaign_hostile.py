@@ -181,6 +181,10 @@ async def exhaust(victim: Started, rng: random.Random, outcome: Outcome) -> None
     Its limit is lowered for the while, to LEFT more than it has open.
     """
     outcome.inputs += 1
+    before = 0
+    while (now := descriptors(victim)) != before:  # what earlier attacks left is closed first
+        before = now
+        await asyncio.sleep(0.3)
     limits = resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (descriptors(victim) + LEFT, limits[1]))
     try:

@@ -170,6 +170,9 @@ class Nodes:
             self.running[name].child.give_credentials(texts[name])
         return told
 
+    def inspect(self, _replicas: Any, _timeout_s: float) -> dict[str, Any]:
+        return {}
+
     def placement_group_id(self, replica_id: str) -> str:
         return ""
 

@@ -16,9 +16,10 @@ from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Fleet
 from megatoken.router.identity.door import Caller
 from megatoken.router.secure import EOF
-from megatoken.router.shell.client_session import CANCELS_AT_ONCE, MAX_REFUSALS, STARTS_AT_ONCE, ClientSession
+from megatoken.router.shell.client_session import CANCELS_AT_ONCE, MAX_REFUSALS, REQUESTS_AT_ONCE, ClientSession
 from megatoken.router.streams.ledger import Ledger
 from megatoken.v1 import tokens_pb2
+from tests.router_core import CoreFleet
 
 ClientFrame, GenerateRequest = tokens_pb2.ClientFrame, tokens_pb2.GenerateRequest
 INVALID_ARGUMENT, NOT_FOUND = 3, 5
@@ -67,7 +68,8 @@ def starts(count: int, n: int = 0, **fields: Any) -> bytes:
     return frame.SerializeToString()
 
 
-async def test_a_message_of_many_requests_lets_others_have_their_turn() -> None:
+@pytest.mark.parametrize("n", [0, 16])
+async def test_a_message_of_many_requests_lets_others_have_their_turn(n: int) -> None:
     turns = 0
 
     async def another_client() -> None:
@@ -76,14 +78,29 @@ async def test_a_message_of_many_requests_lets_others_have_their_turn() -> None:
             await asyncio.sleep(0)
             turns += 1
 
-    count = STARTS_AT_ONCE * 20
-    context = Context(starts(count))
+    choices = REQUESTS_AT_ONCE * 20
+    context = Context(starts(choices // max(1, n), n))
     other = asyncio.create_task(another_client())
-    made = session()
-    reading = asyncio.create_task(made._read(context))
-    await reading
+    await session()._read(context)
     other.cancel()
-    assert turns >= count // STARTS_AT_ONCE
+    assert turns >= choices // REQUESTS_AT_ONCE - 1  # the other's first turn only brings it to where it counts
+
+
+async def test_a_client_that_leaves_many_requests_behind_lets_others_have_their_turn() -> None:
+    count, turns = REQUESTS_AT_ONCE * 20, 0
+    fleet = CoreFleet(replicas=1, max_running=8)
+    made = ClientSession(fleet.state, fleet.state.config, Caller())
+    context = Context(starts(count, model="m", prompt=pack((1, 2, 3))))
+    serving = asyncio.create_task(made.serve(context))
+    while len(made.requests) < count:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    serving.cancel()
+    while not serving.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns >= count // REQUESTS_AT_ONCE
+    assert not made.requests
+    assert fleet.state.live == 0
 
 
 async def test_a_message_of_many_cancels_lets_others_have_their_turn() -> None:
@@ -107,9 +124,9 @@ async def test_refusals_that_nobody_reads_stop_the_reading_and_all_come_in_the_e
     context.reads.clear()
     made = session()
     serving = asyncio.create_task(made.serve(context))
-    for _ in range(20 * requests // STARTS_AT_ONCE + 100):
+    for _ in range(20 * requests // REQUESTS_AT_ONCE + 100):
         await asyncio.sleep(0)
-    assert made.outbox.refusals <= MAX_REFUSALS + STARTS_AT_ONCE * 128
+    assert made.outbox.refusals <= MAX_REFUSALS + REQUESTS_AT_ONCE * 128
     context.reads.set()
     await asyncio.wait_for(serving, 20)
     assert sorted(finish.stream for finish in context.finishes()) == list(range(requests * 128))

@@ -19,7 +19,7 @@ from megatoken.worker.engines.engine import Ended, EngineFacts, EngineLoad, Engi
 from megatoken.worker.measures import Measures
 from megatoken.worker.replica import Replica, StreamInUseError
 from megatoken.worker.streams.outlet import LOOSE_FINISHES, Outlet, encode_frame
-from megatoken.worker.tokens_service import STARTS_A_MESSAGE, STARTS_AT_ONCE, _read_session
+from megatoken.worker.tokens_service import REQUESTS_AT_ONCE, STARTS_A_MESSAGE, _read_session
 from megatoken.worker.totals import open_counters
 
 
@@ -307,7 +307,7 @@ async def test_a_session_that_only_sends_is_ended_and_holds_nobody_up(world: Wor
     with pytest.raises(OverloadError, match="reads no answers"):
         await _read_session(world.replica, world.outlet, Context())
     counting.cancel()
-    assert turns >= LOOSE_FINISHES // STARTS_AT_ONCE - 2
+    assert turns >= LOOSE_FINISHES // REQUESTS_AT_ONCE - 2
 
 
 async def test_one_message_is_not_made_into_more_answers_than_may_wait(world: World) -> None:
