@@ -15,7 +15,7 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,7 @@ from megatoken.cluster.controller.server import ControlServer
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.decide.backend import Look, ProcessLaunch, ProcessObservation
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
+from megatoken.cluster.decide.liveness import PartSeen
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
 from megatoken.cluster.ray.child import Child, Launch
 from megatoken.cluster.secrets_keeper import SecretsKeeper
@@ -170,7 +171,7 @@ class Nodes:
             self.running[name].child.give_credentials(texts[name])
         return told
 
-    def inspect(self, _replicas: Any, _timeout_s: float) -> dict[str, Any]:
+    def inspect(self, _replicas: Sequence[Replica], _timeout_s: float) -> dict[str, tuple[PartSeen, ...]]:
         return {}
 
     def placement_group_id(self, replica_id: str) -> str:
