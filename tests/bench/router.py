@@ -131,7 +131,8 @@ def bench_edge(seconds: float) -> dict[str, Any]:
         workers = []
         for i in range(2):
             simulated = {"step_s": 0.02, "max_running": 64, "max_model_len": 4096, "vocab_size": 49_152}
-            config = {"replica": f"w{i}", "model": "m", "engine": "simulated", "simulated": simulated}
+            config = {"replica": f"m-{i}", "incarnation": 1, "model": "m"}
+            config |= {"engine": "simulated", "simulated": simulated}
             config |= {"counters_dir": str(processes.directory / "counters"), "metrics_port": None}
             workers.append(processes.start("worker", config))
         router = start_router(processes, [worker.address for worker in workers], 64)

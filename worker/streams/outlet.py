@@ -108,7 +108,9 @@ class Outlet:
     def take(self) -> Taken | None:
         """Everything that waits, up to a frame's limits; None when nothing does."""
         load, self._load = self._load, None
-        usage, self._usage = self._usage[:FRAME_USAGE], self._usage[FRAME_USAGE:]
+        usage: list[pb.LeaseUsage] = []
+        if self._usage:
+            usage, self._usage = self._usage[:FRAME_USAGE], self._usage[FRAME_USAGE:]
         if not self._parts:
             return Taken([], load, 0, usage) if load is not None or usage else None
         parts: list[Part] = []
@@ -117,7 +119,8 @@ class Outlet:
             part = self._parts.popleft()
             parts.append(part)
             tokens += len(part.token) // 4
-            details += sum(detail.ByteSize() for detail in part.details)
+            if part.details:
+                details += sum(detail.ByteSize() for detail in part.details)
         if not self._parts:
             self._loose = 0
         if self._parts or self._usage:
