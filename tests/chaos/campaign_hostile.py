@@ -48,7 +48,7 @@ ABOUT = "clients that flood, hang, lie and never read, beside ten streams that m
 
 LAG_MS: Final = 50.0  # at p99.9; or LAG_RATIO times what it is undisturbed, where that is more
 LAG_RATIO: Final = 3.0
-UNDISTURBED_S: Final = 12.0  # some 1200 of the loop's timers, of which p99.9 is more than the largest
+UNDISTURBED_S: Final = 12.0  # some 240 of the loop's timers, of which p99.9 is the largest
 GROWTH: Final = 3.0  # of resident memory, at its peak; a router begins at some 100 MiB
 CONNECTIONS: Final = 2000
 DESCRIPTORS: Final = 8192  # of this process and its children, so that CONNECTIONS are an attack and not the end of both

@@ -14,15 +14,15 @@ def test_a_late_firing_counts_for_those_that_were_due_meanwhile() -> None:
     lag = FastHistogram(LOOP_LAG_BUCKETS_S)
     note(lag, 0.0005)
     assert lag.counts.sum() == 1
-    note(lag, 0.1)  # 100, 90, .. 0 ms
-    assert lag.counts.sum() == 12
-    assert abs(lag.sum - 0.5505) < 1e-6
+    note(lag, 0.12)  # 120, 70 and 20 ms
+    assert lag.counts.sum() == 4
+    assert abs(lag.sum - 0.2105) < 1e-6
 
 
 def test_a_process_that_was_stopped_for_long_counts_no_more_than_a_bound() -> None:
     lag = FastHistogram(LOOP_LAG_BUCKETS_S)
     note(lag, 86_400.0)
-    assert lag.counts.sum() == 10_000
+    assert lag.counts.sum() == 2000
 
 
 async def test_a_loop_held_up_is_seen() -> None:
@@ -35,4 +35,4 @@ async def test_a_loop_held_up_is_seen() -> None:
     with contextlib.suppress(asyncio.CancelledError):
         await watching
     assert lag.quantiles([0.999])[0] > 0.2
-    assert lag.counts[lag.bounds.searchsorted(0.1) :].sum() >= 15, "a third of a second is many firings"
+    assert lag.counts[lag.bounds.searchsorted(0.1) :].sum() >= 3, "a third of a second is several firings"
