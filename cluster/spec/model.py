@@ -13,9 +13,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatoken.cluster.placement.values import Separate, TpSpan
+from megatoken.router.policies.names import ALLOWED, parse_policy
 from megatoken.worker.config import SimulatedConfig
 
-POLICIES = ("round_robin", "least_tokens", "prefix", "affinity", "site")
 # Workers neither start several engine cores nor tell routers of adapters, so a spec that counts on either is refused.
 NO_DATA_PARALLEL = "one replica runs one engine core; ask for more `replicas` instead"
 NO_ADAPTERS = "adapters are not served; merge each into its base model and serve that as a model of its own"
@@ -31,10 +31,12 @@ class Part(BaseModel):
 
 def require_policy(field: str, policy: str) -> None:
     """Raises ValueError for a routing policy that a spec may not name."""
-    if policy == "lora":  # routers know it, for workers that state adapters
+    try:
+        weights = parse_policy(policy)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+    if "lora" in weights:  # routers know it, for workers that state adapters
         raise ValueError(f"{field}: 'lora' is not allowed; {NO_ADAPTERS}")
-    if policy not in POLICIES:
-        raise ValueError(f"{field}: {policy!r} is not allowed; one of {', '.join(POLICIES)}")
 
 
 class ParallelSpec(Part):
@@ -103,7 +105,7 @@ class ModelSpec(Part):
     engine_args: dict[str, Any] = Field(default_factory=dict, description="further vLLM arguments, by its names")
     env: dict[str, str] = Field(default_factory=dict, description="environment of the engine's processes")
     simulated: SimulatedConfig | None = Field(None, description="how a simulated engine behaves")
-    policy: str | None = Field(None, description=f"routing policy: one of {', '.join(POLICIES)}; unset: the routers'")
+    policy: str | None = Field(None, description=f"routing policy: {ALLOWED}; unset: the routers'")
     served_names: tuple[str, ...] = Field((), max_length=64, description="further names at the edge")
     chat_template: Path | None = Field(None, description="Jinja file; unset: the tokenizer's own")
     tool_parser: str | None = Field(None, description="vLLM's tool-call parser for this model")

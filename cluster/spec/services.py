@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatoken.cluster.spec.model import POLICIES, Part
+from megatoken.cluster.spec.model import Part
 from megatoken.router.config import (
     AdmissionConfig,
     BreakerConfig,
@@ -16,6 +16,7 @@ from megatoken.router.config import (
     LimitsConfig,
     ResumeConfig,
 )
+from megatoken.router.policies.names import ALLOWED
 
 ANY_PORT = 0
 METRICS_OFFSET = 2  # 7700 is the controller's, 7701 the routers', 7702 the controller's metrics
@@ -63,7 +64,7 @@ class RoutersSpec(Part):
     per_node: bool = Field(False, description="`count` routers on every node instead")
     host: str | None = Field(None, min_length=1, description="address they bind; unset: " + HOST_RULE)
     port: int = Field(7701, ge=0, le=65_535, description="0: any free one; several routers then have one each")
-    policy: str = Field("least_tokens", description=f"one of {', '.join(POLICIES)}")
+    policy: str = Field("least_tokens", description=ALLOWED)
     admission: AdmissionConfig = AdmissionConfig()
     resume: ResumeConfig = ResumeConfig()
     breaker: BreakerConfig = BreakerConfig()

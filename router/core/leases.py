@@ -24,9 +24,9 @@ from megatoken.errors import OverloadError, RequestError, UnavailableError
 from megatoken.router.admission.admission import retry_after_s
 from megatoken.router.admission.validation import pool_of
 from megatoken.router.core.state import RouterState
+from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.fleet import Replica
 from megatoken.router.identity.door import Caller
-from megatoken.router.policies import Question
 from megatoken.router.wire import DRAINING
 from megatoken.v1 import router_pb2, tokens_pb2
 

@@ -10,9 +10,9 @@ from megatoken.router.core.ending import LENGTH, end, fail, uncharge
 from megatoken.router.core.lifecycle import Event
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
+from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.fleet import Pool, Replica
 from megatoken.router.fleet.prefix_book import cached_tokens
-from megatoken.router.policies import Question
 from megatoken.router.streams.slots import DIRECT
 from megatoken.v1 import tokens_pb2
 

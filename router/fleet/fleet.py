@@ -22,7 +22,7 @@ from megatoken.router.measures import Measures
 
 if TYPE_CHECKING:
     from megatoken.router.core.request import Request
-    from megatoken.router.policies import Policy
+    from megatoken.router.fleet.choice import Policy
 
 
 class Link(Protocol):

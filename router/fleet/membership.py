@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from megatoken.router.fleet.choice import Policy
 from megatoken.router.fleet.fleet import Fleet, Member, Replica, index_members
-from megatoken.router.policies import Policy
 from megatoken.v1 import membership_pb2
 
 
@@ -97,7 +97,7 @@ def _apply_models(
             policy = policy_of("") if present is None else present.policy
             change.problems.append(f"model {model.model}: {error}; {policy.name} stays in force")
         pool = present or fleet.add_pool(model.model, policy)
-        if type(policy) is not type(pool.policy):
+        if policy.name != pool.policy.name:
             pool.policy = policy
         pool.known = True
         pool.wanted = model.replicas_wanted

@@ -1,10 +1,9 @@
-"""affinity: requests with the same affinity key go to the same replica while it has room and is not far behind.
+"""affinity: requests with the same key go to the same replica: to go elsewhere must be worth SPILL_S seconds of work.
 
 Rendezvous hashing (highest random weight, Thaler and Ravishankar 1998): each replica's weight for a key is a hash of
 both, and the heaviest that may serve has the key. So a replica that joins n others takes 1 / (n + 1) of the keys and
-moves no other, and one that leaves gives each of its keys to the next heaviest. Names count, not incarnations.
-A replica more than SPILL_S seconds of work
-behind a random other one gives the request to the less loaded (bounded imbalance). No key: least_tokens.
+moves no other, and one that leaves gives each of its keys to the next heaviest. Names count, not incarnations. The
+bound on what a move is worth bounds the imbalance.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from megatoken.router.fleet.affinity_seeds import seed_of
-from megatoken.router.policies.least_tokens import score, two_choices
+from megatoken.router.fleet.choice import Question
+from megatoken.router.policies.joined import Scored
 
 if TYPE_CHECKING:
     from megatoken.router.fleet.fleet import Pool, Replica
-    from megatoken.router.policies import Question
 
 SPILL_S: Final = 2.0
 
@@ -44,14 +43,10 @@ def _mixed(words: Any) -> Any:
 
 
 class Affinity:
-    name = "affinity"
     wants_prefix = False
 
-    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Replica | None:
-        other = two_choices(pool.open, question, rng)
-        if not question.affinity or other is None:
-            return other
-        kept = home(pool, question.affinity)
-        if kept is None or kept.index in question.avoid:
-            return other
-        return kept if score(kept, question) <= score(other, question) + SPILL_S else other
+    def score(self, pool: Pool, question: Question, rng: random.Random) -> Scored | None:
+        kept = home(pool, question.affinity) if question.affinity else None
+        if kept is None:
+            return None
+        return Scored((kept,), lambda replica: 0.0 if replica is kept else SPILL_S)

@@ -9,14 +9,16 @@ share and no more. Two choices bring the maximum load from log n down to log log
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from megatoken.router.fleet.choice import Question
 
 if TYPE_CHECKING:
     from megatoken.router.fleet.fleet import Pool, Replica
-    from megatoken.router.policies import Question
 
 
-def score(replica: Replica, question: Question) -> float:
+def work_s(replica: Replica, question: Question) -> float:
     """Seconds until the replica would be through with what it has and this request; lower is better."""
     capacity = replica.capacity
     return (replica.decode_outstanding + question.expected_tokens) / capacity.decode_tokens_per_s + (
@@ -24,27 +26,21 @@ def score(replica: Replica, question: Question) -> float:
     ) / capacity.prefill_tokens_per_s
 
 
-def two_choices(places: list[Replica], question: Question, rng: random.Random) -> Replica | None:
-    """Two at random, avoiding those that lost the request before where there are others."""
+def not_avoided(places: Sequence[Replica], question: Question) -> Sequence[Replica]:
+    """Those that have not lost the request before, where there are any."""
+    if not question.avoid:
+        return places
+    return [replica for replica in places if replica.index not in question.avoid] or places
+
+
+def two_of(places: Sequence[Replica], rng: random.Random) -> Sequence[Replica]:
+    """Two different ones at random; all where there are no more."""
     n = len(places)
-    if n == 0:
-        return None
-    if n == 1:
-        return places[0]
+    if n <= 2:
+        return places
     first = int(rng.random() * n)
     second = int(rng.random() * (n - 1))
-    if second >= first:
-        second += 1
-    a, b = places[first], places[second]
-    if question.avoid:
-        if a.index in question.avoid and b.index not in question.avoid:
-            return b
-        if b.index in question.avoid and a.index not in question.avoid:
-            return a
-        if a.index in question.avoid:
-            others = [replica for replica in places if replica.index not in question.avoid]
-            return two_choices(others, question, rng) if others else a
-    return a if score(a, question) <= score(b, question) else b
+    return places[first], places[second + (second >= first)]
 
 
 class LeastTokens:
@@ -52,4 +48,8 @@ class LeastTokens:
     wants_prefix = False
 
     def choose(self, pool: Pool, question: Question, rng: random.Random) -> Replica | None:
-        return two_choices(pool.open, question, rng)
+        drawn = two_of(not_avoided(pool.open, question), rng)
+        if len(drawn) < 2:
+            return drawn[0] if drawn else None
+        a, b = drawn
+        return a if work_s(a, question) <= work_s(b, question) else b

@@ -1,32 +1,27 @@
-"""lora: prefers replicas that state the request's adapter; among them, two choices on outstanding work."""
+"""lora: a replica that does not state the request's adapter would have to load it first."""
 
 from __future__ import annotations
 
 import random
 from typing import TYPE_CHECKING, Final
 
-from megatoken.router.policies.least_tokens import score, two_choices
+from megatoken.router.fleet.choice import Question
+from megatoken.router.policies.joined import FEW, Scored
+from megatoken.router.policies.least_tokens import two_of
 
 if TYPE_CHECKING:
-    from megatoken.router.fleet.fleet import Pool, Replica
-    from megatoken.router.policies import Question
+    from megatoken.router.fleet.fleet import Pool
 
-_DRAWS: Final = 4
-SPILL_S: Final = 2.0  # loading an adapter elsewhere is worth it past this much more waiting
+LOAD_S: Final = 2.0  # loading an adapter elsewhere is worth it past this much more waiting
 
 
 class Lora:
-    name = "lora"
     wants_prefix = False
 
-    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Replica | None:
-        places = pool.open
-        other = two_choices(places, question, rng)
-        if not question.lora or other is None:
-            return other
+    def score(self, pool: Pool, question: Question, rng: random.Random) -> Scored | None:
+        if not question.lora:
+            return None
         having = pool.adapters.get(question.lora, ())
-        drawn = having if len(having) <= _DRAWS else rng.choices(having, k=_DRAWS)
-        best = two_choices([replica for replica in drawn if replica.open_at >= 0], question, rng)
-        if best is None:
-            return other
-        return best if score(best, question) <= score(other, question) + SPILL_S else other
+        drawn = having if len(having) <= FEW else two_of(having, rng)
+        able = [replica for replica in drawn if replica.open_at >= 0]
+        return Scored(able, lambda replica: 0.0 if question.lora in replica.member.loras else LOAD_S)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+from megatoken.router.fleet.choice import Question
+
 if TYPE_CHECKING:
     from megatoken.router.fleet.fleet import Pool, Replica
-    from megatoken.router.policies import Question
 
 
 class RoundRobin:

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatoken.router.policies import Question, make_policy
+from megatoken.router.fleet.choice import Question
+from megatoken.router.policies.make import make_policy
 from tests.processes import Processes, Started
 from tests.router_core import CoreFleet
 from tests.router_simulation import MIXED, Kind, Simulation, alone_cached, mixed_fleet

@@ -43,7 +43,7 @@ def complaints(text: str) -> tuple[str, ...] | None:
         ("models: [{name: a, source: x}, {name: a, source: y}]", "the name 'a' is given 2 times"),
         ("models: [{name: a, source: x, served_names: [b]}, {name: b, source: y}]", "the name 'b' is given 2 times"),
         ("models: [{name: a, source: x, simulated: {}}]", "engine is 'vllm'"),
-        ("models: [{name: a, source: x, policy: best}]", "policy: 'best' is not allowed; one of round_robin"),
+        ("models: [{name: a, source: x, policy: best}]", "policy: 'best' is not allowed; least_tokens, round_robin"),
         ("models: [{name: a, source: x, parallel: {expert: 3, tensor: 2}}]", "expert: 3 is not allowed; 1, or"),
         (
             "models: [{name: a, source: x, parallel: {data: 2}}]",
@@ -66,7 +66,7 @@ def complaints(text: str) -> tuple[str, ...] | None:
         ("routers: {policy: lora}", "routers.policy: 'lora' is not allowed; adapters are not served"),
         ("models: [{name: a, source: x, placement: {anti_affinity: [z]}}]", "anti_affinity: 'z' is not allowed"),
         ("models: [{name: '-a', source: x}]", "is not allowed"),
-        ("routers: {policy: best}", "routers.policy: 'best' is not allowed; one of round_robin"),
+        ("routers: {policy: best}", "routers.policy: 'best' is not allowed; least_tokens, round_robin"),
         ("routers: {port: 8000}", "edge.port: 8000 is not allowed; routers.port has that port already"),
         ("routers: {port: 70000}", "routers.port: 70000 is not allowed; less than or equal to 65535"),
         ("routers: {count: 0}", "an edge needs a router"),

@@ -11,9 +11,13 @@ import pytest
 
 from megatoken.frames import pack
 from megatoken.router.fleet.capacity import Rates
+from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.prefix_book import MOST, block_hashes
-from megatoken.router.policies import NAMES, Question, make_policy
+from megatoken.router.policies.make import make_policy
+from megatoken.router.policies.names import ALONE, SCORERS, parse_policy, policy_text
 from tests.router_core import CoreFleet
+
+JOINED = "2*prefix + affinity + lora + site"
 
 
 def fleet_of(**columns: list[Any]) -> CoreFleet:
@@ -48,12 +52,12 @@ def chosen(fleet: CoreFleet, policy: str, times: int = 400, **question: Any) -> 
     return found
 
 
-@pytest.mark.parametrize("policy", NAMES)
+@pytest.mark.parametrize("policy", [*ALONE, *SCORERS, JOINED])
 def test_nobody_open_is_nobody_chosen(policy: str) -> None:
     assert chosen(CoreFleet(replicas=0), policy, 3) == {"nobody": 3}
 
 
-@pytest.mark.parametrize("policy", NAMES)
+@pytest.mark.parametrize("policy", [*ALONE, *SCORERS, JOINED])
 def test_one_that_lost_the_request_is_avoided_while_there_is_another(policy: str) -> None:
     fleet = fleet_of(outstanding=[0, 5000, 5000])
     assert "m-0" not in chosen(fleet, policy, 100, avoid=frozenset({0}))
@@ -163,11 +167,57 @@ def test_a_single_popular_prompt_does_not_melt_one_replica() -> None:
 
 
 def test_an_unknown_policy_names_those_there_are() -> None:
-    with pytest.raises(ValueError, match="policy: 'best' is not allowed; one of least_tokens, round_robin"):
+    with pytest.raises(ValueError, match="policy: 'best' is not allowed; least_tokens, round_robin"):
         make_policy("best")
 
 
-@pytest.mark.parametrize("policy", NAMES)
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("prefix", {"prefix": 1.0}),
+        ("site+prefix", {"prefix": 1.0, "site": 1.0}),
+        (" 0.5*site +  2 * prefix ", {"prefix": 2.0, "site": 0.5}),
+        (JOINED, {"prefix": 2.0, "affinity": 1.0, "lora": 1.0, "site": 1.0}),
+        ("least_tokens", {"least_tokens": 1.0}),
+    ],
+)
+def test_a_policy_as_a_spec_writes_it(text: str, weights: dict[str, float]) -> None:
+    assert parse_policy(text) == weights
+    assert parse_policy(policy_text(weights)) == weights
+    assert make_policy(text).name == policy_text(weights)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "prefix +", "prefix site", "prefix + prefix", "0*prefix", "-1*prefix", "1e3*prefix", "2000*site",
+     "least_tokens + site", "2*round_robin", "prefix, site"],
+)  # fmt: skip
+def test_what_is_no_policy_is_refused_with_what_is(text: str) -> None:
+    with pytest.raises(ValueError, match="policy: ") as refused:
+        make_policy(text)
+    assert repr(text) in str(refused.value)
+
+
+def test_joined_scorers_add_up_in_seconds() -> None:
+    hashes = tuple(range(1, 9))  # 8 blocks of 128 tokens: 0.1 s of prefill
+    columns = {"prefixes": [hashes, (), ()], "rtt_s": [0.12, 0.0, 0.3], "site": ["far", "near", "far"]}
+    asked = {"prompt_tokens": 1024, "prefix_hashes": hashes}
+    fleet = fleet_of(**columns, outstanding=[0, 0, 0])
+    assert chosen(fleet, "prefix", 50, **asked) == {"m-0": 50}
+    assert chosen(fleet, "site", 50, **asked) == {"m-1": 50}
+    assert chosen(fleet, "prefix + site", 50, **asked) == {"m-1": 50}  # the way there costs more than the cache saves
+    assert chosen(fleet, "2*prefix + site", 50, **asked) == {"m-0": 50}
+    fleet = fleet_of(**columns, loras=[(), (), ("a",)], outstanding=[0, 0, 0])
+    assert chosen(fleet, "prefix + lora + site", 50, lora="a", **asked) == {"m-2": 50}
+    assert chosen(fleet, "prefix + 0.1*lora + site", 50, lora="a", **asked) == {"m-1": 50}
+
+
+def test_a_request_that_no_scorer_has_a_say_on_goes_by_work() -> None:
+    fleet = fleet_of(outstanding=[300, 100, 200])
+    assert chosen(fleet, "prefix + affinity + lora", 50) == {"m-1": 50}
+
+
+@pytest.mark.parametrize("policy", [*ALONE, *SCORERS, JOINED])
 def test_a_choice_costs_the_same_with_a_thousand_replicas_as_with_ten(policy: str) -> None:
     def cost_s(size: int) -> float:
         fleet = fleet_of(outstanding=[i % 7 * 100 for i in range(size)])
