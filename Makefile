@@ -65,7 +65,7 @@ test-multinode: setup
 chaos: setup
 	GRPC_VERBOSITY=NONE $(BIN)/python -m tests.chaos
 
-## fuzz: a million inputs over everything that reads bytes from outside, 12 minutes at most.
+## fuzz: a million inputs over everything that reads bytes from outside, about a quarter of an hour.
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz
 
