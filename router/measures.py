@@ -1,7 +1,7 @@
 """What a router counts and times for each model, for its metrics alone; the ledger keeps the totals that must agree.
 
-The core adds to these as it goes, a few microseconds a request and one addition a frame; metrics.py reads them when
-Prometheus scrapes.
+The core adds to these as it goes, a few microseconds a request and one addition a frame; router/shell/metrics.py reads
+them when Prometheus scrapes.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from megatoken.router.config import RouterConfig
 from megatoken.router.core import recovery, upkeep
 from megatoken.router.core.lifecycle import State
 from megatoken.router.core.request import Request
+from megatoken.router.core.sink import SessionSink
 from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import cancel, submit
 from megatoken.router.fleet.fleet import Fleet, Member, Replica
@@ -24,7 +25,6 @@ from megatoken.router.identity.api_keys import ApiKey
 from megatoken.router.identity.door import Caller
 from megatoken.router.intake.intake import on_frame
 from megatoken.router.streams.ledger import Ledger
-from megatoken.router.streams.sink import SessionSink
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 

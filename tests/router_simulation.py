@@ -19,13 +19,13 @@ from megatoken.router import wire
 from megatoken.router.config import RouterConfig
 from megatoken.router.core import recovery, upkeep
 from megatoken.router.core.request import Request
+from megatoken.router.core.sink import SessionSink
 from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import submit
 from megatoken.router.fleet.fleet import Fleet, Member, Replica
 from megatoken.router.identity.door import Caller
 from megatoken.router.intake.intake import on_frame
 from megatoken.router.streams.ledger import Ledger
-from megatoken.router.streams.sink import SessionSink
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from tests.router_core import raise_it

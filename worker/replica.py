@@ -29,8 +29,8 @@ from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker import totals
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.engine import Ended, Engine, EngineFacts, Step
+from megatoken.worker.engines.requests import MAX_CHOICES, check_request
 from megatoken.worker.measures import Measures
-from megatoken.worker.requests import MAX_CHOICES, check_request
 from megatoken.worker.streams.finish import end_of, refusal
 from megatoken.worker.streams.outlet import Outlet
 from megatoken.worker.streams.table import Running, StreamTable

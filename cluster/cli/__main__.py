@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -17,26 +16,26 @@ from types import ModuleType
 from megatoken.cluster.client.control import CommandError
 from megatoken.errors import MegatokenError
 
-# name -> (module, one line of help)
+# name -> (module of this package, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "up": (
-        "megatoken.cluster.cli.up",
+        "up",
         "start a cluster: a local one, or on the Ray that the spec or RAY_ADDRESS names",
     ),
-    "apply": ("megatoken.cluster.cli.apply", "make a running cluster what a spec says"),
-    "status": ("megatoken.cluster.cli.status", "show nodes, models, replicas with state and reason, queue, tokens/s"),
-    "scale": ("megatoken.cluster.cli.scale", "change the number of a model's replicas: MODEL=N"),
-    "generate": ("megatoken.cluster.cli.generate", "generate from a prompt through the router, over gRPC"),
-    "drain": ("megatoken.cluster.cli.drain", "take a replica or a node out of service after its requests ended"),
-    "logs": ("megatoken.cluster.cli.logs", "show what a process wrote"),
-    "events": ("megatoken.cluster.cli.events", "show what changed, and why"),
-    "top": ("megatoken.cluster.cli.top", "a live full-screen view"),
-    "token": ("megatoken.cluster.cli.token", "print the operator's token, or make every token anew"),
-    "down": ("megatoken.cluster.cli.down", "drain and stop a cluster"),
-    "validate": ("megatoken.cluster.cli.validate", "check a spec without touching anything"),
-    "plan": ("megatoken.cluster.cli.plan", "show where a spec's replicas would be placed, without touching anything"),
-    "render": ("megatoken.cluster.cli.render", "write launch artefacts for ssh, slurm, kuberay or compose"),
-    "doctor": ("megatoken.cluster.cli.doctor", "check every node before a launch"),
+    "apply": ("apply", "make a running cluster what a spec says"),
+    "status": ("status", "show nodes, models, replicas with state and reason, queue, tokens/s"),
+    "scale": ("scale", "change the number of a model's replicas: MODEL=N"),
+    "generate": ("generate", "generate from a prompt through the router, over gRPC"),
+    "drain": ("drain", "take a replica or a node out of service after its requests ended"),
+    "logs": ("logs", "show what a process wrote"),
+    "events": ("events", "show what changed, and why"),
+    "top": ("top", "a live full-screen view"),
+    "token": ("token", "print the operator's token, or make every token anew"),
+    "down": ("down", "drain and stop a cluster"),
+    "validate": ("offline.validate", "check a spec without touching anything"),
+    "plan": ("offline.plan", "show where a spec's replicas would be placed, without touching anything"),
+    "render": ("offline.render", "write launch artefacts for ssh, slurm, kuberay or compose"),
+    "doctor": ("offline.doctor", "check every node before a launch"),
 }
 
 
@@ -72,10 +71,8 @@ def build_parser(command: str | None) -> tuple[argparse.ArgumentParser, ModuleTy
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     found: ModuleType | None = None
     for name, (module_name, text) in COMMANDS.items():
-        if importlib.util.find_spec(module_name) is None:
-            continue
         if name == command:
-            found = importlib.import_module(module_name)
+            found = importlib.import_module(f"megatoken.cluster.cli.{module_name}")
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == command and found is not None:
             found.add_arguments(sub)

@@ -1,4 +1,4 @@
-"""The control loop: observe -> decide -> apply (never waits) -> publish. The shell around reconciler.py.
+"""The control loop: observe -> decide -> apply (never waits) -> publish. The shell around cluster/decide/reconciler.py.
 
 It runs as one asyncio task inside the controller's Ray actor; the Backend is called from one other thread, so that a
 Ray that does not answer stops no gRPC stream. What was asked for and the fleet are in the state file; a new controller

@@ -2,7 +2,7 @@
 
 WAL mode; every save is one transaction. The file belongs to one controller at a time. A damaged file is set aside and
 counts as lost. Values are the pydantic spec and
-the frozen dataclasses of fleet.py as JSON.
+the frozen dataclasses of cluster/decide/fleet.py as JSON.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the controller needs from the system that runs things: the seam between deciding and Ray.
 
-ray_backend.py is the real one; tests and the simulation have their own. All methods are called from one thread, none
-may wait longer than it says, and each is idempotent.
+cluster/ray/backend.py is the real one; tests and the simulation have their own. All methods are called from one thread,
+none may wait longer than it says, and each is idempotent.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What the controller knows and wants, as values: replicas, their models' health, and one look at the cluster.
 
-Pure values without behaviour beyond look-ups. reconciler.py turns (desired, fleet, observation) into the next fleet
-and a plan; state.py keeps the fleet in SQLite; backends make observations. Times are seconds of the head node's
-monotonic clock, which outlives a controller process; `on_this_clock` is for when the machine itself was started anew.
+Pure values without behaviour beyond look-ups. reconciler.py turns (desired, fleet, observation) into the next fleet and
+a plan; cluster/controller/state.py keeps the fleet in SQLite; backends make observations. Times are seconds of the head
+node's monotonic clock, which outlives a controller process; `on_this_clock` is for when the machine itself was started
+anew.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A worker that answers states how many steps its engine made and how many requests it has. An engine that has requests
 and makes no step hangs, however well its process looks; a long prefill makes steps. An idle engine makes none, so now
-and then one is asked for a token (Worker.Probe), and must make a step for it. links.py asks; the controller reads.
+and then one is asked for a token (Worker.Probe), and must make a step for it. cluster/controller/links.py asks; the
+controller reads.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One tick of the control plane as a function: (desired, fleet, observation, now) -> the next fleet and what to do.
 
 Procedure: advance every live replica by what was observed; let each model say what it lacks or has too much
-(rollout.py); find places for new replicas in one call (placement.py); list the actions that the states ask for. Actions
-are level-based: each follows from a state and an observation, is repeated until seen done, and is idempotent. Nothing
-here waits, logs, or knows Ray. The controller calls it.
+(rollout.py); find places for new replicas in one call (cluster/placement/place.py); list the actions that the states
+ask for. Actions are level-based: each follows from a state and an observation, is repeated until seen done, and is
+idempotent. Nothing here waits, logs, or knows Ray. The controller calls it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Facts in, findings out: which of them would stop a launch, and what to do. Pure; cli_doctor.py prints the result.
+"""Facts in, findings out: which of them would stop a launch, and what to do. Pure.
 
 Bars and where they come from are beside each check. A check that finds nothing wrong says so in one GOOD finding.
 """

@@ -1,6 +1,7 @@
 """What the doctor does on a node: reads facts, opens ports, runs an all-reduce with another node. Knows nothing of Ray.
 
-doctor_ray.py runs it inside an actor on every node; for a local cluster cli_doctor.py calls it in its own process.
+nodes.py runs it inside an actor on every node; for a local cluster cluster/cli/offline/doctor.py calls it in its own
+process.
 """
 
 from __future__ import annotations

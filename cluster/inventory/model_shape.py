@@ -6,7 +6,7 @@ Checks and estimates run before anything starts: the spec's checks, placement's 
 Formulas, for one rank of TP t on a pipeline stage of L layers, at b bytes a weight:
 
 - attention weights a layer: q and o: 2 * hidden * heads * head_dim / t; k and v: 2 * hidden * kv * head_dim, where
-  kv = max(1, kv_heads / t), as vLLM replicates KV heads when TP exceeds them (vllm/model_executor/models/llama.py).
+  kv = max(1, kv_heads / t), as vLLM replicates KV heads when TP exceeds them (vLLM's model_executor/models/llama).
 - MLA (DeepSeek's latent attention): the low-rank projections of transformers' DeepseekV3Attention.
 - MLP a layer: 3 * hidden * intermediate / t (gate, up, down); experts: the same per expert, split over TP (or over the
   expert-parallel ranks: the same share), plus the router and shared experts.

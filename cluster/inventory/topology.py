@@ -1,7 +1,8 @@
 """What a cluster is made of, as values: devices, nodes, and the inventory that placement reads.
 
 Decides nothing and reads nothing. The controller's observer builds an Inventory from Ray every tick, `megatoken plan`
-builds one from a file (topology_file.py), and placement.py, plan.py and the doctor read it.
+builds one from a file (cluster/planning/topology_file.py), and cluster/placement/place.py, cluster/planning/plan.py and
+the doctor read it.
 """
 
 from __future__ import annotations

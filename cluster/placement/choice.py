@@ -1,4 +1,4 @@
-"""Chooses devices for interchangeable replicas, one after another, in logarithmic time. Used by placement.py.
+"""Chooses devices for interchangeable replicas, one after another, in logarithmic time. Used by place.py.
 
 Two indexes over the hosts that may hold a TP group, both kept up as devices go:
 

@@ -1,4 +1,4 @@
-"""The free devices while placements are being made. Used by placement.py and its search modules only.
+"""The free devices while placements are being made. Used by place.py and its search modules only.
 
 A host is the part of a node that one kind of device makes up. Its free devices lie in cells, one per link domain.
 """
@@ -178,7 +178,7 @@ def refusal(host: Host, constraints: Constraints) -> str:
 
 
 def ranks_of(request: ReplicaRequest, shares: Sequence[tuple[Host, list[list[int]]]]) -> tuple[Rank, ...]:
-    """Numbers the ranks: groups in the order of the hosts, vLLM's rank order inside (see placement.py)."""
+    """Numbers the ranks: groups in the order of the hosts, vLLM's rank order inside (see place.py)."""
     ranks: list[Rank] = []
     devices = ((host, index) for host, groups in shares for group in groups for index in group)
     for number, (host, index) in enumerate(devices):

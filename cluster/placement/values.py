@@ -50,7 +50,7 @@ class ReplicaRequest:
     pipeline: int = 1
     data: int = 1
     device_memory_bytes: int = 0
-    """What the fullest rank needs on its device (model_shape.py estimates it); 0: not checked."""
+    """What the fullest rank needs on its device (cluster/inventory/model_shape.py estimates it); 0: not checked."""
     constraints: Constraints = field(default_factory=Constraints)
 
     @property

@@ -1,7 +1,7 @@
 """What a spec would become on an inventory, without touching anything. Pure; `megatoken plan` prints it.
 
 For each model it also lists every TP x PP split that the model allows and the devices hold, in the expected order of
-throughput (plan_order.py has that model).
+throughput (order.py has that model).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Alternative:
     kv_tokens: int
     """Tokens of KV cache a replica; 0: unknown."""
     rate: float
-    """Expected tokens/s of all replicas, to order by; see plan_order.py."""
+    """Expected tokens/s of all replicas, to order by; see order.py."""
     chosen: bool
 
 

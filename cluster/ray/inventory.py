@@ -1,4 +1,4 @@
-"""Ray's list of nodes as an Inventory. Pure; ray_backend.py calls it with what `ray.nodes()` returned.
+"""Ray's list of nodes as an Inventory. Pure; backend.py calls it with what `ray.nodes()` returned.
 
 Devices of a node: its GPUs, of the kind that Ray names (`accelerator_type:KIND`), or else its `cpu_device` slots. Node
 labels `site`, `rack` and `link_domains` (sizes in device order, "4-4") say what Ray does not know.

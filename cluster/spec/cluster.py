@@ -1,6 +1,7 @@
 """The spec: the document that says what a cluster should be.
 
-Pure values; loading text is spec_load.py, and what needs the machine (ports, a model's config.json) is spec_check.py.
+Pure values; loading text is load.py, and what needs the machine (ports, a model's config.json) is
+cluster/planning/check.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a spec says about one model: where it comes from, how wide it is, where it may stand, how it is updated.
 
-Values only, each bounded and described; spec.py holds the whole document and spec_check.py what needs the machine.
+Values only, each bounded and described; cluster.py holds the whole document and cluster/planning/check.py what needs
+the machine.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Runs COMMAND (the owner) as its child and adopts every orphan below it (PR_SET_CHILD_SUBREAPER), because Ray's own
 agents outlive a killed raylet by minutes. It ends the owner when the lifeline is closed, which the kernel does when
 `megatoken up` dies, and then kills whatever is left below it and removes the directories. Only the standard library:
-it must start fast and not fail. The owner dies in its turn when the guard is killed (see embedded.py).
+it must start fast and not fail. The owner dies in its turn when the guard is killed (see owner.py).
 """
 
 from __future__ import annotations

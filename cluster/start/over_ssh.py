@@ -1,6 +1,7 @@
 """`megatoken up` and `down` where the spec lists ssh hosts: Ray on all of them, and the controller on the first.
 
-cli_up.py and cli_down.py hand over to it. The spec is kept beside the cluster's record, so that `down` knows the hosts.
+cluster/cli/up.py and cluster/cli/down.py hand over to it. The spec is kept beside the cluster's record, so that `down`
+knows the hosts.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from megatoken.process import PR_SET_PDEATHSIG, read_arguments, report_ready
 START_TIMEOUT_S = 120.0
 WATCH_S = 5.0
 RAY_ATTEMPTS = 3
-RAY_GAVE_UP = "timed out during startup"  # ray/_private/node.py, where the 30 s are a constant
+RAY_GAVE_UP = "timed out during startup"  # ray._private.node, where the 30 s are a constant
 
 logger = logging.getLogger(__name__)
 

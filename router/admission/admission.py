@@ -1,7 +1,7 @@
 """Whether a request may enter: bounds on requests, tokens and bytes, and deadlines that cannot be met. Pure.
 
-Called once a request, before it is queued. Fairness between those that wait is fair_queue.py; limits of one API key
-are key_limits.py.
+Called once a request, before it is queued. Fairness between those that wait is router/fleet/fair_queue.py; limits of
+one API key are router/identity/key_limits.py.
 """
 
 from __future__ import annotations

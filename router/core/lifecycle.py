@@ -4,7 +4,7 @@
        │                    │                   │
        └──────── ended ─────┴─────── ended ─────┘──> FINISHED
 
-`core.py` is the only caller. A move that the table does not have is a bug and raises with the request's history.
+Called by request.py alone. A move that the table does not have is a bug, and raises IllegalMove.
 """
 
 from __future__ import annotations

@@ -16,15 +16,14 @@ from megatoken.router.config import RouterConfig
 from megatoken.router.core.due import Due
 from megatoken.router.core.request import Request
 from megatoken.router.core.retry_budget import RetryBudget
-from megatoken.router.fleet.choice import Policy
-from megatoken.router.fleet.fleet import Fleet, Replica
+from megatoken.router.core.sink import SessionSink
+from megatoken.router.fleet.fleet import Fleet, Policy, Replica
 from megatoken.router.identity.door import Door
 from megatoken.router.measures import Measures, refusal_reason
 from megatoken.router.policies.make import make_policy
 from megatoken.router.streams.history import TokenPages
 from megatoken.router.streams.latency import Latencies
 from megatoken.router.streams.ledger import Ledger
-from megatoken.router.streams.sink import SessionSink
 from megatoken.router.streams.slots import SlotTable
 from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2

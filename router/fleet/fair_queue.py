@@ -2,7 +2,7 @@
 
 Each tenant's virtual time moves by the tokens it was served; the waiting request with the smallest start tag goes
 next, so a tenant with a thousand waiting requests and one with a single request take turns. Bounded by the caller
-(admission.py). Suspects (quarantine.py) wait apart: `peek` and `pop` pass them over.
+(router/admission/admission.py). Suspects (router/core/quarantine.py) wait apart: `peek` and `pop` pass them over.
 Cancelled entries are dropped when they come to the front, or all together once they are the more.
 """
 

@@ -6,8 +6,9 @@ replica (`Fleet.refresh`), so a choice looks at two of them and not at a thousan
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +16,11 @@ import numpy.typing as npt
 from megatoken.router.config import AdmissionConfig, BreakerConfig
 from megatoken.router.fleet.affinity_seeds import seed_of
 from megatoken.router.fleet.capacity import Capacity, Rates
+from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.circuit import Circuit
-from megatoken.router.fleet.fair_queue import FairQueue
+from megatoken.router.fleet.fair_queue import FairQueue, Waiting
 from megatoken.router.fleet.prefix_book import PrefixBook
 from megatoken.router.measures import Measures
-
-if TYPE_CHECKING:
-    from megatoken.router.core.request import Request
-    from megatoken.router.fleet.choice import Policy
 
 
 class Link(Protocol):
@@ -92,7 +90,7 @@ class Replica:
     prefixes: dict[int, None] = field(default_factory=dict)  # see prefix_book
     ward: bool = False  # kept for suspects: takes no other request, see quarantine
     cleared: bool = False  # as a ward, once: all who run there have shown their innocence
-    trial: Request | None = None  # the suspect whose first token is awaited here
+    trial: Waiting | None = None  # the suspect whose first token is awaited here
 
     @property
     def name(self) -> str:
@@ -114,6 +112,16 @@ class Replica:
         return self.in_flight + self.leased + self.others < self.limit
 
 
+class Policy(Protocol):
+    """Chooses replicas for one model's requests."""
+
+    name: str  # as a spec writes it
+    wants_prefix: bool  # asks for Question.prefix_hashes
+
+    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Replica | None:
+        """One of pool.open, or None when there is none."""
+
+
 @dataclass(slots=True, eq=False)
 class Pool:
     """One model."""
@@ -130,7 +138,7 @@ class Pool:
     outputs_seen: int = 0
     _made: float = 0.0
     _allowed: float = 0.0
-    prefixes: PrefixBook = field(default_factory=PrefixBook)
+    prefixes: PrefixBook[Replica] = field(default_factory=PrefixBook)
     seeds: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))  # of replicas, in their order
     adapters: dict[str, list[Replica]] = field(default_factory=dict)  # replicas by adapter that they state
     has_wards: bool = False  # a replica may be a ward, see quarantine

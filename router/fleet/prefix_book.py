@@ -9,14 +9,21 @@ prefill, not correctness.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from megatoken.router.fleet.fleet import Replica
+from typing import Final, Generic, Protocol, TypeVar
 
 BLOCK: Final = 128  # tokens; shorter shared prefixes save too little prefill to give up balance for
 MOST_HASHED: Final = 512  # blocks of one prompt: 65,536 tokens
 MOST: Final = 16_384  # blocks a replica is thought to hold: two million tokens
+
+
+class Holder(Protocol):
+    """A replica, as far as this is concerned."""
+
+    prefixes: dict[int, None]  # blocks that it holds, the oldest first
+    open_at: int  # below 0: it takes no request now
+
+
+Held = TypeVar("Held", bound=Holder)
 
 
 def block_hashes(prompt: bytes, salt: str = "") -> tuple[int, ...]:
@@ -30,7 +37,7 @@ def block_hashes(prompt: bytes, salt: str = "") -> tuple[int, ...]:
     return tuple(found)
 
 
-def cached_tokens(replica: Replica, hashes: tuple[int, ...]) -> int:
+def cached_tokens(replica: Holder, hashes: tuple[int, ...]) -> int:
     """Leading tokens of the prompt that it holds. Holding block i means holding all before it: bisection."""
     low, high = 0, len(hashes)
     held = replica.prefixes
@@ -43,16 +50,16 @@ def cached_tokens(replica: Replica, hashes: tuple[int, ...]) -> int:
     return low * BLOCK
 
 
-class PrefixBook:
+class PrefixBook(Generic[Held]):
     """One for a model. `replica.prefixes` keeps each replica's blocks, the oldest first."""
 
     def __init__(self) -> None:
-        self._holders: dict[int, list[Replica]] = {}
+        self._holders: dict[int, list[Held]] = {}
 
     def __len__(self) -> int:
         return len(self._holders)
 
-    def record(self, replica: Replica, hashes: tuple[int, ...]) -> None:
+    def record(self, replica: Held, hashes: tuple[int, ...]) -> None:
         """The prompt was sent there. Its first blocks count as used last: they must outlive what builds on them."""
         held = replica.prefixes
         for block in reversed(hashes):
@@ -64,12 +71,12 @@ class PrefixBook:
         while len(held) > MOST:
             self._drop(replica, next(iter(held)))
 
-    def forget(self, replica: Replica) -> None:
+    def forget(self, replica: Held) -> None:
         """The replica was lost; another process has an empty cache."""
         for block in list(replica.prefixes):
             self._drop(replica, block)
 
-    def holders(self, hashes: tuple[int, ...], most: int) -> list[Replica]:
+    def holders(self, hashes: tuple[int, ...], most: int) -> list[Held]:
         """Open replicas that hold the longest known prefix, at most `most`."""
         for block in reversed(hashes):
             holding = [replica for replica in self._holders.get(block, ())[: 4 * most] if replica.open_at >= 0]
@@ -77,7 +84,7 @@ class PrefixBook:
                 return holding[:most]
         return []
 
-    def _drop(self, replica: Replica, block: int) -> None:
+    def _drop(self, replica: Held, block: int) -> None:
         del replica.prefixes[block]
         holders = self._holders[block]
         holders.remove(replica)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from megatoken.router.fleet.choice import Policy
+from megatoken.router.fleet.fleet import Policy
 from megatoken.router.policies.affinity import Affinity
 from megatoken.router.policies.joined import Joined, Scorer
 from megatoken.router.policies.least_tokens import LeastTokens

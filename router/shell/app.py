@@ -22,15 +22,15 @@ from megatoken.counters import CounterWriter
 from megatoken.loop_lag import watch_loop
 from megatoken.router.config import RouterConfig
 from megatoken.router.core import recovery, upkeep
-from megatoken.router.core.leases import Leases, LeaseSigner
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Fleet, Replica
-from megatoken.router.fleet.membership import apply_snapshot
 from megatoken.router.identity.api_keys import KeyRing
 from megatoken.router.identity.door import Door
 from megatoken.router.secure import channel_to
 from megatoken.router.shell.health import RouterHealth
 from megatoken.router.shell.inbox import Inbox
+from megatoken.router.shell.leases import Leases, LeaseSigner
+from megatoken.router.shell.membership import apply_snapshot
 from megatoken.router.shell.metrics import LeaseCollector, loop_lag, serve_metrics
 from megatoken.router.shell.request_log import log_request
 from megatoken.router.shell.service import RouterService, tokens_handler

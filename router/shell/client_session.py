@@ -20,11 +20,11 @@ from megatoken.router import wire
 from megatoken.router.config import RouterConfig
 from megatoken.router.core.ending import error_finish
 from megatoken.router.core.request import Request
+from megatoken.router.core.sink import SessionSink
 from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import cancel, submit
 from megatoken.router.identity.door import Caller
 from megatoken.router.secure import EOF
-from megatoken.router.streams.sink import SessionSink
 from megatoken.v1.frame_columns_pb2 import ClientFrame, Start
 
 REQUESTS_AT_ONCE: Final = 64  # taken on, or given up, before the other callers have their turn; some 70 us each

@@ -19,10 +19,10 @@ from prometheus_client.registry import Collector
 from megatoken import metrics as shared
 from megatoken.loop_lag import LOOP_LAG_BUCKETS_S
 from megatoken.metrics import FastHistogram, FastHistograms
-from megatoken.router.core.leases import Leases
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Replica
 from megatoken.router.measures import Measures
+from megatoken.router.shell.leases import Leases
 from megatoken.router.shell.status import replica_state, router_status
 
 PREFIX: Final = "megatoken_router_"

@@ -21,8 +21,8 @@ from megatoken.cluster.controller.membership import Versions
 from megatoken.cluster.controller.state import StateStore
 from megatoken.errors import MegatokenError
 from megatoken.router.core import ending, placement, upkeep
+from megatoken.router.core.sink import SessionSink
 from megatoken.router.intake import first_token, intake
-from megatoken.router.streams.sink import SessionSink
 from tests.chaos.outcome import Outcome
 from tests.chaos.router_world import TURN_S, World
 from tests.unit.cluster.test_controller_loop import Running
@@ -156,7 +156,7 @@ def _one_turn(world: World, turn: int, fuse: Fuse, outcome: Outcome, what: str) 
         asked = rng.choice(world.asked)
         asked.cancelled = True
         shell(lambda: fleet.cancel(asked.request))
-    shell(lambda: fleet.tick(TURN_S), Injected)  # the loop that calls it goes on, see megatoken/supervise.py
+    shell(lambda: fleet.tick(TURN_S), Injected)  # the loop that calls it goes on, see proto/megatoken/supervise.py
 
 
 async def publishing(outcome: Outcome, nth: int) -> None:

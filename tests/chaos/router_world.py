@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from megatoken.router.core.lifecycle import State
 from megatoken.router.core.request import Request
+from megatoken.router.core.sink import SessionSink
 from megatoken.router.fleet.fleet import Replica
 from megatoken.router.intake.intake import on_frames
-from megatoken.router.streams.sink import SessionSink
 from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
 from tests.chaos.outcome import Outcome

@@ -34,7 +34,7 @@ from megatoken.router.shell.client_session import ClientSession
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from megatoken.worker.engines.engine import EngineFacts
-from megatoken.worker.requests import check_request
+from megatoken.worker.engines.requests import check_request
 from tests.router_core import CoreFleet
 
 LOOP: Final = asyncio.new_event_loop()

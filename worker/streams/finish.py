@@ -1,4 +1,4 @@
-"""How a stream's end is put into a Finish: pure. Called by replica.py."""
+"""How a stream's end is put into a Finish: pure. Called by worker/replica.py."""
 
 from __future__ import annotations
 

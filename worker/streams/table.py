@@ -1,7 +1,7 @@
 """Which slot belongs to which caller's stream, and how far each slot is: arrays, so that a step costs per step.
 
 The replica allots slots, the engine reports by slot, and `split` turns a step into one part a caller. Pure but for
-the outlets it fills. Called by replica.py.
+the outlets it fills. Called by worker/replica.py.
 """
 
 from __future__ import annotations

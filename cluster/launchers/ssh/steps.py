@@ -1,6 +1,6 @@
 """The ssh commands that bring a cluster up on a list of hosts, and down again. Pure.
 
-ssh_run.py runs them with deadlines; ssh_script.py writes the same commands as shell scripts. Host keys are always
+run.py runs them with deadlines; script.py writes the same commands as shell scripts. Host keys are always
 checked (Ray's own cluster launcher turns that off), passwords are never asked for, and the token and the environment
 that the spec gives travel over stdin: a command line is there for everybody on both machines to read.
 """

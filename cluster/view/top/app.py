@@ -1,4 +1,4 @@
-"""The screen of `megatoken top`: draws what top_view.py says, and turns keys into sorting, filtering and requests.
+"""The screen of `megatoken top`: draws what view.py says, and turns keys into sorting, filtering and requests.
 
 A change of the cluster (drain, scale) is asked for only after "y" on a dialog that says what will happen. Works at
 80x24 and over SSH: no mouse, no colour and no glyph beyond the block characters is needed to read it.

@@ -1,7 +1,7 @@
 """Fetches what `megatoken top` shows: GetStatus each second, throughput and events as streams, routers' own accounts.
 
 Keeps the last answer of each and how long the controller has been silent; nothing here ends the view. Decides nothing
-about what is shown (top_view.py). All calls have a deadline, all histories a bound.
+about what is shown (view.py). All calls have a deadline, all histories a bound.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`megatoken top`: the live view of a cluster, or one picture of it as an SVG.
 
-cli_top.py calls these with the controller's address and a way to open channels with the cluster's credentials.
+cluster/cli/top.py calls these with the controller's address and a way to open channels with the cluster's credentials.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers and time as short text for a terminal: pure functions, used by top_view.py. None is shown as "-"."""
+"""Numbers and time as short text for a terminal: pure functions, used by view.py. None is shown as "-"."""
 
 from __future__ import annotations
 

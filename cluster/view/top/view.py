@@ -1,6 +1,6 @@
 """What `megatoken top` shows, as values: a ClusterStatus, a ThroughputSample and routers' statuses in, text out.
 
-Pure: no terminal, network or clock. top_app.py draws what is decided here, top_feed.py fetches what goes in. A number
+Pure: no terminal, network or clock. app.py draws what is decided here, feed.py fetches what goes in. A number
 nobody reported is shown as "-", never as 0.
 """
 

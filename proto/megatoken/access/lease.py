@@ -2,7 +2,7 @@
 
 `ID.SIGNATURE.TERMS`: the id, HMAC-SHA256 over id and terms in hex, and the terms as a JSON list. A router signs
 with the key of that replica alone (credentials.replica_lease_key), so a worker can forge no lease for another. Pure:
-router/core/leases.py signs, worker/leases.py verifies and remembers which were used. Ends are unix seconds, since
+router/shell/leases.py signs, worker/leases.py verifies and remembers which were used. Ends are unix seconds, since
 router and worker share no other clock: one that is off by a second lets a lease end a second early or late.
 """
 

@@ -1,4 +1,4 @@
-"""metrics.py and service_discovery.py of cluster/controller: a ClusterStatus as gauges, and as Prometheus targets."""
+"""A ClusterStatus as gauges (cluster/controller/metrics.py), and as Prometheus targets."""
 
 from __future__ import annotations
 

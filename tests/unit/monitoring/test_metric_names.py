@@ -1,4 +1,4 @@
-"""docs/metrics.md against what processes export, where that needs no process; test_monitoring_live.py does the rest."""
+"""docs/metrics.md against what processes export, where that needs no process; tests/integration does the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""view.py and text.py of cluster/view/top: what `megatoken top` shows for which inputs."""
+"""cluster/view/top/view.py: what `megatoken top` shows for which inputs."""
 
 from __future__ import annotations
 

@@ -12,13 +12,13 @@ import pytest
 from megatoken.errors import AuthError, OverloadError, RequestError, UnavailableError
 from megatoken.frames import pack
 from megatoken.router.core import submission
-from megatoken.router.core.leases import Leases
 from megatoken.router.core.request import Request
 from megatoken.router.core.submission import submit
 from megatoken.router.identity.api_keys import ApiKey, KeyRing
 from megatoken.router.identity.door import Caller, Door
 from megatoken.router.identity.key_limits import Usage
 from megatoken.router.measures import refusal_reason
+from megatoken.router.shell.leases import Leases
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, router_pb2
 from tests.router_core import CoreFleet

@@ -11,10 +11,10 @@ from megatoken.access.credentials import Credentials, new_secrets
 from megatoken.access.lease import lease_id, verify
 from megatoken.access.table import Identity, Program
 from megatoken.errors import OverloadError, RequestError
-from megatoken.router.core.leases import Leases, LeaseSigner
 from megatoken.router.identity.api_keys import ApiKey
 from megatoken.router.identity.door import Caller
 from megatoken.router.intake.intake import on_frame
+from megatoken.router.shell.leases import Leases, LeaseSigner
 from megatoken.v1 import frame_columns_pb2, router_pb2, tokens_pb2
 from tests.router_core import CoreFleet
 

@@ -11,11 +11,11 @@ from grpc import aio
 
 from megatoken.router.edge.router_session import link as edge_module
 from megatoken.router.fleet.circuit import CircuitState
-from megatoken.router.fleet.membership import apply_snapshot
 from megatoken.router.secure import channel_to
 from megatoken.router.shell import watch as watch_module
 from megatoken.router.shell import worker_link as link_module
 from megatoken.router.shell.inbox import Inbox
+from megatoken.router.shell.membership import apply_snapshot
 from megatoken.router.shell.watch import watch_membership
 from megatoken.router.shell.worker_link import WorkerLink
 from megatoken.tls import ClientTls

@@ -11,7 +11,7 @@ from megatoken.errors import NotFoundError, RequestError
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.engines.engine import EngineFacts
-from megatoken.worker.requests import check_request
+from megatoken.worker.engines.requests import check_request
 
 FACTS = EngineFacts("simulated", "1", 100, 1000, 8, 16, 10_000, loras=("french",))
 DEEP = "{" + '"extra_args": ' + "[" * 40 + "]" * 40 + "}"

@@ -1,7 +1,7 @@
 """The Ray executor on CPU nodes.
 
 Two things differ there: a CPU slot has no device number for Ray to report, and a rank needs a few environment variables
-before it imports vLLM (the platform is chosen, and threads are counted, at import). Chosen by ray_placement.py.
+before it imports vLLM (the platform is chosen, and threads are counted, at import). Chosen by placement.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped,unused-ignore]
 from vllm.v1.executor import ray_executor_v2
 
-from megatoken.worker.engines.ray.cpu_platform_plugin import DEVICE_VARIABLE
 from megatoken.worker.engines.ray.executor import MarkedRank, MortalRayExecutor
+from megatoken.worker.engines.ray.variables import DEVICE_VARIABLE
 
 # Copied from the engine core to its ranks, before they import anything.
 EARLY_VARIABLES = (

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from megatoken.worker.engines.ray.cpu_platform_plugin import DEVICE_VARIABLE
+from megatoken.worker.engines.ray.variables import DEVICE_VARIABLE
 
 WORKER_CLASS = "megatoken.worker.engines.ray.cpu_worker.StageCpuWorker"
 COMMUNICATOR_CLASS = "megatoken.worker.engines.ray.cpu_communicator.HostCpuCommunicator"

@@ -2,7 +2,7 @@
 
 The worker itself is no Ray process: it hands the group's id on inside vLLM's configuration, and the engine core, which
 is a Ray driver of its own, connects by RAY_ADDRESS. Ranks are actors of that driver's job, so Ray ends them when the
-engine core dies, however it dies. Called by vllm_engine.py when the worker's config names a placement group.
+engine core dies, however it dies. Called by worker/engines/vllm/engine.py when the config names a placement group.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import os
 from typing import Any
 
 from megatoken.worker.config import WorkerConfig
-from megatoken.worker.engines.ray.cpu_platform_plugin import DEVICE_VARIABLE
+from megatoken.worker.engines.ray.variables import DEVICE_VARIABLE, REPLICA_VARIABLE
 
 CPU_RESOURCE = "cpu_device"
-REPLICA_VARIABLE = "MEGATOKEN_REPLICA"  # tells rank processes, wherever they run, whose they are
 
 
 def prepare_environment(config: WorkerConfig) -> None:

@@ -1,4 +1,4 @@
-"""A worker's config as vLLM's engine arguments. Called by vllm_engine.py at start."""
+"""A worker's config as vLLM's engine arguments. Called by engine.py at start."""
 
 from __future__ import annotations
 

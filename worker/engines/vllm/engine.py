@@ -1,6 +1,6 @@
 """vLLM behind the `Engine` protocol, driven by its engine-core client: one EngineCoreOutputs is one Step.
 
-The client is vLLM-internal; this module, vllm_request.py and vllm_step.py are all that touches it, and
+The client is vLLM-internal; this module, request.py and step.py are all that touches it, and
 tests/integration/test_worker_vllm_seam.py holds what they rely on against the pinned version.
 
 The engine core is started by `boot`, before any event loop or thread exists: on CPU it is forked from this process,
@@ -37,6 +37,7 @@ from megatoken.log import log_event
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.engine import EngineFacts, EngineLoad, EngineRequest, StepSink
 from megatoken.worker.engines.ray import placement as ray_placement
+from megatoken.worker.engines.requests import TRANSFERS
 from megatoken.worker.engines.vllm.arguments import engine_arguments, lora_modules
 from megatoken.worker.engines.vllm.metrics import VllmMetrics
 from megatoken.worker.engines.vllm.plugins import tie_forks
@@ -49,7 +50,6 @@ from megatoken.worker.engines.vllm.request import (
 )
 from megatoken.worker.engines.vllm.resume import carry_over, install
 from megatoken.worker.engines.vllm.step import INVALID_ARGUMENT, UNAVAILABLE, StepReader
-from megatoken.worker.requests import TRANSFERS
 
 SUPPORTED_TASKS = ("generate",)
 ABORT_BATCH = 1024  # ids in one abort message

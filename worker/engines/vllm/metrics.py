@@ -2,7 +2,7 @@
 
 The engine core sends its scheduler's statistics with each step; vLLM's own Prometheus logger takes them, so names and
 meanings are vLLM's. What vLLM counts per token in its front-end is not passed on: this worker has no such front-end,
-and counts the same as megatoken_worker_*. Called by vllm_engine.py.
+and counts the same as megatoken_worker_*. Called by engine.py.
 """
 
 from __future__ import annotations

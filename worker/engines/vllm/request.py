@@ -1,6 +1,6 @@
 """Turns a checked request's sampling parameters into vLLM's. Pure but for vLLM's own classes.
 
-Each refusal is a RequestError that names the field as tokens.proto does. Called by vllm_engine.py.
+Each refusal is a RequestError that names the field as tokens.proto does. Called by engine.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from megatoken.errors import RequestError
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.engines.engine import EngineRequest
-from megatoken.worker.requests import read_extra
+from megatoken.worker.engines.requests import read_extra
 
 # What vLLM raises for a request that is wrong.
 REFUSALS: Final = (VLLMValidationError, ValueError, TypeError)

@@ -3,8 +3,8 @@
 The tokens that were generated elsewhere stand at the end of the prompt. So the KV cache, greedy choices and the
 repetition penalty (which counts prompt and output alike) are right by themselves. Two things are put right here,
 each in the process where vLLM keeps it: the grammar of a structured output reads those tokens first (`install`, in
-the engine core), and penalties on generated tokens count them too (vllm_resumed_penalties.py, in the ranks). What
-stays different is said in `resume_note`. Called by vllm_engine.py for each request, and by vllm_plugins.py in each
+the engine core), and penalties on generated tokens count them too (resumed_penalties.py, in the ranks). What
+stays different is said in `resume_note`. Called by engine.py for each request, and by plugins.py in each
 engine core.
 """
 
@@ -17,7 +17,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.engine import EngineRequest
-from megatoken.worker.requests import RESERVED
+from megatoken.worker.engines.requests import RESERVED
 
 RESUMED_KEY: Final = "megatoken_resumed_tokens"  # in SamplingParams.extra_args: how many prompt tokens were generated
 PENALTIES_KEY: Final = "megatoken_penalties"  # presence, frequency, repetition

@@ -1,6 +1,6 @@
 """A logits processor for resumed requests: penalties that count the tokens generated before the resume.
 
-vLLM counts a request's own output only, and takes what was generated elsewhere for prompt. Requests that vllm_resume.py
+vLLM counts a request's own output only, and takes what was generated elsewhere for prompt. Requests that resume.py
 marked have vLLM's penalties switched off and get them here, by vLLM's own function, over the whole answer. Runs in
 each rank, inside vLLM's sampler; a batch without such a request costs a truth test a step.
 """

@@ -1,4 +1,4 @@
-"""Turns one EngineCoreOutputs into one Step: the only Python that runs once a token. Called by vllm_engine.py."""
+"""Turns one EngineCoreOutputs into one Step: the only Python that runs once a token. Called by engine.py."""
 
 from __future__ import annotations
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megatoken.router.fleet.choice import Policy
-from megatoken.router.fleet.fleet import Fleet, Member, Replica, index_members
+from megatoken.router.fleet.fleet import Fleet, Member, Policy, Replica, index_members
 from megatoken.v1 import membership_pb2
 
 

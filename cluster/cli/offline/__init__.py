@@ -1,0 +1,1 @@
+"""Commands that need no cluster: they read files, and the machines that would run one."""

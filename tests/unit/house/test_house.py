@@ -1,0 +1,61 @@
+"""What keeps the tree readable: small folders, and docstrings that name files which are there."""
+
+from __future__ import annotations
+
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGES = ("cluster", "router", "worker", "proto/megatoken")
+GENERATED = ROOT / "proto" / "megatoken" / "v1"
+MOST_MODULES = 15
+
+
+def sources(*folders: str) -> Iterator[Path]:
+    """Python files below these folders, without links and generated code."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.resolve() == path and GENERATED not in path.parents:
+                yield path
+
+
+def test_no_folder_has_more_modules_than_one_sees_at_a_glance() -> None:
+    counts: dict[Path, int] = {}
+    for path in sources(*PACKAGES):
+        counts[path.parent] = counts.get(path.parent, 0) + (path.name != "__init__.py")
+    assert len(counts) > 30
+    large = {str(folder.relative_to(ROOT)): count for folder, count in counts.items() if count > MOST_MODULES}
+    assert not large
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    silent = [
+        str(folder.relative_to(ROOT))
+        for folder in {path.parent for path in sources("cluster", "router", "worker")}
+        if not (folder / "__init__.py").is_file() or not (folder / "__init__.py").read_text().startswith('"""')
+    ]
+    assert not silent
+
+
+def told(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of each comment and docstring."""
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(io.BytesIO(file.read()).readline):
+            if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and token.string.startswith('"""')):
+                yield token.start[0], token.string
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "tests", "deploy"])
+def test_a_docstring_names_files_that_are_there(folder: str) -> None:
+    missing = []
+    for path in sources(folder):
+        for line, text in told(path):
+            for name in re.findall(r"[\w/]*\w+\.py\b", text):
+                if not (path.parent / name).exists() and not ("/" in name and (ROOT / name).exists()):
+                    missing.append(f"{path.relative_to(ROOT)}:{line}: {name}")
+    assert not missing

@@ -1,0 +1,8 @@
+"""Environment variables that go from a worker to its engine core and to the ranks."""
+
+from __future__ import annotations
+
+from typing import Final
+
+DEVICE_VARIABLE: Final = "MEGATOKEN_CPU_RAY_DEVICE"  # names the Ray resource that counts CPU slots
+REPLICA_VARIABLE: Final = "MEGATOKEN_REPLICA"  # tells rank processes, wherever they run, whose they are
