@@ -14,9 +14,6 @@ from megatoken.errors import RequestError
 
 _U32: Final = struct.Struct("<I")
 
-# The message of an UNAVAILABLE that means: this router takes nothing new, another may. Clients open a new session.
-DRAINING: Final = "the router is draining; open a new session"
-
 TAG_CLIENT_CANCEL: Final = b"\x12"  # ClientFrame.cancel = 2, packed
 TAG_FRAME_STREAM: Final = b"\x0a"  # Frame.stream = 1, packed
 TAG_FRAME_COUNT: Final = b"\x12"

@@ -16,6 +16,7 @@ from typing import Final
 from megatoken.access.lease import LeaseTerms
 from megatoken.errors import (
     DeadlineError,
+    DrainingError,
     EngineDeadError,
     MegatokenError,
     OverloadError,
@@ -170,7 +171,7 @@ class Replica:
         if self.dead is not None:
             raise EngineDeadError(f"replica {self.config.replica}: {self.dead}")
         if self.draining:
-            raise UnavailableError(f"replica {self.config.replica} is draining and takes no new requests")
+            raise DrainingError(f"replica {self.config.replica} is draining and takes no new requests")
         if self.fenced:
             raise UnavailableError(f"replica {self.config.replica} is fenced: {self.fenced}")
 

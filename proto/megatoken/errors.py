@@ -8,6 +8,7 @@ MegatokenError
 ├── OverloadError     the system is full; the same request may pass later  RESOURCE_EXHAUSTED 429
 ├── DeadlineError     its deadline passed, or cannot be met                DEADLINE_EXCEEDED  504
 ├── UnavailableError  this replica or router cannot; another may           UNAVAILABLE        503
+│   └── DrainingError it takes no new requests; what it has goes on        UNAVAILABLE        503
 └── EngineDeadError   the engine behind a replica is gone: replace it      UNAVAILABLE        503
 """
 
@@ -83,6 +84,10 @@ class UnavailableError(MegatokenError):
 
     grpc_code = grpc.StatusCode.UNAVAILABLE
     http_code = 503
+
+
+class DrainingError(UnavailableError):
+    """This replica or router takes no new requests; what it has goes on."""
 
 
 class EngineDeadError(MegatokenError):

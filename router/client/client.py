@@ -25,12 +25,11 @@ from megatoken.errors import MegatokenError, RequestError, UnavailableError
 from megatoken.frames import MalformedFrame, pack, token_columns
 from megatoken.router.client.columns import ColumnSession, error_of
 from megatoken.router.secure import channel_to
-from megatoken.router.wire import DRAINING, MAX_REQUEST_BYTES, too_large
+from megatoken.router.wire import MAX_REQUEST_BYTES, too_large
 from megatoken.tls import ClientTls
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
 
 Finish = tokens_pb2.Finish
-UNAVAILABLE = 14  # gRPC
 CLOSED = "the client was closed"
 ATTEMPTS = 3  # of a request that has had no token, when its router goes away
 
@@ -325,7 +324,7 @@ class TokenClient:
             entry = live.pop(finish.stream, None)
             if entry is None:
                 continue
-            if finish.code == UNAVAILABLE and finish.message == DRAINING:
+            if finish.draining:
                 self._drains(session)
                 if entry[0].choices == 1 and self._again(entry[0]):
                     continue

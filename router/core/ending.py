@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatoken.errors import MegatokenError, OverloadError, status_number
+from megatoken.errors import DrainingError, MegatokenError, OverloadError, status_number
 from megatoken.router.core.held import flush_held
 from megatoken.router.core.lifecycle import Event, State
 from megatoken.router.core.request import Request
@@ -19,7 +19,9 @@ ERROR = tokens_pb2.FINISH_REASON_ERROR
 def error_finish(stream: int, error: BaseException) -> tokens_pb2.Finish:
     """The Finish of a request that ends with an error."""
     message = str(error) if isinstance(error, MegatokenError) else f"internal error ({type(error).__name__})"
-    finish = tokens_pb2.Finish(stream=stream, reason=ERROR, code=status_number(error), message=message)
+    draining = isinstance(error, DrainingError)
+    code = status_number(error)
+    finish = tokens_pb2.Finish(stream=stream, reason=ERROR, code=code, message=message, draining=draining)
     if isinstance(error, OverloadError):
         finish.retry_after_ms = max(1, round(error.retry_after_s * 1000))
     return finish

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatoken.errors import MegatokenError, RequestError, UnavailableError
+from megatoken.errors import DrainingError, MegatokenError, RequestError, UnavailableError
 from megatoken.router.admission import admission
 from megatoken.router.admission.validation import check_priority, check_request, pool_of
 from megatoken.router.core import continuation
@@ -15,7 +15,6 @@ from megatoken.router.core.request import Request, Sink
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.prefix_book import block_hashes
 from megatoken.router.identity.door import Caller
-from megatoken.router.wire import DRAINING
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 
@@ -81,7 +80,7 @@ def _admit(
 ) -> list[Request]:
     """Charges the caller last of all, so that nothing that fails on the way has to be given back."""
     if state.draining:
-        raise UnavailableError(DRAINING)
+        raise DrainingError("the router is draining; open a new session")
     caller = state.door.admit(caller, message.model)
     pool = pool_of(state.fleet, message.model)
     prompt_tokens, max_tokens = check_request(message, pool, state.config.limits)

@@ -20,14 +20,13 @@ from typing import Final
 
 from megatoken.access.credentials import Credentials, replica_lease_key
 from megatoken.access.lease import MAX_ID_CHARACTERS, LeaseTerms, lease_id, sign
-from megatoken.errors import OverloadError, RequestError, UnavailableError
+from megatoken.errors import DrainingError, OverloadError, RequestError, UnavailableError
 from megatoken.router.admission.admission import retry_after_s
 from megatoken.router.admission.validation import pool_of
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.fleet import Replica
 from megatoken.router.identity.door import Caller
-from megatoken.router.wire import DRAINING
 from megatoken.v1 import router_pb2, tokens_pb2
 
 MAX_KEYS: Final = 8192  # of replicas, derived and kept
@@ -85,7 +84,7 @@ class Leases:
         """Leases a replica. Raises as a submitted request would."""
         state = self._state
         if state.draining:
-            raise UnavailableError(DRAINING)
+            raise DrainingError("the router is draining; ask another")
         caller = state.door.admit(caller, request.model)
         if len(request.request_id) > MAX_ID_CHARACTERS:
             raise RequestError("request_id", request.request_id, f"at most {MAX_ID_CHARACTERS} characters")

@@ -227,6 +227,7 @@ async def test_an_agent_of_another_version_is_kept_out_with_a_reason(agents: Age
             await asyncio.sleep(0.2)
         call.cancel()
     assert "agent old on node old speaks version 99 of the throughput vector" in reply.refused
+    assert reply.refusal == throughput_pb2.ATTENDANCE_REFUSAL_WIRE_VERSION
     assert (await agents.sample("n0")).epoch == epoch
 
 

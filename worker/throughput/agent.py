@@ -70,6 +70,10 @@ STANCES: Final = {
     State.REDUCING: throughput_pb2.ATTENDANCE_STATE_TICKING,
     State.BROKEN: throughput_pb2.ATTENDANCE_STATE_FAILED,
 }
+ERRORS: Final = {  # what megatoken_agent_errors_total calls a refusal
+    throughput_pb2.ATTENDANCE_REFUSAL_WIRE_VERSION: "version",
+    throughput_pb2.ATTENDANCE_REFUSAL_BACKEND: "backend",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -120,7 +124,7 @@ class Agent:
             config.attend_s,
             self._attendance,
             self._on_snapshot,
-            self._on_refused,
+            self._on_reply,
             config.controller_tls,
             present,
         )
@@ -189,12 +193,12 @@ class Agent:
         agents = [member.agent for member in self._group.members]
         self._rank = agents.index(self._config.agent) if self._config.agent in agents else -1
 
-    def _on_refused(self, reason: str) -> None:
-        if reason and reason != self._refused:
-            log_event(logger, "agent.refused", reason, level=logging.ERROR)
-            self.metrics.error("version" if "version" in reason else "backend" if "reduce with" in reason else "other")
-            self.board.retract(reason)
-        self._refused = reason
+    def _on_reply(self, reply: throughput_pb2.AttendanceReply) -> None:
+        if reply.refused and reply.refused != self._refused:
+            log_event(logger, "agent.refused", reply.refused, level=logging.ERROR)
+            self.metrics.error(ERRORS.get(reply.refusal, "other"))
+            self.board.retract(reply.refused)
+        self._refused = reply.refused
 
     def _attendance(self) -> throughput_pb2.Attendance:
         state = self._epochs.state

@@ -20,7 +20,16 @@ from typing import Any, Final
 import grpc
 
 from megatoken.v1 import membership_pb2, throughput_pb2, throughput_pb2_grpc
-from megatoken.worker.throughput.decide.group import Attended, Attendee, Group, GroupPolicy, Groups, Stance
+from megatoken.worker.throughput.decide.group import (
+    Attended,
+    Attendee,
+    Group,
+    GroupPolicy,
+    Groups,
+    RefusalKind,
+    Refused,
+    Stance,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +41,11 @@ STANCES: Final = {
     throughput_pb2.ATTENDANCE_STATE_FORMING: Stance.FORMING,
     throughput_pb2.ATTENDANCE_STATE_TICKING: Stance.TICKING,
     throughput_pb2.ATTENDANCE_STATE_FAILED: Stance.FAILED,
+}
+REFUSALS: Final = {
+    RefusalKind.WIRE_VERSION: throughput_pb2.ATTENDANCE_REFUSAL_WIRE_VERSION,
+    RefusalKind.REPLACED: throughput_pb2.ATTENDANCE_REFUSAL_REPLACED,
+    RefusalKind.BACKEND: throughput_pb2.ATTENDANCE_REFUSAL_BACKEND,
 }
 Publish = Callable[[membership_pb2.ThroughputGroup, str], None]  # the group, and why it was formed
 
@@ -87,7 +101,7 @@ class AttendanceServicer(throughput_pb2_grpc.ThroughputAttendanceServicer):
                 if (said.epoch, said.state) != stance:
                     stance = (said.epoch, said.state)
                     self._poll()
-                yield throughput_pb2.AttendanceReply(epoch=self.groups.group.epoch, refused=refused)
+                yield reply_of(self.groups.group.epoch, refused)
         finally:
             if agent:
                 self._streams[agent].discard(mine)
@@ -112,6 +126,13 @@ class AttendanceServicer(throughput_pb2_grpc.ThroughputAttendanceServicer):
         while True:
             await asyncio.sleep(POLL_S)
             self._poll()
+
+
+def reply_of(epoch: int, refused: Refused | None) -> throughput_pb2.AttendanceReply:
+    """The answer to an agent: the present group, and whether it is kept out of every one."""
+    if refused is None:
+        return throughput_pb2.AttendanceReply(epoch=epoch)
+    return throughput_pb2.AttendanceReply(epoch=epoch, refused=refused.text, refusal=REFUSALS[refused.kind])
 
 
 def attended_of(message: throughput_pb2.Attendance) -> Attended:

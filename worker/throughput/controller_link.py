@@ -60,12 +60,12 @@ class ControllerLink:
         attend_s: float,
         attendance: Callable[[], throughput_pb2.Attendance],
         on_snapshot: Callable[[membership_pb2.Snapshot], None],
-        on_refused: Callable[[str], None],
+        on_reply: Callable[[throughput_pb2.AttendanceReply], None],
         tls: ClientTls | None = None,
         present: Present | None = None,
     ) -> None:
         self._addresses, self._watcher, self._attend_s = itertools.cycle(controllers), watcher, attend_s
-        self._attendance, self._on_snapshot, self._on_refused = attendance, on_snapshot, on_refused
+        self._attendance, self._on_snapshot, self._on_reply = attendance, on_snapshot, on_reply
         self._tls, self._present = tls, present
         self._patience_s = attend_s + ANSWER_TIMEOUT_S
         self._hurry = asyncio.Event()
@@ -153,7 +153,7 @@ class ControllerLink:
                     log_event(logger, "controller.connected", controller=session.address)
                 session.answered_s = loop.time()
                 self.connected = True
-                self._on_refused(reply.refused)
+                self._on_reply(reply)
                 try:
                     async with asyncio.timeout(self._attend_s):
                         await self._hurry.wait()

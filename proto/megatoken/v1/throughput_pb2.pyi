@@ -15,11 +15,22 @@ class AttendanceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ATTENDANCE_STATE_FORMING: _ClassVar[AttendanceState]
     ATTENDANCE_STATE_TICKING: _ClassVar[AttendanceState]
     ATTENDANCE_STATE_FAILED: _ClassVar[AttendanceState]
+
+class AttendanceRefusal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ATTENDANCE_REFUSAL_UNSPECIFIED: _ClassVar[AttendanceRefusal]
+    ATTENDANCE_REFUSAL_WIRE_VERSION: _ClassVar[AttendanceRefusal]
+    ATTENDANCE_REFUSAL_REPLACED: _ClassVar[AttendanceRefusal]
+    ATTENDANCE_REFUSAL_BACKEND: _ClassVar[AttendanceRefusal]
 ATTENDANCE_STATE_UNSPECIFIED: AttendanceState
 ATTENDANCE_STATE_OUTSIDE: AttendanceState
 ATTENDANCE_STATE_FORMING: AttendanceState
 ATTENDANCE_STATE_TICKING: AttendanceState
 ATTENDANCE_STATE_FAILED: AttendanceState
+ATTENDANCE_REFUSAL_UNSPECIFIED: AttendanceRefusal
+ATTENDANCE_REFUSAL_WIRE_VERSION: AttendanceRefusal
+ATTENDANCE_REFUSAL_REPLACED: AttendanceRefusal
+ATTENDANCE_REFUSAL_BACKEND: AttendanceRefusal
 
 class GetThroughputRequest(_message.Message):
     __slots__ = ()
@@ -118,9 +129,11 @@ class Attendance(_message.Message):
     def __init__(self, member: _Optional[_Union[_membership_pb2.ThroughputMember, _Mapping]] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[AttendanceState, str]] = ..., problem: _Optional[str] = ..., suspects: _Optional[_Iterable[str]] = ..., backends: _Optional[_Iterable[str]] = ..., wire_version: _Optional[int] = ..., members: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AttendanceReply(_message.Message):
-    __slots__ = ("epoch", "refused")
+    __slots__ = ("epoch", "refused", "refusal")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     refused: str
-    def __init__(self, epoch: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
+    refusal: AttendanceRefusal
+    def __init__(self, epoch: _Optional[int] = ..., refused: _Optional[str] = ..., refusal: _Optional[_Union[AttendanceRefusal, str]] = ...) -> None: ...

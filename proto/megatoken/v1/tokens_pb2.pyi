@@ -150,7 +150,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., lora: _Optional[str] = ..., priority: _Optional[int] = ..., affinity: _Optional[str] = ..., delivery: _Optional[_Union[Delivery, str]] = ..., max_delay_ms: _Optional[int] = ..., resume: _Optional[_Union[Resume, str]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., resumed_tokens: _Optional[int] = ..., lease: _Optional[str] = ..., site: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Finish(_message.Message):
-    __slots__ = ("stream", "reason", "code", "message", "stop_token", "prompt_tokens", "cached_tokens", "generated_tokens", "replica", "resumes", "resume_note", "retry_after_ms", "engine_dead")
+    __slots__ = ("stream", "reason", "code", "message", "stop_token", "prompt_tokens", "cached_tokens", "generated_tokens", "replica", "resumes", "resume_note", "retry_after_ms", "engine_dead", "draining")
     STREAM_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,7 @@ class Finish(_message.Message):
     RESUME_NOTE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_DEAD_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     stream: int
     reason: FinishReason
     code: int
@@ -177,7 +178,8 @@ class Finish(_message.Message):
     resume_note: str
     retry_after_ms: int
     engine_dead: bool
-    def __init__(self, stream: _Optional[int] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., stop_token: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., replica: _Optional[str] = ..., resumes: _Optional[int] = ..., resume_note: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., engine_dead: bool = ...) -> None: ...
+    draining: bool
+    def __init__(self, stream: _Optional[int] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., stop_token: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., replica: _Optional[str] = ..., resumes: _Optional[int] = ..., resume_note: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., engine_dead: bool = ..., draining: bool = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("width", "token", "logprob", "rank")

@@ -7,10 +7,10 @@ that vLLM's own error handlers turn into that HTTP status.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Final
 
+from megatoken.errors import MegatokenError, OverloadError
 from megatoken.v1.tokens_pb2 import (
     FINISH_REASON_CANCELLED,
     FINISH_REASON_ERROR,
@@ -31,8 +31,8 @@ REPETITION_STOP_REASON: Final = "repetition_detected"  # vllm.v1.core.sched.util
 
 # gRPC status numbers that a Finish carries, and the HTTP status each becomes (megatoken.errors has the table of types).
 HTTP_OF_CODE: Final = {1: 503, 3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 400, 11: 400, 12: 501, 14: 503, 16: 401}
+RETRIED: Final = (429, 503)  # statuses after which the same request may pass later
 DEFAULT_RETRY_AFTER_S: Final = 1.0
-RETRY_AFTER_TEXT: Final = re.compile(r"retry after (\d+(?:\.\d+)?) s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,21 @@ def refusal(finish: Finish) -> Refusal | None:
         return None
     if finish.reason != FINISH_REASON_ERROR:
         return Refusal(500, f"the router ended the request for an unknown reason ({finish.reason})")
-    status = HTTP_OF_CODE.get(finish.code, 500)
     message = finish.message or f"the request failed with gRPC status {finish.code}"
-    if status not in (429, 503):
+    return _refusal(HTTP_OF_CODE.get(finish.code, 500), message, finish.retry_after_ms / 1000)
+
+
+def refusal_of(error: MegatokenError) -> Refusal:
+    """The refusal that one of our own errors stands for, where the edge itself refuses."""
+    retry_after_s = error.retry_after_s if isinstance(error, OverloadError) else 0.0
+    return _refusal(error.http_code, str(error), retry_after_s)
+
+
+def _refusal(status: int, message: str, retry_after_s: float) -> Refusal:
+    if status not in RETRIED:
         return Refusal(status, message)
-    retry_after_s = finish.retry_after_ms / 1000 if finish.retry_after_ms else DEFAULT_RETRY_AFTER_S
-    if status == 429 and RETRY_AFTER_TEXT.search(message) is None:
+    retry_after_s = retry_after_s or DEFAULT_RETRY_AFTER_S
+    if status == 429:
         message = f"{message.rstrip('.')}; retry after {retry_after_s:g} s"
     return Refusal(status, message, retry_after_s)
 
@@ -67,12 +76,11 @@ def stop_reason(finish: Finish) -> int | str | None:
     return finish.stop_token if finish.HasField("stop_token") else None
 
 
-def retry_after_headers(status: int, message: str) -> list[tuple[bytes, bytes]]:
+def retry_after_headers(status: int, retry_after_s: float | None) -> list[tuple[bytes, bytes]]:
     """Retry-After, in whole seconds as HTTP has it and in milliseconds as the openai client reads it."""
-    if status not in (429, 503):
+    if status not in RETRIED:
         return []
-    found = RETRY_AFTER_TEXT.search(message)
-    retry_after_s = float(found.group(1)) if found else DEFAULT_RETRY_AFTER_S
+    retry_after_s = retry_after_s or DEFAULT_RETRY_AFTER_S
     return [
         (b"retry-after", str(max(1, math.ceil(retry_after_s))).encode()),
         (b"retry-after-ms", str(max(1, round(retry_after_s * 1000))).encode()),

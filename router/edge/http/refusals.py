@@ -21,7 +21,7 @@ ERROR_CHUNK: Final = b'data: {"error"'
 class GuardedSend:
     """Wraps the `send` of one HTTP exchange."""
 
-    __slots__ = ("_dropping", "_start", "bodies", "raw", "status")
+    __slots__ = ("_dropping", "_start", "bodies", "raw", "retry_after_s", "status")
 
     def __init__(self, send: Send) -> None:
         self.raw = send
@@ -29,6 +29,7 @@ class GuardedSend:
         self._start: Message | None = None
         self._dropping = False
         self.status = 0
+        self.retry_after_s: float | None = None  # of the refusal that the exchange ends with, where it says
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -53,17 +54,15 @@ class GuardedSend:
     async def _refuse(self, start: Message, message: Message, error: dict[str, Any] | None) -> None:
         body = message.get("body", b"")
         more = message.get("more_body", False)
-        text = body.decode(errors="replace")
         if start["status"] == 200 and error is not None:
             self._dropping, more = more, False
             code = error["error"].get("code")
             status = code if isinstance(code, int) and 400 <= code <= 599 else 500
-            text = str(error["error"].get("message", ""))
             body = json.dumps(error).encode()
             headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
             start = {**start, "status": status, "headers": headers}
         self.status = start["status"]
-        headers = [*start.get("headers", []), *retry_after_headers(start["status"], text)]
+        headers = [*start.get("headers", []), *retry_after_headers(start["status"], self.retry_after_s)]
         await self.raw({**start, "headers": headers})
         await self.raw({"type": "http.response.body", "body": body, "more_body": more})
 

@@ -86,11 +86,11 @@ class Sessions:
     def _session(self, name: str) -> Session:
         limits = self._config.limits
         if self.running >= limits.max_requests:
-            raise OverloadError(f"this edge has {limits.max_requests} requests running; retry after 1 s", 1.0)
+            raise OverloadError(f"this edge has {limits.max_requests} requests running", 1.0)
         found = self._open.get(name)
         if found is None:
             if len(self._open) >= MAX_SESSIONS:
-                raise OverloadError(f"this edge has callers with {MAX_SESSIONS} keys; retry after 1 s", 1.0)
+                raise OverloadError(f"this edge has callers with {MAX_SESSIONS} keys", 1.0)
             found = self._open[name] = self._connect(name or self._config.router_key)
         self._used_s[name] = time.monotonic()
         return found[0]

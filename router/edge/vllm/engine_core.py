@@ -13,7 +13,7 @@ from collections import deque
 from contextvars import ContextVar
 from http import HTTPStatus
 from types import SimpleNamespace
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
-from megatoken.errors import MegatokenError, OverloadError, RequestError
+from megatoken.errors import MegatokenError, RequestError
 from megatoken.router.edge.config import EdgeConfig
-from megatoken.router.edge.http.exchange import EXCHANGE
-from megatoken.router.edge.http.outcomes import VLLM_REASON, Refusal, refusal, stop_reason
+from megatoken.router.edge.http.exchange import EXCHANGE, Exchange
+from megatoken.router.edge.http.outcomes import VLLM_REASON, Refusal, refusal, refusal_of, stop_reason
 from megatoken.router.edge.router_session.direct import DirectWriter
 from megatoken.router.edge.router_session.session import Session
 from megatoken.router.edge.router_session.sessions import Sessions
@@ -54,10 +54,23 @@ class CoreReceiver:
     `handed` counts tokens that were given to vLLM's output processor, whether or not it has taken them yet.
     """
 
-    __slots__ = ("core", "detokenizer", "early", "handed", "prompt_tokens", "request_id", "writer", "written")
+    __slots__ = (
+        "core",
+        "detokenizer",
+        "early",
+        "exchange",
+        "handed",
+        "prompt_tokens",
+        "request_id",
+        "writer",
+        "written",
+    )
 
-    def __init__(self, core: RouterEngineCore, request_id: str, prompt_tokens: int) -> None:
+    def __init__(
+        self, core: RouterEngineCore, request_id: str, prompt_tokens: int, exchange: Exchange | None = None
+    ) -> None:
         self.core = core
+        self.exchange = exchange
         self.request_id = request_id
         self.prompt_tokens = prompt_tokens
         self.handed = 0
@@ -97,7 +110,7 @@ class CoreReceiver:
             self.core.forget(self.request_id)
             refused = refusal(finish)
             if refused is not None:
-                self.core.fail(self.request_id, as_vllm_error(refused))
+                self.core.fail(self.request_id, as_vllm_error(refused, self.exchange))
                 return
             output.finish_reason = FinishReason[VLLM_REASON[finish.reason]]
             output.stop_reason = stop_reason(finish)
@@ -167,10 +180,10 @@ class RouterEngineCore(EngineCoreClient):
         return self._batches.popleft()
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
+        exchange = EXCHANGE.get()
         try:
-            exchange = EXCHANGE.get()
             message = self._to_contract(request, exchange.traceparent if exchange is not None else "")
-            receiver = CoreReceiver(self, request.request_id, len(request.prompt_token_ids or ()))
+            receiver = CoreReceiver(self, request.request_id, len(request.prompt_token_ids or ()), exchange)
             with self._sessions.use(exchange.secret if exchange is not None else "") as session:
                 await session.wait_connected()
                 session.open(receiver, message)
@@ -181,7 +194,7 @@ class RouterEngineCore(EngineCoreClient):
         except BaseException as error:  # also a client that left: vLLM registered the request before this call
             self._processor.abort_requests([request.request_id], internal=True)
             if isinstance(error, MegatokenError):
-                raise_as_vllm_error(error)
+                raise as_vllm_error(refusal_of(error), exchange) from error
             raise
 
     def cancel(self, request_id: str) -> None:
@@ -269,19 +282,15 @@ class RouterRefusal(GracefulHTTPError):
     """A refusal that vLLM has no type of its own for: its HTTP status and text reach the client as they are."""
 
 
-def as_vllm_error(refused: Refusal) -> Exception:
-    """The exception that vLLM's error handlers turn into this refusal's HTTP status."""
+def as_vllm_error(refused: Refusal, exchange: Exchange | None) -> Exception:
+    """The exception that vLLM's error handlers turn into this refusal's HTTP status; its exchange learns the rest."""
+    if exchange is not None:
+        exchange.guard.retry_after_s = refused.retry_after_s
     if refused.http_status == HTTPStatus.BAD_REQUEST:
         return VLLMValidationError(refused.message)
     if refused.http_status == HTTPStatus.NOT_FOUND:
         return VLLMNotFoundError(refused.message)
     return RouterRefusal(refused.message, HTTPStatus(refused.http_status))
-
-
-def raise_as_vllm_error(error: MegatokenError) -> NoReturn:
-    """Raises one of our errors as vLLM's."""
-    retry_after_s = error.retry_after_s if isinstance(error, OverloadError) else None
-    raise as_vllm_error(Refusal(error.http_code, str(error), retry_after_s)) from error
 
 
 def logprobs_lists(parts: list[Logprobs]) -> LogprobsLists | None:

@@ -12,6 +12,8 @@ from megatoken.worker.throughput.decide.group import (
     Group,
     GroupPolicy,
     Groups,
+    RefusalKind,
+    Refused,
     Stance,
     common_backend,
 )
@@ -132,7 +134,7 @@ def test_of_two_agents_on_a_node_the_newest_counts() -> None:
     room.agents["b2"] = Attended(attendee("b2", node="node-b"))
     room.pass_s(2)
     assert room.groups.group.agents == ("a", "b2")
-    assert room.groups.refusals() == {"b": "node node-b has a newer agent, b2"}
+    assert room.groups.refusals() == {"b": Refused(RefusalKind.REPLACED, "node node-b has a newer agent, b2")}
 
 
 def test_a_failed_group_is_formed_again_with_everyone() -> None:
@@ -210,11 +212,16 @@ def test_other_versions_and_backends_are_refused_with_a_reason() -> None:
     room.pass_s(3)
     assert room.groups.group.agents == ("a", "b")
     refused = room.groups.refusals()
-    assert refused["old"].startswith("agent old on node node-old speaks version 0 of the throughput vector")
-    assert refused["gpu"].startswith(
+    assert {agent: said.kind for agent, said in refused.items()} == {
+        "old": RefusalKind.WIRE_VERSION,
+        "gpu": RefusalKind.BACKEND,
+        "none": RefusalKind.BACKEND,
+    }
+    assert refused["old"].text.startswith("agent old on node node-old speaks version 0 of the throughput vector")
+    assert refused["gpu"].text.startswith(
         "agent gpu on node node-gpu can reduce with nccl/cuda only, and the others need gloo"
     )
-    assert "can reduce with nothing only" in refused["none"]
+    assert "can reduce with nothing only" in refused["none"].text
 
 
 @pytest.mark.parametrize(

@@ -183,9 +183,10 @@ def test_the_model_of_a_body(body: bytes, model: str | None) -> None:
     assert model_of(body) == model
 
 
-async def through_guard(*messages: Message) -> Exchange:
+async def through_guard(*messages: Message, retry_after_s: float | None = None) -> Exchange:
     exchange = Exchange()
     guard = GuardedSend(exchange.send)
+    guard.retry_after_s = retry_after_s
     for message in messages:
         await guard(message)
     return exchange
@@ -205,10 +206,10 @@ async def test_a_stream_passes_unchanged() -> None:
 
 
 async def test_an_error_before_the_first_token_becomes_the_status() -> None:
-    error = {"error": {"message": "full; retry after 2.5 s", "type": "Too Many Requests", "param": None, "code": 429}}
+    error = {"error": {"message": "full", "type": "Too Many Requests", "param": None, "code": 429}}
     chunk = f"data: {json.dumps(error)}\n\n".encode()
     exchange = await through_guard(
-        start(200, SSE), body(chunk, True), body(b"data: [DONE]\n\n", True), body(b"", False)
+        start(200, SSE), body(chunk, True), body(b"data: [DONE]\n\n", True), body(b"", False), retry_after_s=2.5
     )
     assert exchange.status == 429
     assert json.loads(exchange.body) == error
@@ -219,8 +220,8 @@ async def test_an_error_before_the_first_token_becomes_the_status() -> None:
 
 
 async def test_a_plain_refusal_gets_retry_after() -> None:
-    content = b'{"error":{"message":"retry after 4 s"}}'
-    exchange = await through_guard(start(429, []), body(content, False))
+    content = b'{"error":{"message":"full"}}'
+    exchange = await through_guard(start(429, []), body(content, False), retry_after_s=4.0)
     assert exchange.headers[b"retry-after"] == b"4"
     assert exchange.body == content
 

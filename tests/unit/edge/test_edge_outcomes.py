@@ -7,8 +7,15 @@ from http import HTTPStatus
 import grpc
 import pytest
 
-from megatoken.errors import HTTP_OF_GRPC
-from megatoken.router.edge.http.outcomes import HTTP_OF_CODE, refusal, retry_after_headers, stop_reason
+from megatoken.errors import HTTP_OF_GRPC, AuthError, OverloadError, UnavailableError
+from megatoken.router.edge.http.outcomes import (
+    HTTP_OF_CODE,
+    Refusal,
+    refusal,
+    refusal_of,
+    retry_after_headers,
+    stop_reason,
+)
 from megatoken.v1.tokens_pb2 import (
     FINISH_REASON_CANCELLED,
     FINISH_REASON_ERROR,
@@ -51,15 +58,13 @@ def test_overload_says_when_to_come_back() -> None:
     assert refused is not None
     assert refused.message == "the queue is full; retry after 2.5 s"
     assert refused.retry_after_s == 2.5
-    assert retry_after_headers(429, refused.message) == [(b"retry-after", b"3"), (b"retry-after-ms", b"2500")]
+    assert retry_after_headers(429, refused.retry_after_s) == [(b"retry-after", b"3"), (b"retry-after-ms", b"2500")]
 
 
-def test_a_message_that_says_when_is_left_alone() -> None:
-    refused = refusal(
-        Finish(reason=FINISH_REASON_ERROR, code=8, message="full; retry after 0.25 s", retry_after_ms=250)
-    )
-    assert refused is not None
-    assert refused.message == "full; retry after 0.25 s"
+def test_an_error_of_the_edge_itself_is_refused_alike() -> None:
+    assert refusal_of(OverloadError("full", 0.25)) == Refusal(429, "full; retry after 0.25 s", 0.25)
+    assert refusal_of(UnavailableError("no router answers")) == Refusal(503, "no router answers", 1.0)
+    assert refusal_of(AuthError("no key")) == Refusal(401, "no key", None)
 
 
 def test_an_unspecified_end_is_our_fault() -> None:
@@ -75,4 +80,4 @@ def test_stop_reasons() -> None:
 
 
 def test_other_statuses_have_no_retry_after() -> None:
-    assert retry_after_headers(400, "retry after 3 s") == []
+    assert retry_after_headers(400, 3.0) == []

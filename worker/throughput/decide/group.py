@@ -33,6 +33,22 @@ class Stance(StrEnum):
     FAILED = "failed"
 
 
+class RefusalKind(StrEnum):
+    """Why an agent is kept out of every group."""
+
+    WIRE_VERSION = "version"
+    REPLACED = "replaced"
+    BACKEND = "backend"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An agent that is kept out. `text` is for a person."""
+
+    kind: RefusalKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class GroupPolicy:
     """The times by which `Groups` decides, in seconds."""
@@ -122,11 +138,11 @@ class Groups:
     _fruitless: int = 0  # epochs in a row that failed before anyone ticked
     _worked: bool = False
     _in: frozenset[str] = frozenset()  # agents of the group
-    _refused: dict[str, str] = field(default_factory=dict)
+    _refused: dict[str, Refused] = field(default_factory=dict)
     _changed: bool = False  # somebody came, went or changed: `_refused` is to be made again
 
-    def attended(self, said: Attended, now: float) -> str:
-        """Takes a sign of life; returns why the agent is refused, or nothing."""
+    def attended(self, said: Attended, now: float) -> Refused | None:
+        """Takes a sign of life; returns why the agent is refused, if it is."""
         agent = said.attendee.agent
         known = self._agents.get(agent)
         if known is None or known.gone:
@@ -138,7 +154,7 @@ class Groups:
             self._worked |= said.state is Stance.TICKING
             if said.state is Stance.FAILED and self._failed_s is None and agent in self._in:
                 self._failed_s = now
-        return self._refused.get(agent, "")  # as of the last poll
+        return self._refused.get(agent)  # as of the last poll
 
     def left(self, agent: str, now: float) -> None:
         """The agent's stream ended."""
@@ -173,35 +189,38 @@ class Groups:
         self._fruitless = self._fruitless + 1 if failed and not self._worked else 0
         return self._publish(members, _why(lost, accused, joiners, self._complaint() if failed else ""), now)
 
-    def refusals(self) -> dict[str, str]:
+    def refusals(self) -> dict[str, Refused]:
         """Agents that attend and can be in no group now, with the reason."""
         if self._changed:
             self._refused, self._changed = self._refuse(), False
         return self._refused
 
-    def _refuse(self) -> dict[str, str]:
+    def _refuse(self) -> dict[str, Refused]:
         live = {agent: known for agent, known in self._agents.items() if not known.gone}
-        refused = {}
+        refused: dict[str, Refused] = {}
         newest: dict[str, str] = {}
         for agent, known in sorted(live.items(), key=lambda pair: pair[1].first_s):
             newest[known.said.attendee.node] = agent
         for agent, known in live.items():
             attendee = known.said.attendee
             if attendee.wire_version != WIRE_VERSION:
-                refused[agent] = (
+                refused[agent] = Refused(
+                    RefusalKind.WIRE_VERSION,
                     f"agent {agent} on node {attendee.node} speaks version {attendee.wire_version} of the throughput "
-                    f"vector, the controller version {WIRE_VERSION}; install the same megatoken on both"
+                    f"vector, the controller version {WIRE_VERSION}; install the same megatoken on both",
                 )
             elif newest[attendee.node] != agent:
-                refused[agent] = f"node {attendee.node} has a newer agent, {newest[attendee.node]}"
+                text = f"node {attendee.node} has a newer agent, {newest[attendee.node]}"
+                refused[agent] = Refused(RefusalKind.REPLACED, text)
         rest = {agent: known.said.attendee for agent, known in live.items() if agent not in refused}
         backend = common_backend(rest.values())
         for agent, attendee in rest.items():
             if backend not in attendee.backends:
                 has = ", ".join(attendee.backends) or "nothing"
-                refused[agent] = (
+                refused[agent] = Refused(
+                    RefusalKind.BACKEND,
                     f"agent {agent} on node {attendee.node} can reduce with {has} only, and the others need {backend}; "
-                    "set its backend to auto"
+                    "set its backend to auto",
                 )
         return refused
 
