@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from megatoken.errors import DrainingError, MegatokenError, OverloadError, status_number
+from megatoken.router.core.accounts import uncharge
 from megatoken.router.core.held import flush_held
 from megatoken.router.core.lifecycle import Event, State
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
 from megatoken.v1 import tokens_pb2
 
 STOP = tokens_pb2.FINISH_REASON_STOP
@@ -25,25 +25,6 @@ def error_finish(stream: int, error: BaseException) -> tokens_pb2.Finish:
     if isinstance(error, OverloadError):
         finish.retry_after_ms = max(1, round(error.retry_after_s * 1000))
     return finish
-
-
-def uncharge(state: RouterState, request: Request, now: float) -> Replica | None:
-    """Takes the request off its replica's account and pool of places; the slot is the caller's to free or orphan."""
-    replica = request.replica
-    if replica is None:
-        return None
-    made = int(state.slots.generated[request.slot]) - request.base_tokens
-    replica.prompt_outstanding -= request.charged_prompt
-    replica.decode_outstanding -= request.charged_decode - made
-    replica.in_flight -= 1
-    if replica.in_flight + replica.leased == 0:  # rounding and guesses end here
-        replica.prompt_outstanding = replica.decode_outstanding = 0.0
-    request.charged_prompt = request.charged_decode = 0
-    request.replica = None
-    if replica.trial is request:  # every way off a replica leads through here
-        replica.trial = None
-    state.fleet.refresh(replica, now)
-    return replica
 
 
 def generated_by(state: RouterState, request: Request) -> int:

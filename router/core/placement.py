@@ -6,7 +6,8 @@ import numpy as np
 
 from megatoken.frames import U32
 from megatoken.router.core import continuation, quarantine
-from megatoken.router.core.ending import LENGTH, end, fail, uncharge
+from megatoken.router.core.accounts import charge, occupy, uncharge
+from megatoken.router.core.ending import LENGTH, end, fail
 from megatoken.router.core.lifecycle import Event
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
@@ -98,11 +99,10 @@ def place(state: RouterState, request: Request, replica: Replica, now: float) ->
     sink = DIRECT if direct else request.sink_index
     carried = request.carried
     slot = state.slots.take(replica.index, sink, request.stream, request, now)
-    request.slot, request.replica, request.base_tokens = slot, replica, 0
-    request.charged_prompt = request.charged_decode = 0
-    replica.in_flight += 1
+    request.slot = slot
+    occupy(request, replica)
     try:
-        _charge(state, request, replica, base, now)
+        _begin_attempt(state, request, replica, base, now)
         replica.link.send_start(slot, raw)
     except Exception:  # its worker never heard of it, so nobody would confirm its end
         uncharge(state, request, now)
@@ -118,7 +118,7 @@ def place(state: RouterState, request: Request, replica: Replica, now: float) ->
     state.fleet.refresh(replica, now)
 
 
-def _charge(state: RouterState, request: Request, replica: Replica, base: int, now: float) -> None:
+def _begin_attempt(state: RouterState, request: Request, replica: Replica, base: int, now: float) -> None:
     """What replica and slot hold of the request from now on. `base`: tokens of `carried` that it goes on from."""
     slot = request.slot
     if base:
@@ -130,13 +130,9 @@ def _charge(state: RouterState, request: Request, replica: Replica, base: int, n
     request.placed_s = now
     request.first_on_replica = False
     request.prompt_rows_here = 0
-    request.charged_prompt = request.prompt_tokens + base
+    prompt_tokens = request.prompt_tokens + base
     if request.prefix_hashes:
-        request.charged_prompt -= min(cached_tokens(replica, request.prefix_hashes), request.prompt_tokens - 1)
-    request.charged_decode = max(1, request.expected_tokens - base)
-    replica.prompt_outstanding += request.charged_prompt
-    replica.decode_outstanding += request.charged_decode
-    if replica.in_flight == 1:
-        replica.alive_s = now
+        prompt_tokens -= min(cached_tokens(replica, request.prefix_hashes), request.prompt_tokens - 1)
+    charge(request, replica, prompt_tokens, max(1, request.expected_tokens - base), now)
     if request.prefix_hashes:
         request.pool.prefixes.record(replica, request.prefix_hashes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatoken.errors import UnavailableError
-from megatoken.router.core.ending import end, error_finish, fail, uncharge
+from megatoken.router.core.accounts import uncharge
+from megatoken.router.core.ending import end, error_finish, fail
 from megatoken.router.core.lifecycle import Event, State
 from megatoken.router.core.placement import pump
 from megatoken.router.core.request import Request

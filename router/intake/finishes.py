@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from megatoken.router.core.ending import CANCELLED, ERROR, fail, settle, uncharge
+from megatoken.router.core.accounts import uncharge
+from megatoken.router.core.ending import CANCELLED, ERROR, fail, settle
 from megatoken.router.core.held import flush_held
 from megatoken.router.core.recovery import lose
 from megatoken.router.core.request import Request

@@ -5,6 +5,7 @@ Called where tokens come (tokens, direct) and where a request ends well without 
 
 from __future__ import annotations
 
+from megatoken.router.core.accounts import prefilled
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
 
@@ -18,8 +19,7 @@ def first_token(state: RouterState, request: Request, now: float) -> None:
     replica = request.replica
     if replica.trial is request:
         replica.trial = None
-    replica.prompt_outstanding -= request.charged_prompt
-    request.charged_prompt = 0
+    prefilled(request, replica)
     state.ledger.add("prompt_tokens", request.prompt_tokens + request.base_tokens)
     request.pool.measures.prompt_tokens += request.prompt_tokens + request.base_tokens
     was_closed = replica.circuit.failures == 0

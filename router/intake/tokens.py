@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 
 from megatoken.frames import U32, Column
+from megatoken.router.core.accounts import credit
 from megatoken.router.core.ending import fail
 from megatoken.router.core.recovery import frame_failed
 from megatoken.router.core.request import Request
@@ -111,7 +112,7 @@ def _account(state: RouterState, frames: list[Arrived], found: Sorted, entries: 
 def _count(replica: Replica, made: int, live: int) -> None:
     replica.generated_tokens += made
     replica.pool.measures.generated_tokens += made
-    replica.decode_outstanding -= live
+    credit(replica, live)
 
 
 def _sample_times(state: RouterState, arrived: Arrived, now: float) -> None:

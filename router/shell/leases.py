@@ -23,6 +23,7 @@ from megatoken.access.lease import MAX_ID_CHARACTERS, LeaseTerms, lease_id, sign
 from megatoken.errors import DrainingError, OverloadError, RequestError, UnavailableError
 from megatoken.router.admission.admission import retry_after_s
 from megatoken.router.admission.validation import pool_of
+from megatoken.router.core.accounts import charge_lease, uncharge_lease
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.fleet import Replica
@@ -124,10 +125,7 @@ class Leases:
         name = terms.lease_id
         self._live[name] = Lease(replica, caller, cost, request.prompt_tokens, expected, most_tokens, now + ttl_s)
         heapq.heappush(self._ends, (now + ttl_s, name))
-        replica.leased += 1
-        replica.prompt_outstanding += request.prompt_tokens
-        replica.decode_outstanding += expected
-        state.fleet.refresh(replica, now)
+        charge_lease(state, replica, request.prompt_tokens, expected, now)
         return router_pb2.AssignResponse(
             lease=text,
             replica=member.replica,
@@ -191,11 +189,7 @@ class Leases:
         lease = self._live.pop(name, None)
         if lease is None:
             return None
-        replica = lease.replica
-        replica.leased -= 1
-        replica.prompt_outstanding -= lease.prompt_tokens
-        replica.decode_outstanding -= lease.decode_tokens
-        self._state.fleet.refresh(replica, now)
+        uncharge_lease(self._state, lease.replica, lease.prompt_tokens, lease.decode_tokens, now)
         return lease
 
     def _settle(self, lease: Lease, used_tokens: int | None) -> None:

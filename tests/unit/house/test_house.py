@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import tokenize
@@ -59,3 +60,18 @@ def test_a_docstring_names_files_that_are_there(folder: str) -> None:
                 if not (path.parent / name).exists() and not ("/" in name and (ROOT / name).exists()):
                     missing.append(f"{path.relative_to(ROOT)}:{line}: {name}")
     assert not missing
+
+
+CHARGES = {"in_flight", "leased", "prompt_outstanding", "decode_outstanding", "charged_prompt", "charged_decode"}
+
+
+def test_one_module_writes_what_replicas_are_charged() -> None:
+    writers = set()
+    for path in sources("router"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets if isinstance(node, ast.Assign | ast.AugAssign) else ():
+                for each in ast.walk(target):
+                    if isinstance(each, ast.Attribute) and each.attr in CHARGES:
+                        writers.add(str(path.relative_to(ROOT)))
+    assert writers == {"router/core/accounts.py"}

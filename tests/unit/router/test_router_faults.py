@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatoken.router.core import ending, placement, upkeep
+from megatoken.router.core import accounts, ending, placement, upkeep
 from megatoken.router.core.request import Request
 from megatoken.router.fleet.fleet import Replica
 from megatoken.router.identity.api_keys import ApiKey
@@ -135,7 +135,7 @@ def test_a_fault_in_the_details_of_one_frame_moves_its_requests_alone(monkeypatc
 def test_a_finish_that_cannot_be_taken_ends_its_request_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet, a, b = two()
     faults = quiet(fleet)
-    real = ending.uncharge
+    real = accounts.uncharge
     monkeypatch.setattr(
         finishes, "uncharge", lambda state, request, now: 1 / 0 if request is a else real(state, request, now)
     )
