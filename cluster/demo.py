@@ -32,8 +32,8 @@ from megatoken.v1 import control_pb2
 
 REPLICAS = 2
 START_TIMEOUT_S = 600.0
-QUESTIONS = ("What is the capital of France?", "Name three colours of the rainbow.")
-MUST_ANSWER = {"What is the capital of France?": "The capital of France is Paris."}
+QUESTIONS = ("What is the capital of Japan?", "Name three colours of the rainbow.")
+MUST_ANSWER = {"What is the capital of Japan?": "The capital of Japan is Tokyo."}
 REQUESTS, REQUEST_TOKENS = 16, 64  # of the throughput part, spread over the replicas
 CALL_TIMEOUT_S = 120.0
 WINDOW_S = 10  # of the throughput that the agents sum

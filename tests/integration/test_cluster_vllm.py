@@ -14,8 +14,8 @@ from tests.clusters import RunningCluster, running
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 MODEL = "smollm2-135m-instruct"
-QUESTION = "What is the capital of France?"
-ANSWER = "The capital of France is Paris."
+QUESTION = "What is the capital of Japan?"
+ANSWER = "The capital of Japan is Tokyo."
 SPEC: dict[str, Any] = {
     "cluster": "real",
     "ray": {"cpu_devices": 1},

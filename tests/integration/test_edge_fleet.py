@@ -18,8 +18,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 REAL, SIMULATED = "smollm2", "simulated"
 SOURCE = "builtin:smollm2-135m-instruct"
-QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
-ANSWER = "The capital of France is Paris."
+QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of Japan?"}]
+ANSWER = "The capital of Japan is Tokyo."
 
 
 def member(worker: Started, model: str) -> dict[str, Any]:
@@ -110,16 +110,16 @@ async def test_a_schema_is_kept(client: openai.AsyncOpenAI) -> None:
 
 async def test_choices_of_a_list(client: openai.AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(
-        model=REAL, messages=QUESTION, temperature=0, extra_body={"structured_outputs": {"choice": ["Rome", "Paris"]}}
+        model=REAL, messages=QUESTION, temperature=0, extra_body={"structured_outputs": {"choice": ["Rome", "Tokyo"]}}
     )
-    assert answer.choices[0].message.content in ("Rome", "Paris")
+    assert answer.choices[0].message.content in ("Rome", "Tokyo")
 
 
 async def test_words_that_are_not_wanted(client: openai.AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(
-        model=REAL, messages=QUESTION, temperature=0, max_tokens=16, extra_body={"bad_words": ["Paris", "the capital"]}
+        model=REAL, messages=QUESTION, temperature=0, max_tokens=16, extra_body={"bad_words": ["Tokyo", "the capital"]}
     )
-    assert "Paris" not in (answer.choices[0].message.content or "")
+    assert "Tokyo" not in (answer.choices[0].message.content or "")
 
 
 async def test_logprobs_are_those_of_the_tokens(client: openai.AsyncOpenAI) -> None:

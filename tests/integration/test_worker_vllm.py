@@ -67,8 +67,8 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def france(tokenizer: Any) -> list[int]:
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
+def question(tokenizer: Any) -> list[int]:
+    messages = [{"role": "user", "content": "What is the capital of Japan?"}]
     ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return ids
 
@@ -80,12 +80,12 @@ def story(tokenizer: Any) -> list[int]:
     return ids
 
 
-async def test_it_answers(channel: grpc.aio.Channel, tokenizer: Any, france: list[int]) -> None:
-    tokens, finish = await generate(channel, france, temperature=0.0, max_tokens=30)
-    assert tokenizer.decode(tokens, skip_special_tokens=True) == "The capital of France is Paris."
+async def test_it_answers(channel: grpc.aio.Channel, tokenizer: Any, question: list[int]) -> None:
+    tokens, finish = await generate(channel, question, temperature=0.0, max_tokens=30)
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "The capital of Japan is Tokyo."
     assert finish.reason == pb.FINISH_REASON_STOP
     assert not finish.HasField("stop_token")
-    assert (finish.prompt_tokens, finish.generated_tokens) == (len(france), len(tokens))
+    assert (finish.prompt_tokens, finish.generated_tokens) == (len(question), len(tokens))
 
 
 async def test_it_names_itself(worker: Started, channel: grpc.aio.Channel) -> None:
@@ -139,19 +139,19 @@ async def test_n_choices_are_consecutive_streams(channel: grpc.aio.Channel, stor
     assert first == await choices(7)
 
 
-async def test_logprobs_come_with_their_tokens(channel: grpc.aio.Channel, france: list[int]) -> None:
+async def test_logprobs_come_with_their_tokens(channel: grpc.aio.Channel, question: list[int]) -> None:
     async with TestSession(channel) as session:
-        await session.start({3: request(france, temperature=0.0, max_tokens=4, logprobs=2, prompt_logprobs=1)})
+        await session.start({3: request(question, temperature=0.0, max_tokens=4, logprobs=2, prompt_logprobs=1)})
         await session.until(3)
     rows = [detail.logprobs for detail in session.details[3] if detail.HasField("logprobs")]
     assert [row.token[0] for row in rows] == session.tokens[3]
     assert all(row.width == 3 and len(row.logprob) == 3 and row.rank[0] == 1 for row in rows)
     prompt = [detail.prompt_logprobs for detail in session.details[3] if detail.HasField("prompt_logprobs")]
     assert len(prompt) == 1
-    assert list(prompt[0].token[:: prompt[0].width]) == france[1:]
+    assert list(prompt[0].token[:: prompt[0].width]) == question[1:]
 
 
-async def test_structured_outputs(channel: grpc.aio.Channel, tokenizer: Any, france: list[int]) -> None:
+async def test_structured_outputs(channel: grpc.aio.Channel, tokenizer: Any, question: list[int]) -> None:
     schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
     for constraint, fits in (
         (pb.StructuredOutputs(choice=pb.StringList(values=["Rome", "Oslo"])), lambda text: text in ("Rome", "Oslo")),
@@ -161,7 +161,9 @@ async def test_structured_outputs(channel: grpc.aio.Channel, tokenizer: Any, fra
             lambda text: json.loads(text)["city"] in ("Paris", "Rome"),
         ),
     ):
-        tokens, finish = await generate(channel, france, temperature=0.0, max_tokens=40, structured_outputs=constraint)
+        tokens, finish = await generate(
+            channel, question, temperature=0.0, max_tokens=40, structured_outputs=constraint
+        )
         assert finish.reason == pb.FINISH_REASON_STOP
         assert fits(tokenizer.decode(tokens, skip_special_tokens=True))
 
@@ -202,10 +204,10 @@ async def test_sampling_fields_reach_the_engine(channel: grpc.aio.Channel, story
     ],
 )
 async def test_the_engines_refusals_name_the_field(
-    channel: grpc.aio.Channel, france: list[int], sampling: dict[str, Any], field: str
+    channel: grpc.aio.Channel, question: list[int], sampling: dict[str, Any], field: str
 ) -> None:
     async with TestSession(channel) as session:
-        await session.start({1: request(france, **sampling), 2: request(france, temperature=0.0, max_tokens=3)})
+        await session.start({1: request(question, **sampling), 2: request(question, temperature=0.0, max_tokens=3)})
         await session.until(1, 2)
     assert session.finishes[1].code == INVALID, session.finishes[1].message
     assert session.finishes[1].message.startswith(field)
@@ -240,7 +242,7 @@ async def test_penalties_resume_exactly(channel: grpc.aio.Channel, story: list[i
 
 
 async def test_structured_outputs_resume_inside_their_grammar(
-    channel: grpc.aio.Channel, tokenizer: Any, france: list[int]
+    channel: grpc.aio.Channel, tokenizer: Any, question: list[int]
 ) -> None:
     schema = {
         "type": "object",
@@ -248,7 +250,7 @@ async def test_structured_outputs_resume_inside_their_grammar(
         "required": ["a", "b"],
     }
     constraint = pb.StructuredOutputs(json_schema=json.dumps({**schema, "additionalProperties": False}))
-    whole, joined, finish = await resumed(channel, france, 4, 60, temperature=0.0, structured_outputs=constraint)
+    whole, joined, finish = await resumed(channel, question, 4, 60, temperature=0.0, structured_outputs=constraint)
     assert joined == whole
     assert finish.resume_note == ""
     assert set(json.loads(tokenizer.decode(joined, skip_special_tokens=True))) == {"a", "b"}

@@ -104,6 +104,6 @@ def test_the_documented_spec_starts_on_two_nodes(make_ray_nodes: Callable[[int, 
     with cluster.control:
         (replica,) = cluster.wait_ready("smollm2-135m-instruct", 1, START_S)
         assert len({line.split()[2] for line in replica.ranks}) == 2, replica.ranks
-        said = cluster.command("generate", "What is the capital of France?", timeout_s=120)
-        assert "Paris" in said
+        said = cluster.command("generate", "What is the capital of Japan?", timeout_s=120)
+        assert "Tokyo" in said
         cluster.down()
