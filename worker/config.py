@@ -14,21 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from megatoken.tls import ServerTls
 
 
-class TlsConfig(BaseModel):
-    """Files of a TLS server. With `ca_file`, clients must show a certificate that it signed (mTLS)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    cert_file: str = Field(description="PEM certificate chain of this server")
-    key_file: str = Field(description="PEM private key of this server")
-    ca_file: str | None = Field(default=None, description="PEM bundle that client certificates must be signed by")
-
-    def server_tls(self) -> ServerTls:
-        """The same as every server of ours takes it."""
-        client_ca = Path(self.ca_file) if self.ca_file else None
-        return ServerTls(cert_file=Path(self.cert_file), key_file=Path(self.key_file), client_ca_file=client_ca)
-
-
 class FaultConfig(BaseModel):
     """A fault that the simulated engine makes by itself, once: `after_s`, `after_tokens` or `on_token`."""
 
@@ -109,7 +94,10 @@ class WorkerConfig(BaseModel):
     max_running: int | None = Field(default=None, ge=1, description="requests in a batch; unset: the engine's default")
     kv_cache_gib: float | None = Field(default=None, gt=0, description="KV cache on a CPU node; unset: 1 GiB on CPU")
     cpu_threads: int | None = Field(
-        default=None, ge=1, description="threads of an engine on CPU; unset: the cores it may use"
+        default=None, ge=1, description="threads of a rank on CPU; unset: its share of the cores it may use"
+    )
+    cpu_ranks: int | None = Field(
+        default=None, ge=1, description="ranks that share these cores, other replicas' included; unset: its own"
     )
     engine_args: dict[str, Any] = Field(default_factory=dict, description="further vLLM engine arguments, by its names")
     env: dict[str, str] = Field(default_factory=dict, description="environment of the engine's processes")
@@ -128,7 +116,7 @@ class WorkerConfig(BaseModel):
         description="not renewed by the controller for this long, it serves nobody; unset: runs alone",
     )
     stop_timeout_s: float = Field(default=5.0, ge=0, description="on SIGTERM, how long running requests may go on")
-    tls: TlsConfig | None = Field(default=None, description="unset: plain text")
+    tls: ServerTls | None = Field(default=None, description="unset: plain text")
     credentials_file: Path | None = Field(
         default=None, description="mode 600, from the control plane: what it shows and accepts; unset: no gate"
     )
@@ -151,3 +139,7 @@ class WorkerConfig(BaseModel):
     def world_size(self) -> int:
         """Ranks of one engine core."""
         return self.tensor_parallel * self.pipeline_parallel
+
+    def threads(self, cores: int) -> int:
+        """Threads of one rank on a CPU that has `cores` for this worker and its neighbours."""
+        return self.cpu_threads or max(1, cores // (self.cpu_ranks or self.world_size))

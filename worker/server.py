@@ -15,8 +15,9 @@ from megatoken.access.gate import Gate
 from megatoken.access.opening import credentials_of, gate_of
 from megatoken.access.table import Identity, Program
 from megatoken.errors import RequestError
+from megatoken.tls import bind
 from megatoken.v1 import tokens_pb2, worker_pb2, worker_pb2_grpc
-from megatoken.worker.config import TlsConfig, WorkerConfig
+from megatoken.worker.config import WorkerConfig
 from megatoken.worker.fence import Fence
 from megatoken.worker.leases import LeaseBook, Leases, UncheckedLeases
 from megatoken.worker.replica import Replica
@@ -45,7 +46,7 @@ class WorkerServer:
             credentials,
             config.host,
             unguarded=config.unguarded,
-            certificates=config.tls is not None and config.tls.ca_file is not None,
+            certificates=config.tls is not None and config.tls.mutual,
         )
         self._server = grpc.aio.server(options=_options(config), interceptors=[gate] if gate is not None else None)
         self._server.add_generic_rpc_handlers((tokens_handler(replica, _leases_of(config, gate, credentials)),))
@@ -64,7 +65,7 @@ class WorkerServer:
         """Binds and serves; returns the address others reach it by. Raises RequestError for a port in use."""
         config = self._config
         try:
-            port = self._bind(f"{config.host}:{config.port}", config.tls)
+            port = bind(self._server, f"{config.host}:{config.port}", config.tls)
         except OSError as error:
             raise RequestError("tls", error.filename, f"a file that can be read; {error.strerror}") from None
         except RuntimeError:
@@ -74,11 +75,6 @@ class WorkerServer:
             self._fence.begin(config.lease_s)
         await self.state_health(serving=True)
         return f"{config.advertise_host or config.host}:{port}"
-
-    def _bind(self, address: str, tls: TlsConfig | None) -> int:
-        if tls is None:
-            return self._server.add_insecure_port(address)
-        return self._server.add_secure_port(address, tls.server_tls().credentials())
 
     async def state_health(self, serving: bool) -> None:
         """Sets the standard health of the whole server and of each service."""

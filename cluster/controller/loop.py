@@ -138,7 +138,12 @@ class Controller:
         backend = self._backend = await self._in_thread(self._make_backend)
         self._turned_s = time.monotonic()
         self._around = Surroundings(
-            self.address, self.store.ports(), backend.ray_address, self.settings.local, self.secrets.current
+            self.address,
+            self.store.ports(),
+            backend.ray_address,
+            self.settings.local,
+            backend.directory_of,
+            self.secrets.current,
         )
         self.tell(Happening("controller.started", "controller", "carries on" if self._restored else "starts"))
         try:

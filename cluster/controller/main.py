@@ -26,7 +26,6 @@ from megatoken.cluster.secrets_keeper import SecretsKeeper
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.log import JsonFormatter
 from megatoken.metrics import MetricsServer, new_registry
-from megatoken.tls import ClientTls, ServerTls
 from megatoken.worker.throughput.attendance import AttendanceServicer
 
 logger = logging.getLogger(__name__)
@@ -104,11 +103,11 @@ class ControllerActor:
         settle_ports(store, spec, host)
         local = spec.ray.address == "local"
         advertise = node_address if host in ("0.0.0.0", "::") else host
-        settings = Settings(spec.cluster, state_file, local, host, advertise, client_tls(spec))
+        settings = Settings(spec.cluster, state_file, local, host, advertise, spec.security.client_tls)
         secrets = SecretsKeeper(state_file.parent)
         controller = Controller(settings, store, secrets, lambda: ray_backend(spec.cluster, runtime_root))
         controller.log_lines = lines
-        server = ControlServer(controller, server_tls(spec))
+        server = ControlServer(controller, spec.security.server_tls)
         attendance = AttendanceServicer(
             controller.set_throughput,
             last_epoch=int(store.get("throughput_epoch") or 0),
@@ -224,19 +223,3 @@ def collect_logs(runtime_root: Path, state_file: Path) -> deque[str]:
     root.setLevel(logging.INFO)
     logging.getLogger("ray").setLevel(logging.WARNING)
     return lines
-
-
-def server_tls(spec: ClusterSpec) -> ServerTls | None:
-    tls = spec.security.tls
-    if tls is None:
-        return None
-    return ServerTls(cert_file=tls.cert_file, key_file=tls.key_file, client_ca_file=tls.ca_file if tls.mutual else None)
-
-
-def client_tls(spec: ClusterSpec) -> ClientTls | None:
-    """How a process of the cluster, or the command line, proves itself to the others."""
-    tls = spec.security.tls
-    if tls is None:
-        return None
-    own = (tls.cert_file, tls.key_file) if tls.mutual else (None, None)
-    return ClientTls(ca_file=tls.ca_file, cert_file=own[0], key_file=own[1], server_name=tls.server_name)

@@ -8,11 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation
 from megatoken.cluster.decide.liveness import PartSeen
 from megatoken.cluster.inventory.topology import Inventory
+from megatoken.router.config import RouterConfig
+from megatoken.router.edge.config import EdgeConfig
+from megatoken.worker.config import WorkerConfig
+from megatoken.worker.throughput.config import AgentConfig
+
+ProgramConfig = WorkerConfig | RouterConfig | EdgeConfig | AgentConfig
+WORKER, ROUTER = "megatoken.worker", "megatoken.router"
+EDGE, AGENT = "megatoken.router.edge", "megatoken.worker.throughput"
+PROGRAMS: Final[Mapping[type, str]] = {
+    WorkerConfig: WORKER,
+    RouterConfig: ROUTER,
+    EdgeConfig: EDGE,
+    AgentConfig: AGENT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +52,26 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class ProcessLaunch:
-    """A program to run on one node, as child.Launch has it."""
+    """A program to run on one node."""
 
     name: str
-    program: str
-    config: Mapping[str, Any]
+    config: ProgramConfig
     node: str
+    directory: str
+    """Runtime directory of the cluster on that node."""
     env: Mapping[str, str] = field(default_factory=dict)
-    cpu_ranks: int = 0
-    """Ranks that share the node's cores, this one included; 0: the program sets its own threads."""
     credentials: str = field(default="", repr=False)
     """What the program's credentials_file holds; empty: it has none."""
+
+    @property
+    def program(self) -> str:
+        """The module that is run."""
+        return PROGRAMS[type(self.config)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration as its file has it: what was not set stays the program's own default."""
+        return self.config.model_dump(mode="json", exclude_unset=True)
 
 
 class Backend(Protocol):
@@ -55,6 +79,9 @@ class Backend(Protocol):
 
     ray_address: str
     head_node: str
+
+    def directory_of(self, node: str) -> Path:
+        """Where configs, logs and counters of the cluster lie on a node."""
 
     def wait_change(self, wait_s: float) -> bool:
         """Waits until a process reports a change, at most about `wait_s`; says whether one did."""

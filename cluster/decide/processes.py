@@ -13,17 +13,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from megatoken.cluster.decide.backend import ProcessLaunch, ProcessObservation
+from megatoken.cluster.decide.backend import AGENT, EDGE, ROUTER, ProcessLaunch, ProcessObservation
 from megatoken.cluster.decide.fleet import Fleet, Phase
-from megatoken.cluster.decide.launches import (
-    AGENT,
-    EDGE,
-    ROUTER,
-    Surroundings,
-    agent_launch,
-    edge_launch,
-    router_launch,
-)
+from megatoken.cluster.decide.launches import Surroundings, agent_launch, edge_launch, router_launch
 from megatoken.cluster.inventory.topology import Inventory, Node
 from megatoken.cluster.spec.cluster import ClusterSpec
 
@@ -155,7 +147,7 @@ def _observe(record: Record, seen: ProcessObservation, now: float) -> Record:
 
 
 def _wanted(slot: str, launch: ProcessLaunch) -> Wanted:
-    text = json.dumps([launch.config, dict(launch.env), launch.node], sort_keys=True, default=str)
+    text = json.dumps([launch.settings, dict(launch.env), launch.node], sort_keys=True)
     return Wanted(slot, replace(launch, name=f"{slot}.{hashlib.sha256(text.encode()).hexdigest()[:6]}"))
 
 

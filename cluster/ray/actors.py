@@ -31,11 +31,8 @@ def namespace_of(cluster: str) -> str:
 class ProcessActor:
     """Supervises one child process."""
 
-    def __init__(self, launch: dict[str, Any], cpu_ranks: int) -> None:
-        config = dict(launch["config"])
-        if cpu_ranks and launch["program"] == "worker" and config.get("cpu_threads") is None:
-            config["cpu_threads"] = max(1, len(os.sched_getaffinity(0)) // cpu_ranks)
-        self._child = Child(Launch(**{**launch, "config": config, "env": node_environment(launch)}))
+    def __init__(self, launch: dict[str, Any]) -> None:
+        self._child = Child(Launch(**{**launch, "env": node_environment(launch)}))
 
     def watch(self, seen: int) -> dict[str, Any]:
         """The child's state once it is newer than `seen`."""

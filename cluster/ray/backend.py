@@ -23,7 +23,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from megatoken.cluster.decide.backend import Look, ProcessLaunch, ProcessObservation
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
-from megatoken.cluster.decide.launches import EDGE
 from megatoken.cluster.decide.liveness import PartSeen
 from megatoken.cluster.inventory.topology import CPU_KIND, Inventory
 from megatoken.cluster.ray.actors import (
@@ -79,6 +78,9 @@ class RayBackend:
         self._adopt()
 
     # -- looking --
+
+    def directory_of(self, node: str) -> Path:
+        return node_directory(self._runtime_root, self.cluster, node)
 
     def wait_change(self, wait_s: float) -> bool:
         return self._collect(wait_s)
@@ -182,15 +184,11 @@ class RayBackend:
     def _start(self, name: str, launch: ProcessLaunch, strategy: Any) -> None:
         if name in self._handles:
             return
-        directory = node_directory(self._runtime_root, self.cluster, launch.node)
-        config = dict(launch.config)
-        if launch.program != EDGE:  # it counts nothing: routers count what passes
-            config["counters_dir"] = str(directory / "counters")
         payload = {
             "name": launch.name,
             "program": launch.program,
-            "config": config,
-            "directory": str(directory),
+            "config": launch.settings,
+            "directory": launch.directory,
             "env": dict(launch.env),
             "credentials": launch.credentials,
         }
@@ -202,7 +200,7 @@ class RayBackend:
             max_restarts=0,
             max_concurrency=CONCURRENT_CALLS,
             scheduling_strategy=strategy,
-        ).remote(payload, launch.cpu_ranks)
+        ).remote(payload)
         self._handles[name] = _Handle(name, actor, launch.node, watch=actor.watch.remote(-1))
 
     def release(self, replica_id: str, grace_s: float) -> None:
@@ -279,7 +277,7 @@ class RayBackend:
         references = []
         for node in self._inventory.nodes:
             if node.alive:
-                path = node_directory(self._runtime_root, self.cluster, node.id)
+                path = self.directory_of(node.id)
                 strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
                 references.append(remove_directory.options(scheduling_strategy=strategy).remote(str(path)))
         if references:

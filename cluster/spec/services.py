@@ -17,6 +17,7 @@ from megatoken.router.config import (
     ResumeConfig,
 )
 from megatoken.router.policies.names import ALLOWED
+from megatoken.tls import ClientTls, ServerTls
 
 ANY_PORT = 0
 METRICS_OFFSET = 2  # 7700 is the controller's, 7701 the routers', 7702 the controller's metrics
@@ -104,12 +105,30 @@ class TlsSpec(Part):
     mutual: bool = Field(False, description="clients must show a certificate of ca_file too (mTLS)")
     server_name: str | None = Field(None, description="name in the certificates, when it is not the address")
 
+    def server(self) -> ServerTls:
+        """What every server of the cluster shows."""
+        client_ca = self.ca_file if self.mutual else None
+        return ServerTls(cert_file=self.cert_file, key_file=self.key_file, client_ca_file=client_ca)
+
+    def client(self) -> ClientTls:
+        """How a process of the cluster, or the command line, proves itself to the others."""
+        own = (self.cert_file, self.key_file) if self.mutual else (None, None)
+        return ClientTls(ca_file=self.ca_file, cert_file=own[0], key_file=own[1], server_name=self.server_name)
+
 
 class SecuritySpec(Part):
     """Who may talk to the cluster."""
 
     tls: TlsSpec | None = Field(None, description="unset: plain text")
     api_keys_file: Path | None = Field(None, description="JSON of hashed keys; unset: no key is asked for")
+
+    @property
+    def server_tls(self) -> ServerTls | None:
+        return None if self.tls is None else self.tls.server()
+
+    @property
+    def client_tls(self) -> ClientTls | None:
+        return None if self.tls is None else self.tls.client()
 
 
 class NetworkSpec(Part):

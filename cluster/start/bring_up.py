@@ -30,7 +30,6 @@ from megatoken.cluster.client.records import (
     write_record,
     write_token,
 )
-from megatoken.cluster.controller.main import client_tls
 from megatoken.cluster.runtime_dirs import (
     cluster_directory,
     controller_directory,
@@ -91,7 +90,7 @@ def bring_up(spec: ClusterSpec, progress: Progress, *, attached: bool) -> Up:
         ray_address=ready.get("ray_address", ""),
         guard_pid=started.process.pid if local else 0,
         runtime_dir=str(directory),
-        tls=client_tls(spec),
+        tls=spec.security.client_tls,
         token_file=str(write_token(states, spec.cluster, ready["operator_token"])),
     )
     write_record(states, record)

@@ -12,7 +12,6 @@ from pathlib import Path
 from megatoken.cluster.client.control import CommandError, Unreachable, client_of
 from megatoken.cluster.client.progress import Progress, wait_until_settled
 from megatoken.cluster.client.records import ClusterRecord, forget, record_path, write_record, write_token
-from megatoken.cluster.controller.main import client_tls
 from megatoken.cluster.launchers.load import launch_of
 from megatoken.cluster.launchers.ssh.run import LaunchError, SshCluster, read_or_make_token
 from megatoken.cluster.runtime_dirs import state_directory
@@ -43,7 +42,7 @@ def up_over_ssh(spec: ClusterSpec, *, wait: bool, timeout_s: float) -> int:
     except LaunchError as error:
         raise CommandError(str(error)) from None
     control = f"{launch.ssh.hosts[0].node_address}:{spec.control.port}"
-    tls = client_tls(spec)
+    tls = spec.security.client_tls
     record = ClusterRecord(
         cluster=spec.cluster,
         control=control,

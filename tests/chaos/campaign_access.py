@@ -142,12 +142,6 @@ class Fleet:
             keys, json.dumps({"keys": [{"name": "team", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]})
         )
         shown = tls.model_dump(mode="json") if tls is not None else None
-        worker_tls = None
-        if shown is not None:
-            worker_tls = {
-                **{name: shown[name] for name in ("cert_file", "key_file")},
-                "ca_file": shown["client_ca_file"],
-            }
         common = {"metrics_port": None, "counters_dir": str(self.folder / "counters")}
         engine = {"replica": REPLICA, "model": MODEL, "engine": "simulated", "simulated": {}}
         server = await self._controller(tls)
@@ -155,7 +149,7 @@ class Fleet:
         try:
             with Processes(self.folder / "run") as processes:
                 own = self.credentials(Identity.WORKER, Program.WORKER)
-                worker = processes.start("worker", common | engine | {"tls": worker_tls, "credentials_file": own})
+                worker = processes.start("worker", common | engine | {"tls": shown, "credentials_file": own})
                 own = self.credentials(Identity.ROUTER, Program.ROUTER)
                 secured = {"tls": shown, "api_keys_file": str(keys), "credentials_file": own}
                 router = processes.start("router", common | secured | {"router": "r"})

@@ -128,6 +128,9 @@ class Nodes:
             facts = WorkerFacts(**{key: value for key, value in state.facts.items() if key in known and value})
         return ReplicaObservation(Reservation.GRANTED, Phase(state.phase), facts, state.reason, state.cause)
 
+    def directory_of(self, node: str) -> Path:
+        return self.directory / node
+
     def reserve(self, replica: Replica) -> None:
         self.reserved.setdefault(replica.id, replica)
 
@@ -141,10 +144,8 @@ class Nodes:
             self._start(launch, None)
 
     def _start(self, launch: ProcessLaunch, replica: Replica | None) -> None:
-        directory = self.directory / launch.node
-        config = {**launch.config, "counters_dir": str(directory / "counters")}
         env = {name: value for name, value in launch.env.items() if not name.startswith("MEGATOKEN_NODE")}
-        started = Launch(launch.name, launch.program, config, str(directory), env, launch.credentials)
+        started = Launch(launch.name, launch.program, launch.settings, launch.directory, env, launch.credentials)
         self.running[launch.name] = Running(Child(started), launch.node, replica)
 
     def release(self, replica_id: str, grace_s: float) -> None:

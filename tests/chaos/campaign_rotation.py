@@ -67,7 +67,7 @@ class Files:
         own = {
             "replica": "m-1",
             "model": MODEL,
-            "tls": {**tls, "ca_file": authority},
+            "tls": {**tls, "client_ca_file": authority},
             "credentials_file": str(self.worker),
         }
         worker = processes.start("worker", common | engine | own)

@@ -52,7 +52,7 @@ async def test_only_certificates_of_the_authority_are_served(tmp_path: Path) -> 
     tls = {
         "cert_file": str(tmp_path / "worker.pem"),
         "key_file": str(tmp_path / "worker.key"),
-        "ca_file": str(tmp_path / "authority.pem"),
+        "client_ca_file": str(tmp_path / "authority.pem"),
     }
     config = {"replica": "r", "model": "m", "engine": "simulated", "simulated": {}, "counters_dir": str(tmp_path)}
     with Processes() as processes:

@@ -44,6 +44,9 @@ class Backend:
         self.replicas: dict[str, ReplicaObservation] = {}
         self.broken: set[tuple[str, str]] = set()
 
+    def directory_of(self, node: str) -> Path:
+        return Path("/nowhere") / node
+
     def wait_change(self, wait_s: float) -> bool:
         time.sleep(min(wait_s, 0.01))
         return True

@@ -53,11 +53,11 @@ def test_a_name_changes_with_the_configuration_and_only_with_it() -> None:
 
 def test_hosts_are_loopback_on_one_machine_and_the_nodes_own_elsewhere() -> None:
     (router,) = wanted(agents={"enabled": False})
-    assert router.launch.config["host"] == "127.0.0.1"
+    assert router.launch.config.host == "127.0.0.1"
     (router,) = wanted(agents={"enabled": False}, around=replace(AROUND, local=False), ray={"address": "auto"})
-    assert router.launch.config["host"] == "10.0.0.0"
+    assert router.launch.config.host == "10.0.0.0"
     (router,) = wanted(agents={"enabled": False}, routers={"host": "0.0.0.0"})
-    assert router.launch.config["host"] == "0.0.0.0"
+    assert router.launch.config.host == "0.0.0.0"
 
 
 class Loop:

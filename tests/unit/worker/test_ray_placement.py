@@ -34,18 +34,16 @@ def test_without_a_group_nothing_is_set_and_vllm_keeps_its_platform_and_executor
 
 
 def test_a_cpu_replica_gets_its_ranks_in_bundle_order_and_our_platform(environment: dict[str, str]) -> None:
-    ray_placement.prepare_environment(config(**GROUP, tensor_parallel=2, pipeline_parallel=2, cpu_threads=3))
+    ray_placement.prepare_environment(config(**GROUP, tensor_parallel=2, pipeline_parallel=2))
     assert environment["RAY_ADDRESS"] == "10.0.0.1:6379"
     assert environment["VLLM_RAY_BUNDLE_INDICES"] == "0,1,2,3"
     assert environment["VLLM_HOST_IP"] == "10.0.0.2"
-    assert environment["OMP_NUM_THREADS"] == "3"
     assert cpu_platform_plugin.activate() == cpu_platform_plugin.PLATFORM
 
 
 def test_a_replica_on_accelerators_keeps_vllms_platform(environment: dict[str, str]) -> None:
     ray_placement.prepare_environment(config(**GROUP, device_kind="mi355x", pipeline_parallel=2))
     assert environment["VLLM_RAY_BUNDLE_INDICES"] == "0,1"
-    assert "OMP_NUM_THREADS" not in environment
     assert cpu_platform_plugin.activate() is None
 
 

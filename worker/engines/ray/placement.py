@@ -31,8 +31,6 @@ def prepare_environment(config: WorkerConfig) -> None:
         os.environ[DEVICE_VARIABLE] = CPU_RESOURCE
         # Ranks share a node's cores with other replicas' ranks, which vLLM's own binding knows nothing of.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        if config.cpu_threads is not None:
-            os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
 
 
 def executor_class(config: WorkerConfig) -> type | None:

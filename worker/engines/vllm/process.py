@@ -26,8 +26,7 @@ def prepare_process(config: WorkerConfig) -> None:
         return
     # The engine's cores are whatever this process may run on; binding would fight other replicas for the same ones.
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    threads = config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // config.world_size)
-    environment["OMP_NUM_THREADS"] = str(threads)
+    environment["OMP_NUM_THREADS"] = str(config.threads(len(os.sched_getaffinity(0))))
     # A thread that waits for a parallel region sleeps. The default spins, which is a little faster on idle cores and
     # several times slower as soon as anything else wants one: the router, the edge, another replica.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
