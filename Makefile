@@ -7,6 +7,9 @@ SHELL := bash
 TORCH_INDEX ?=
 PYTEST  ?= $(VENV)/bin/python -m pytest
 
+# Most of the suite's time is waiting, so two of its workers share the cores; tests/conftest.py says what stays together.
+SHARED  := -n 2 --dist loadgroup --no-loadscope-reorder
+
 TORCH   := torch==2.13.0
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install
@@ -19,7 +22,7 @@ demo: setup
 	$(BIN)/python -m megatoken.cluster.demo
 
 test: setup lint
-	$(PYTEST) tests
+	$(PYTEST) tests $(SHARED)
 
 ## setup: the virtual environment, the pinned dependencies, the built-in model. A second run does nothing.
 setup: $(VENV)/.installed model
@@ -56,7 +59,7 @@ test-failed: $(VENV)/.installed
 	$(PYTEST) tests --last-failed --last-failed-no-failures none
 
 test-unit: $(VENV)/.installed
-	$(PYTEST) tests/unit tests/property tests/simulation
+	$(PYTEST) tests/unit tests/property tests/simulation $(SHARED)
 
 test-multinode: setup
 	$(PYTEST) tests/netns

@@ -20,7 +20,7 @@ RESUME_CAUSES: Final = ("lost", "drained")
 
 
 @dataclass(slots=True)
-class Measures:
+class ModelMeasures:
     """One model's. Counters grow only; times are in seconds."""
 
     started: int = 0

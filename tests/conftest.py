@@ -1,7 +1,7 @@
 """How the suite is shared out among pytest-xdist's workers; without `-n` it only orders the tests.
 
-A module's tests stay on one worker, which keeps what they share. Real engines take all cores, so their tests stay on one
-worker as well: beside them run tests that mostly wait. What takes longest comes first.
+A module's tests stay on one worker, which keeps what they share. Real engines take all cores, so their tests stay on
+one worker as well: beside them run tests that mostly wait. What takes longest comes first.
 """
 
 from __future__ import annotations

@@ -15,16 +15,15 @@ from typing import Any
 from megatoken.frames import U32, pack
 from megatoken.router.config import RouterConfig
 from megatoken.router.core import recovery, upkeep
-from megatoken.router.core.lifecycle import State
 from megatoken.router.core.request import Request
 from megatoken.router.core.sink import SessionSink
 from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import cancel, submit
-from megatoken.router.fleet.fleet import Fleet, Member, Replica
+from megatoken.router.fleet.fleet import Endpoint, EndpointTable, Member
 from megatoken.router.identity.api_keys import ApiKey
 from megatoken.router.identity.door import Caller
 from megatoken.router.intake.intake import on_frame
-from megatoken.router.streams.ledger import Ledger
+from megatoken.router.streams.ledger import RouterLedger
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 
@@ -63,7 +62,9 @@ class CoreFleet:
     def __init__(self, replicas: int = 2, model: str = "m", max_running: int = 4, **settings: Any) -> None:
         self.now = 100.0
         config = RouterConfig(router="r", **settings)
-        self.state = RouterState(config, Ledger(), random.Random(1), Fleet(config.admission, config.breaker))
+        self.state = RouterState(
+            config, RouterLedger(), random.Random(1), EndpointTable(config.admission, config.breaker)
+        )
         self.state.faults = Faults(raise_it)  # in tests a fault is a failure, unless the test puts another in its place
         self.pool = self.state.fleet.add_pool(model, self.state.policy_of(""))
         self.pool.wanted = replicas
@@ -74,7 +75,7 @@ class CoreFleet:
         self._next = 0
         self.replicas = [self.add_replica(f"m-{i}") for i in range(replicas)]
 
-    def add_replica(self, name: str, **fields: Any) -> Replica:
+    def add_replica(self, name: str, **fields: Any) -> Endpoint:
         given = {
             "max_model_len": 4096,
             "vocab_size": 50_000,
@@ -86,14 +87,14 @@ class CoreFleet:
         self.connect(replica)
         return replica
 
-    def replicas_now(self) -> list[Replica]:
+    def replicas_now(self) -> list[Endpoint]:
         return self.state.fleet.live()
 
-    def connect(self, replica: Replica) -> None:
+    def connect(self, replica: Endpoint) -> None:
         replica.link = ScriptedLink()
         recovery.connect(self.state, replica, self.now)
 
-    def link(self, replica: Replica) -> ScriptedLink:
+    def link(self, replica: Endpoint) -> ScriptedLink:
         if not isinstance(replica.link, ScriptedLink):
             raise RuntimeError(f"{replica.name} is not connected")
         return replica.link
@@ -128,7 +129,7 @@ class CoreFleet:
     def cancel(self, request: Request) -> None:
         cancel(self.state, request, self.now)
 
-    def replica_of(self, request: Request) -> Replica:
+    def replica_of(self, request: Request) -> Endpoint:
         if request.replica is None:
             raise RuntimeError(f"{request.request_id} is {request.state}, no replica has it")
         return request.replica
@@ -137,7 +138,7 @@ class CoreFleet:
         """What its replica was sent."""
         return self.link(self.replica_of(request)).started[request.slot]
 
-    def frame(self, replica: Replica, **fields: Any) -> None:
+    def frame(self, replica: Endpoint, **fields: Any) -> None:
         on_frame(self.state, replica, tokens_pb2.Frame(**fields).SerializeToString(), self.now)
 
     def tokens(self, request: Request, *tokens: int) -> None:
@@ -147,7 +148,7 @@ class CoreFleet:
         finish = tokens_pb2.Finish(stream=request.slot, reason=reason, **fields)
         self.frame(self.replica_of(request), finish=[finish])
 
-    def lose(self, replica: Replica) -> None:
+    def lose(self, replica: Endpoint) -> None:
         recovery.lose_replica(self.state, replica, f"lost the session to replica {replica.name}", self.now)
 
     def tick(self, seconds: float = 0.0) -> None:
@@ -194,4 +195,4 @@ class CoreFleet:
             raise AssertionError("; ".join(problems))
 
 
-__all__ = ["CANCELLED", "ERROR", "LENGTH", "STOP", "U32", "CoreFleet", "ScriptedLink", "State"]
+__all__ = ["CANCELLED", "ERROR", "LENGTH", "STOP", "U32", "CoreFleet", "ScriptedLink"]

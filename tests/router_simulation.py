@@ -22,10 +22,10 @@ from megatoken.router.core.request import Request
 from megatoken.router.core.sink import SessionSink
 from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import submit
-from megatoken.router.fleet.fleet import Fleet, Member, Replica
+from megatoken.router.fleet.fleet import Endpoint, EndpointTable, Member
 from megatoken.router.identity.door import Caller
 from megatoken.router.intake.intake import on_frame
-from megatoken.router.streams.ledger import Ledger
+from megatoken.router.streams.ledger import RouterLedger
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from tests.router_core import raise_it
@@ -113,7 +113,7 @@ class Engine:
 class Link:
     """fleet.Link over the virtual clock."""
 
-    def __init__(self, simulation: Simulation, replica: Replica, engine: Engine) -> None:
+    def __init__(self, simulation: Simulation, replica: Endpoint, engine: Engine) -> None:
         self.simulation, self.replica, self.engine = simulation, replica, engine
 
     def send_start(self, slot: int, request: bytes) -> None:
@@ -196,7 +196,9 @@ class Simulation:
         self._queue: list[tuple[float, int, Any, tuple[Any, ...]]] = []
         self._order = 0
         config = RouterConfig(router="r", **settings)
-        self.state = RouterState(config, Ledger(), random.Random(seed + 1), Fleet(config.admission, config.breaker))
+        self.state = RouterState(
+            config, RouterLedger(), random.Random(seed + 1), EndpointTable(config.admission, config.breaker)
+        )
         self.state.faults = Faults(raise_it)
         self.state.on_finished = self._finished
         pool = self.state.fleet.add_pool("m", self.state.policy_of(""))
@@ -294,8 +296,8 @@ class FixedSplit:
     def __init__(self, weights: list[float]) -> None:
         self._weights = weights
 
-    def choose(self, pool: Any, question: Any, rng: random.Random) -> Replica | None:
-        drawn: Replica = rng.choices(pool.replicas, self._weights)[0]
+    def choose(self, pool: Any, question: Any, rng: random.Random) -> Endpoint | None:
+        drawn: Endpoint = rng.choices(pool.replicas, self._weights)[0]
         return drawn
 
 

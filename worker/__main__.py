@@ -23,7 +23,7 @@ from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.engine import Engine
 
 if TYPE_CHECKING:
-    from megatoken.worker.replica import Replica
+    from megatoken.worker.replica import RunningReplica
 
 STATUS_ENGINE_DEAD: Final = 1
 STATUS_BAD_CONFIG: Final = 2
@@ -35,8 +35,8 @@ _log = logging.getLogger("worker")
 async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> int:
     """Serves a booted engine; returns the exit status."""
     from megatoken.loop_lag import watch_loop
-    from megatoken.worker.measures import Measures
-    from megatoken.worker.replica import Replica
+    from megatoken.worker.measures import WorkerMeasures
+    from megatoken.worker.replica import RunningReplica
     from megatoken.worker.server import WorkerServer
     from megatoken.worker.totals import open_counters
 
@@ -45,7 +45,7 @@ async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> i
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     counters = open_counters(config)
-    replica = Replica(config, engine, counters.totals, Measures(), lambda _reason: died.set())
+    replica = RunningReplica(config, engine, counters.totals, WorkerMeasures(), lambda _reason: died.set())
     starting = asyncio.create_task(replica.start())
     if not await _first(starting, stopping):
         starting.cancel()
@@ -93,7 +93,7 @@ async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> i
     return 0
 
 
-def _start_metrics(config: WorkerConfig, replica: Replica) -> tuple[str | None, Callable[[], None]]:
+def _start_metrics(config: WorkerConfig, replica: RunningReplica) -> tuple[str | None, Callable[[], None]]:
     """Serves /metrics; returns its address, or None without one, and what closes it."""
     if config.metrics_port is None:
         return None, lambda: None

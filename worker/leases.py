@@ -21,7 +21,7 @@ MAX_REMEMBERED: Final = 1 << 18  # leases used and not over; some 30 MB
 FULL_RETRY_S: Final = 10.0
 
 
-class Leases(Protocol):
+class LeaseChecks(Protocol):
     """What a caller's requests are asked for."""
 
     def check(self, request: columns.GenerateRequest, prompt_tokens: int, room: int) -> LeaseTerms | None:

@@ -30,7 +30,7 @@ OUTCOMES: Final = (*OUTCOME_OF_REASON.values(), "unknown")
 REFUSALS: Final = ("draining", "invalid", "full", "unauthenticated", "fault")
 
 
-class Measures:
+class WorkerMeasures:
     """The worker's histograms and counts."""
 
     def __init__(self) -> None:

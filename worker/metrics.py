@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from megatoken.metrics import FastHistogram, new_registry
 from megatoken.worker import totals
-from megatoken.worker.replica import Replica
+from megatoken.worker.replica import RunningReplica
 
 LABELS: Final = ("model", "replica", "engine")
 PREFIX: Final = "megatoken_worker_"
@@ -32,7 +32,7 @@ _COUNTERS: Final = (
 class WorkerCollector(Collector):
     """Turns one replica's numbers into metric families."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: RunningReplica) -> None:
         self._replica = replica
         config = replica.config
         self._values = (config.model, config.replica, replica.facts.engine)
@@ -128,7 +128,7 @@ class WorkerCollector(Collector):
         return family
 
 
-def worker_registry(replica: Replica) -> CollectorRegistry:
+def worker_registry(replica: RunningReplica) -> CollectorRegistry:
     """The registry of a worker process."""
     registry = new_registry("worker")
     registry.register(WorkerCollector(replica))

@@ -29,9 +29,9 @@ from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker import totals
 from megatoken.worker.config import WorkerConfig
-from megatoken.worker.engines.engine import Ended, Engine, EngineFacts, Step
+from megatoken.worker.engines.engine import Ended, Engine, EngineFacts, EngineStep
 from megatoken.worker.engines.requests import MAX_CHOICES, check_request
-from megatoken.worker.measures import Measures
+from megatoken.worker.measures import WorkerMeasures
 from megatoken.worker.streams.finish import end_of, refusal
 from megatoken.worker.streams.outlet import Outlet
 from megatoken.worker.streams.table import Running, StreamTable
@@ -46,7 +46,7 @@ class StreamInUseError(RequestError):
     """A session used a stream number twice at a time."""
 
 
-class Replica:
+class RunningReplica:
     """The `StepSink` of the engine, and the one door to it."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Replica:
         config: WorkerConfig,
         engine: Engine,
         counters: memoryview,
-        measures: Measures,
+        measures: WorkerMeasures,
         on_dead: Callable[[str], None],
     ) -> None:
         self.config = config
@@ -180,7 +180,7 @@ class Replica:
         slots = [outlet.slots[number] for number in dict.fromkeys(numbers) if number in outlet.slots]
         self._abort(slots, pb.FINISH_REASON_CANCELLED)
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: EngineStep) -> None:
         """Takes one engine step: counts, ends what ended, and passes the columns on."""
         now_s = time.monotonic()
         if len(step.slot):

@@ -19,8 +19,8 @@ from megatoken.tls import bind
 from megatoken.v1 import tokens_pb2, worker_pb2, worker_pb2_grpc
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.fence import Fence
-from megatoken.worker.leases import LeaseBook, Leases, UncheckedLeases
-from megatoken.worker.replica import Replica
+from megatoken.worker.leases import LeaseBook, LeaseChecks, UncheckedLeases
+from megatoken.worker.replica import RunningReplica
 from megatoken.worker.tokens_service import SERVICE as TOKENS
 from megatoken.worker.tokens_service import tokens_handler
 from megatoken.worker.worker_service import WorkerService
@@ -36,7 +36,7 @@ class WorkerServer:
     Raises RequestError for credentials that cannot be used, or that are missing where others reach the host.
     """
 
-    def __init__(self, config: WorkerConfig, replica: Replica) -> None:
+    def __init__(self, config: WorkerConfig, replica: RunningReplica) -> None:
         self._config = config
         self._replica = replica
         self._health: Any = vars(health)["aio"].HealthServicer()  # missing from the published stubs
@@ -91,7 +91,7 @@ class WorkerServer:
 
 def _leases_of(
     config: WorkerConfig, gate: Gate | None, credentials: CredentialsFile | None
-) -> Callable[[Any], Leases | None]:
+) -> Callable[[Any], LeaseChecks | None]:
     """What each call's requests must show: nothing those of a router, a lease all others."""
     if gate is None or credentials is None:
         unchecked = UncheckedLeases()

@@ -22,10 +22,10 @@ from megatoken.fields import fields_at_most
 from megatoken.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
-from megatoken.worker.leases import LeaseBook, Leases
-from megatoken.worker.replica import Replica, StreamInUseError
+from megatoken.worker.leases import LeaseBook, LeaseChecks
+from megatoken.worker.replica import RunningReplica, StreamInUseError
 from megatoken.worker.streams.outlet import Outlet, Taken, encode_frame
-from megatoken.worker.streams.part import Part
+from megatoken.worker.streams.part import StreamPart
 
 SERVICE: Final = "megatoken.v1.Tokens"
 END: Final[Any] = vars(grpc.aio)["EOF"]  # missing from the published stubs
@@ -36,7 +36,7 @@ OVERRUN_RETRY_S: Final = 1.0
 GENERATE_STREAM: Final = 0  # the number of a Generate call's first choice
 
 
-def tokens_handler(replica: Replica, leases_of: Callable[[Any], Leases | None]) -> Any:
+def tokens_handler(replica: RunningReplica, leases_of: Callable[[Any], LeaseChecks | None]) -> Any:
     """The service's method handlers; messages stay bytes, so that columns are packed and unpacked once.
 
     `leases_of(context)` says what a caller's requests must show; None: it is a router.
@@ -57,7 +57,7 @@ def tokens_handler(replica: Replica, leases_of: Callable[[Any], Leases | None]) 
     )
 
 
-async def serve_session(replica: Replica, context: Any, outlet: Outlet) -> None:
+async def serve_session(replica: RunningReplica, context: Any, outlet: Outlet) -> None:
     """Serves one Session call until the caller closed its half and its requests ended, or the call is gone."""
     # Routers are told the load and what leases used; so is everybody on a worker that cannot tell who is one.
     replica.open(outlet, wants_load=not isinstance(outlet.leases, LeaseBook))
@@ -86,7 +86,7 @@ async def serve_session(replica: Replica, context: Any, outlet: Outlet) -> None:
             await reader
 
 
-async def _read_session(replica: Replica, outlet: Outlet, context: Any) -> None:
+async def _read_session(replica: RunningReplica, outlet: Outlet, context: Any) -> None:
     """Takes the caller's frames until it closes its half.
 
     Raises ValueError for bytes that are no frame, OverloadError for a caller that only sends.
@@ -120,7 +120,7 @@ async def _read_session(replica: Replica, outlet: Outlet, context: Any) -> None:
             replica.cancel(outlet, cancelled[first : first + CANCELS_AT_ONCE].tolist())
 
 
-async def serve_generate(replica: Replica, raw: bytes, context: Any, outlet: Outlet) -> None:
+async def serve_generate(replica: RunningReplica, raw: bytes, context: Any, outlet: Outlet) -> None:
     """Serves one Generate call: a message a step, or fewer when the caller is slow."""
     try:
         request = columns.GenerateRequest.FromString(raw)
@@ -213,7 +213,7 @@ def _add(messages: list[_Message], tokens: list[bytes], details: list[pb.Detail]
         messages.append(_Message(tokens))
 
 
-def _choices(part: Part) -> Iterator[tuple[int, Any]]:
+def _choices(part: StreamPart) -> Iterator[tuple[int, Any]]:
     stream, token = column(part.stream), column(part.token)
     if len(stream) == 1:
         yield int(stream[0]), token

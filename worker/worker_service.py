@@ -14,7 +14,7 @@ from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1 import worker_pb2, worker_pb2_grpc
 from megatoken.worker.fence import Fence
-from megatoken.worker.replica import Replica
+from megatoken.worker.replica import RunningReplica
 from megatoken.worker.streams.outlet import Outlet
 
 PROBE_TIMEOUT_S: Final = 60.0  # when the caller names no deadline
@@ -24,7 +24,7 @@ PROBE_PROMPT: Final = np.array([1], "<u4")
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Answers for one replica."""
 
-    def __init__(self, replica: Replica, fence: Fence) -> None:
+    def __init__(self, replica: RunningReplica, fence: Fence) -> None:
         self._replica = replica
         self._fence = fence
 
@@ -85,7 +85,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         yield worker_pb2.PrefixEvents()  # never reached; makes this a stream
 
 
-async def probe(replica: Replica, timeout_s: float) -> pb.Finish | None:
+async def probe(replica: RunningReplica, timeout_s: float) -> pb.Finish | None:
     """The Finish of a one-token request, or None when it took longer than `timeout_s`."""
     outlet = Outlet()
     replica.open(outlet, wants_load=False)

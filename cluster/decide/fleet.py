@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.liveness import HangSeen
-from megatoken.cluster.decide.replica import LIVE, ReplicaState
+from megatoken.cluster.decide.replica import LIVE, ReplicaEvent, ReplicaState
 from megatoken.cluster.inventory.topology import Inventory
 from megatoken.cluster.placement.place import BlockedKind, Placement
 from megatoken.cluster.spec.model import ModelSpec
@@ -55,6 +55,8 @@ class Replica:
     drain_cause: str = ""
     exit_cause: ExitCause = ExitCause.UNKNOWN
     """Why it ended; `reason` says it to people."""
+    history: tuple[ReplicaEvent, ...] = ()
+    """What happened to it, oldest first; bounded, since no state comes twice."""
     serves_until_s: float = 0.0
     """Of one that failed out of our reach: its lease may let it serve until then, and its replacement waits."""
 

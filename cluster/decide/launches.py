@@ -18,7 +18,7 @@ from megatoken.cluster.secrets_keeper import process_credentials
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.cluster.spec.model import ModelSpec
 from megatoken.router.config import RouterConfig
-from megatoken.router.edge.config import EdgeConfig, EdgeModel, LimitsConfig
+from megatoken.router.edge.config import EdgeConfig, EdgeLimits, EdgeModel
 from megatoken.worker.config import SimulatedConfig, WorkerConfig
 from megatoken.worker.throughput.config import AgentConfig
 
@@ -141,7 +141,7 @@ def edge_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings, 
         tls=spec.security.server_tls,
         api_keys_file=spec.security.api_keys_file,
         site=node.site,
-        limits=LimitsConfig(max_requests=spec.edge.max_requests),
+        limits=EdgeLimits(max_requests=spec.edge.max_requests),
         access_log=spec.edge.access_log,
         metrics_host=_host(None, node, around),  # never where clients are, even if edge.host is every address
         metrics_port=0,

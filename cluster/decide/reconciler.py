@@ -33,9 +33,9 @@ from megatoken.cluster.decide.fleet import (
     serial_of,
 )
 from megatoken.cluster.decide.lifecycle import event_for
-from megatoken.cluster.decide.replica import FINAL, ReplicaEvent, ReplicaState, next_state
+from megatoken.cluster.decide.replica import FINAL, LIFECYCLE, ReplicaEvent, ReplicaState
 from megatoken.cluster.decide.request import request_for
-from megatoken.cluster.decide.rollout import Step, next_step
+from megatoken.cluster.decide.rollout import RolloutStep, next_step
 from megatoken.cluster.placement.place import Blocked, BlockedKind, Placement, ReplicaRequest, place
 from megatoken.cluster.spec.model import ModelSpec
 
@@ -72,8 +72,9 @@ class _Tick:
         exit_cause: ExitCause = ExitCause.UNKNOWN,
     ) -> None:
         """Moves a replica along its table and writes down that it did."""
-        state = next_state(replica.state, event)
+        state = LIFECYCLE.next(replica.state, event, replica.history)
         changes: dict[str, object] = {"state": state, "since_s": self.now, "reason": reason, "exit_cause": exit_cause}
+        changes["history"] = (*replica.history, event)
         if event is ReplicaEvent.DRAIN:
             changes["drain_deadline_s"] = self.now + self._drain_timeout_s(replica)
             changes["drain_cause"] = cause
@@ -168,11 +169,11 @@ def _take_away(tick: _Tick, replica: Replica, cause: str) -> None:
         tick.send(replica, ReplicaEvent.STOP, cause, cause, ExitCause.STOPPED)
 
 
-def _decide(tick: _Tick) -> dict[str, Step]:
+def _decide(tick: _Tick) -> dict[str, RolloutStep]:
     by_model: dict[str, list[Replica]] = {name: [] for name in tick.models}
     for replica in tick.replicas.values():
         by_model.setdefault(replica.model, []).append(replica)
-    steps: dict[str, Step] = {}
+    steps: dict[str, RolloutStep] = {}
     for name, replicas in by_model.items():
         model = tick.models.get(name)
         if model is None or tick.desired.stopping:
@@ -217,7 +218,7 @@ def _crash_text(health: ModelHealth) -> str:
     return f"{what}: {health.last_failure}"
 
 
-def _create(tick: _Tick, steps: Mapping[str, Step]) -> None:
+def _create(tick: _Tick, steps: Mapping[str, RolloutStep]) -> None:
     requests: list[ReplicaRequest] = []
     for name, step in steps.items():
         for _ in range(step.create):
@@ -254,7 +255,7 @@ def _add(tick: _Tick, placement: Placement) -> None:
 
 
 def _block(
-    tick: _Tick, outcome: Blocked, step: Step, existing: Sequence[Placement], requests: Sequence[ReplicaRequest]
+    tick: _Tick, outcome: Blocked, step: RolloutStep, existing: Sequence[Placement], requests: Sequence[ReplicaRequest]
 ) -> None:
     """Says why; and where an update lacks room for one more, lets an old replica go first if that makes the room."""
     tick.block(outcome.model, outcome.kind, f"{outcome.reason} {outcome.unblock}".strip())

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from megatoken.transitions import Transitions
+
 
 class ReplicaState(StrEnum):
     RESERVING = "RESERVING"  # its placement group is asked for
@@ -33,27 +35,17 @@ LIVE = frozenset({ReplicaState.RESERVING, ReplicaState.STARTING, ReplicaState.RE
 FINAL = frozenset({ReplicaState.STOPPED, ReplicaState.FAILED})
 
 _S, _E = ReplicaState, ReplicaEvent
-TRANSITIONS: dict[tuple[ReplicaState, ReplicaEvent], ReplicaState] = {
-    (_S.RESERVING, _E.RESERVED): _S.STARTING,
-    (_S.RESERVING, _E.STOP): _S.STOPPED,
-    (_S.RESERVING, _E.FAIL): _S.FAILED,
-    (_S.STARTING, _E.SERVING): _S.READY,
-    (_S.STARTING, _E.STOP): _S.STOPPED,
-    (_S.STARTING, _E.FAIL): _S.FAILED,
-    (_S.READY, _E.DRAIN): _S.DRAINING,
-    (_S.READY, _E.FAIL): _S.FAILED,
-    (_S.DRAINING, _E.DRAINED): _S.STOPPED,
-    (_S.DRAINING, _E.FAIL): _S.FAILED,
-}
-
-
-class IllegalTransition(Exception):
-    """An event came that its state does not know: a bug in lifecycle.py or the reconciler."""
-
-
-def next_state(state: ReplicaState, event: ReplicaEvent) -> ReplicaState:
-    """Where `event` leads from `state`. Raises IllegalTransition for a pair that is not in the table."""
-    try:
-        return TRANSITIONS[state, event]
-    except KeyError:
-        raise IllegalTransition(f"event {event} in state {state}") from None
+LIFECYCLE = Transitions(
+    {
+        (_S.RESERVING, _E.RESERVED): _S.STARTING,
+        (_S.RESERVING, _E.STOP): _S.STOPPED,
+        (_S.RESERVING, _E.FAIL): _S.FAILED,
+        (_S.STARTING, _E.SERVING): _S.READY,
+        (_S.STARTING, _E.STOP): _S.STOPPED,
+        (_S.STARTING, _E.FAIL): _S.FAILED,
+        (_S.READY, _E.DRAIN): _S.DRAINING,
+        (_S.READY, _E.FAIL): _S.FAILED,
+        (_S.DRAINING, _E.DRAINED): _S.STOPPED,
+        (_S.DRAINING, _E.FAIL): _S.FAILED,
+    }
+)

@@ -18,7 +18,7 @@ from megatoken.cluster.spec.model import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RolloutStep:
     """What one model needs now."""
 
     create: int = 0
@@ -36,7 +36,7 @@ class Step:
 
 def next_step(
     model: ModelSpec, replicas: Sequence[Replica], health: ModelHealth, *, can_roll_back: bool, now: float
-) -> Step:
+) -> RolloutStep:
     """The step that brings `replicas` (all of this model) closer to `model`."""
     active = [replica for replica in replicas if replica.active]
     current = [replica for replica in active if replica.revision == model.revision]
@@ -46,32 +46,32 @@ def next_step(
     if not old:
         return _after(leaving, _settle(model.replicas, current, waits=waits))
     if can_roll_back and health.revision == model.revision and health.failures >= model.update.attempts:
-        return Step(roll_back=f"{health.failures} starts failed in a row: {health.last_failure}")
+        return RolloutStep(roll_back=f"{health.failures} starts failed in a row: {health.last_failure}")
     return _after(leaving, _exchange(model, current, old, replicas, waits=waits))
 
 
-def _after(leaving: int, step: Step) -> Step:
+def _after(leaving: int, step: RolloutStep) -> RolloutStep:
     """The step, with the makings put off that would stand beside replicas whose leases still run."""
     held = min(leaving, step.create)
     return replace(step, create=step.create - held, put_off=held)
 
 
-def _settle(wanted: int, current: Sequence[Replica], *, waits: bool) -> Step:
+def _settle(wanted: int, current: Sequence[Replica], *, waits: bool) -> RolloutStep:
     missing = wanted - len(current)
     if missing >= 0:
-        return Step(create=0 if waits else missing)
+        return RolloutStep(create=0 if waits else missing)
     by_worth = sorted(current, key=_worth)
-    return Step(remove=tuple(replica.id for replica in by_worth[:-missing]))
+    return RolloutStep(remove=tuple(replica.id for replica in by_worth[:-missing]))
 
 
 def _exchange(
     model: ModelSpec, current: Sequence[Replica], old: Sequence[Replica], replicas: Sequence[Replica], *, waits: bool
-) -> Step:
+) -> RolloutStep:
     wanted = model.replicas
     ready = [replica for replica in current if replica.state is ReplicaState.READY]
     progress = f"{len(ready)} of {wanted} updated"
     if len(current) > wanted:
-        return Step(remove=tuple(replica.id for replica in sorted(current, key=_worth)[: len(current) - wanted]))
+        return RolloutStep(remove=tuple(replica.id for replica in sorted(current, key=_worth)[: len(current) - wanted]))
     idle = [replica.id for replica in old if replica.state is not ReplicaState.READY]
     serving_old = sorted((replica for replica in old if replica.state is ReplicaState.READY), key=lambda r: r.created_s)
     spare = max(0, len(ready) + len(serving_old) - wanted)
@@ -83,8 +83,8 @@ def _exchange(
     starting = len(current) > len(ready)
     first_out = serving_old[spare:][:1] if not (draining or starting or remove) else []
     if create == 0 and not starting and not waits and first_out and model.update.surge == 0:
-        return Step(remove=(first_out[0].id,), progress=progress)
-    return Step(create=create, remove=remove, progress=progress, yield_one=first_out[0].id if first_out else "")
+        return RolloutStep(remove=(first_out[0].id,), progress=progress)
+    return RolloutStep(create=create, remove=remove, progress=progress, yield_one=first_out[0].id if first_out else "")
 
 
 def _worth(replica: Replica) -> tuple[bool, float, int]:

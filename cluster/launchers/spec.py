@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from megatoken.cluster.spec.model import Part
+from megatoken.cluster.spec.model import SpecPart
 
 # Ray takes node labels of this form only (ray._private.label_utils), which Kubernetes label values have too.
 LABEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"
@@ -30,7 +30,7 @@ def _check_env(env: dict[str, str]) -> dict[str, str]:
     return env
 
 
-class DeviceGroup(Part):
+class DeviceGroup(SpecPart):
     """The devices of one machine, or of every machine of a group."""
 
     device_kind: str = Field("", description='e.g. "mi355x", "h200"; empty: what Ray finds, or CPU slots')
@@ -72,7 +72,7 @@ class DeviceGroup(Part):
         return found
 
 
-class RayPorts(Part):
+class RayPorts(SpecPart):
     """Ports of Ray's own processes, so that a firewall can be told. Unset ones are chosen by Ray."""
 
     head: int = Field(6379, ge=1, le=65_535, description="of the head's control store (GCS)")
@@ -100,7 +100,7 @@ class SshHost(DeviceGroup):
         return self.address or self.host
 
 
-class SshLaunch(Part):
+class SshLaunch(SpecPart):
     """Machines reached by ssh, with Megatoken installed under `prefix` on each. The first host is the head."""
 
     hosts: tuple[SshHost, ...] = Field(min_length=1, max_length=4096, description="the first is the head")
@@ -171,7 +171,7 @@ class PodGroup(DeviceGroup):
         return self
 
 
-class KubeRayLaunch(Part):
+class KubeRayLaunch(SpecPart):
     """A RayCluster for the KubeRay operator (1.5.1 or later, for token authentication)."""
 
     namespace: str = Field("default", pattern=NAME_PATTERN, description="where everything goes")
@@ -204,7 +204,7 @@ class ComposeLaunch(DeviceGroup):
     models: str | None = Field(None, pattern=PATH_PATTERN, description="directory with weights, at /models")
 
 
-class LaunchSpec(Part):
+class LaunchSpec(SpecPart):
     """How machines are brought up. Several ways may stand beside each other; `render` takes one."""
 
     ports: RayPorts = RayPorts()

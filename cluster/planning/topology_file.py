@@ -13,13 +13,13 @@ from pydantic import Field
 
 from megatoken.cluster.inventory.topology import CPU_KIND, Device, Inventory, Node
 from megatoken.cluster.spec.load import SpecError
-from megatoken.cluster.spec.model import Part
+from megatoken.cluster.spec.model import SpecPart
 
 GIB = 1 << 30
 MAX_FILE_BYTES = 64 << 20
 
 
-class NodeEntry(Part):
+class NodeEntry(SpecPart):
     """One node, or `count` equal ones."""
 
     id: str = Field(min_length=1, max_length=128, description="unique; {n} stands for the number, from 0")
@@ -59,7 +59,7 @@ class NodeEntry(Part):
         )
 
 
-class InventoryFile(Part):
+class InventoryFile(SpecPart):
     """The whole file."""
 
     nodes: tuple[NodeEntry, ...] = Field(min_length=1, description="nodes in any order")

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from megatoken.cluster.spec.model import ModelSpec, Part, require_policy
+from megatoken.cluster.spec.model import ModelSpec, SpecPart, require_policy
 from megatoken.cluster.spec.services import (
     ANY_PORT,
     METRICS_OFFSET,
@@ -28,7 +28,7 @@ DEFAULT_CLUSTER = "default"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
-class ClusterSpec(Part):
+class ClusterSpec(SpecPart):
     """A whole cluster."""
 
     cluster: str = Field(

@@ -24,7 +24,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 CONTROL_FIELDS = ("replicas", "policy", "drain_timeout_s", "start_timeout_s", "update", "standalone_tokens_per_s")
 
 
-class Part(BaseModel):
+class SpecPart(BaseModel):
     """A section of the spec: immutable, and a field it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,7 +40,7 @@ def require_policy(field: str, policy: str) -> None:
         raise ValueError(f"{field}: 'lora' is not allowed; {NO_ADAPTERS}")
 
 
-class ParallelSpec(Part):
+class ParallelSpec(SpecPart):
     """How one replica is split over devices."""
 
     tensor: int = Field(1, ge=1, le=1024, description="ranks a layer is split over; divides the attention heads")
@@ -68,7 +68,7 @@ class ParallelSpec(Part):
         return self.tensor * self.pipeline * self.data
 
 
-class PlacementSpec(Part):
+class PlacementSpec(SpecPart):
     """Where a model's replicas may stand. Empty means anywhere."""
 
     device_kinds: tuple[str, ...] = Field((), description='e.g. ["mi355x"], ["cpu"]; lower case, without the vendor')
@@ -81,14 +81,14 @@ class PlacementSpec(Part):
     cross_site: bool = Field(False, description="whether one replica's stages may stand in different sites")
 
 
-class UpdateSpec(Part):
+class UpdateSpec(SpecPart):
     """How running replicas are exchanged when the model's spec changes."""
 
     surge: int = Field(1, ge=0, le=64, description="replicas above the wanted number while updating, where they fit")
     attempts: int = Field(2, ge=1, le=20, description="failed starts of the new spec before it is rolled back")
 
 
-class ModelSpec(Part):
+class ModelSpec(SpecPart):
     """One model and its replicas."""
 
     name: str = Field(min_length=1, max_length=128, pattern=NAME_PATTERN, description="what requests ask for")

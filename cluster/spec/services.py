@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatoken.cluster.spec.model import Part
+from megatoken.cluster.spec.model import SpecPart
 from megatoken.router.config import (
     AdmissionConfig,
     BreakerConfig,
@@ -25,7 +25,7 @@ HOST_RULE = "loopback where Ray is local, else the node's own address"
 RAY_ADDRESS_PATTERN = r"^(local|auto|ray://[^\s]+|[^\s:]+:\d{1,5})$"
 
 
-class RaySpec(Part):
+class RaySpec(SpecPart):
     """The Ray cluster that everything runs on."""
 
     address: str = Field(
@@ -38,7 +38,7 @@ class RaySpec(Part):
     object_store_mib: int = Field(80, ge=76, le=1_048_576, description="Ray's object store; no tokens pass it")
 
 
-class ControlSpec(Part):
+class ControlSpec(SpecPart):
     """The controller's own server and habits."""
 
     host: str | None = Field(None, min_length=1, description="address it binds; unset: " + HOST_RULE)
@@ -58,7 +58,7 @@ class ControlSpec(Part):
     events_kept: int = Field(2000, ge=10, le=1_000_000, description="events held for `events`; older ones go")
 
 
-class RoutersSpec(Part):
+class RoutersSpec(SpecPart):
     """The token routers."""
 
     count: int = Field(1, ge=0, le=1024, description="routers on the head node, sharing its port; 0: none")
@@ -75,7 +75,7 @@ class RoutersSpec(Part):
     request_log: bool = Field(False, description="one JSON line a finished request, without its prompt")
 
 
-class EdgeSpec(Part):
+class EdgeSpec(SpecPart):
     """The OpenAI-compatible HTTP doors."""
 
     count: int = Field(1, ge=0, le=1024, description="edges on the head node, sharing its port; 0: none")
@@ -86,7 +86,7 @@ class EdgeSpec(Part):
     access_log: bool = Field(False, description="one line a request; never with a prompt or a key")
 
 
-class AgentsSpec(Part):
+class AgentsSpec(SpecPart):
     """The throughput agents, one on every node that serves."""
 
     enabled: bool = Field(True, description="sum tokens per second over the cluster")
@@ -96,7 +96,7 @@ class AgentsSpec(Part):
     host: str | None = Field(None, min_length=1, description="address they bind; unset: " + HOST_RULE)
 
 
-class TlsSpec(Part):
+class TlsSpec(SpecPart):
     """Certificates. The same files must exist on every node."""
 
     cert_file: Path = Field(description="PEM chain that servers show")
@@ -116,7 +116,7 @@ class TlsSpec(Part):
         return ClientTls(ca_file=self.ca_file, cert_file=own[0], key_file=own[1], server_name=self.server_name)
 
 
-class SecuritySpec(Part):
+class SecuritySpec(SpecPart):
     """Who may talk to the cluster."""
 
     tls: TlsSpec | None = Field(None, description="unset: plain text")
@@ -131,7 +131,7 @@ class SecuritySpec(Part):
         return None if self.tls is None else self.tls.client()
 
 
-class NetworkSpec(Part):
+class NetworkSpec(SpecPart):
     """How nodes reach each other."""
 
     interface: str | None = Field(None, description="for Gloo, NCCL, RCCL; unset: that of the node's address")

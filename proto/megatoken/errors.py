@@ -35,8 +35,8 @@ class RequestError(MegatokenError):
         self.value = value
         self.allowed = allowed
         shown = repr(value)
-        if len(shown) > 80:  # a long prompt must not become a long message
-            shown = shown[:77] + "..."
+        if len(shown) > 80:  # a long prompt must not become a long message; of a long path the end tells most
+            shown = f"{shown[:38]}...{shown[-39:]}"
         super().__init__(f"{field}: {shown} is not allowed; {allowed}")
 
 

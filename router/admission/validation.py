@@ -14,12 +14,12 @@ from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 
 if TYPE_CHECKING:
-    from megatoken.router.fleet.fleet import Fleet, Pool
+    from megatoken.router.fleet.fleet import EndpointTable, Pool
 
 _MAX_SEED = (1 << 63) - 1  # int64
 
 
-def pool_of(fleet: Fleet, model: str) -> Pool:
+def pool_of(fleet: EndpointTable, model: str) -> Pool:
     """The model's pool. Raises NotFoundError, naming what there is."""
     pool = fleet.pools.get(model)
     if pool is None or not (pool.known or pool.replicas):

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 
 
-def occupy(request: Request, replica: Replica) -> None:
+def occupy(request: Request, replica: Endpoint) -> None:
     """The request has a place on the replica; nothing is charged yet."""
     request.replica = replica
     request.base_tokens = request.charged_prompt = request.charged_decode = 0
     replica.in_flight += 1
 
 
-def charge(request: Request, replica: Replica, prompt_tokens: int, decode_tokens: int, now: float) -> None:
+def charge(request: Request, replica: Endpoint, prompt_tokens: int, decode_tokens: int, now: float) -> None:
     """Tokens to be read and expected to be made in this attempt. The first request of an idle replica wakes it."""
     request.charged_prompt, request.charged_decode = prompt_tokens, decode_tokens
     replica.prompt_outstanding += prompt_tokens
@@ -28,18 +28,18 @@ def charge(request: Request, replica: Replica, prompt_tokens: int, decode_tokens
         replica.alive_s = now
 
 
-def prefilled(request: Request, replica: Replica) -> None:
+def prefilled(request: Request, replica: Endpoint) -> None:
     """The attempt's first token came: its prompt is outstanding no more."""
     replica.prompt_outstanding -= request.charged_prompt
     request.charged_prompt = 0
 
 
-def credit(replica: Replica, tokens: int) -> None:
+def credit(replica: Endpoint, tokens: int) -> None:
     """Tokens of requests in flight came."""
     replica.decode_outstanding -= tokens
 
 
-def uncharge(state: RouterState, request: Request, now: float) -> Replica | None:
+def uncharge(state: RouterState, request: Request, now: float) -> Endpoint | None:
     """The request leaves its replica, which is returned. The slot is the caller's to free or to orphan."""
     replica = request.replica
     if replica is None:
@@ -55,7 +55,7 @@ def uncharge(state: RouterState, request: Request, now: float) -> Replica | None
     return replica
 
 
-def charge_lease(state: RouterState, replica: Replica, prompt_tokens: int, decode_tokens: int, now: float) -> None:
+def charge_lease(state: RouterState, replica: Endpoint, prompt_tokens: int, decode_tokens: int, now: float) -> None:
     """A lease has a place on the replica, and is charged in full until it is given back."""
     replica.leased += 1
     replica.prompt_outstanding += prompt_tokens
@@ -63,13 +63,13 @@ def charge_lease(state: RouterState, replica: Replica, prompt_tokens: int, decod
     state.fleet.refresh(replica, now)
 
 
-def uncharge_lease(state: RouterState, replica: Replica, prompt_tokens: int, decode_tokens: int, now: float) -> None:
+def uncharge_lease(state: RouterState, replica: Endpoint, prompt_tokens: int, decode_tokens: int, now: float) -> None:
     """Takes back what charge_lease charged."""
     replica.leased -= 1
     _take_off(state, replica, prompt_tokens, decode_tokens, now)
 
 
-def _take_off(state: RouterState, replica: Replica, prompt_tokens: int, decode_tokens: int, now: float) -> None:
+def _take_off(state: RouterState, replica: Endpoint, prompt_tokens: int, decode_tokens: int, now: float) -> None:
     replica.prompt_outstanding -= prompt_tokens
     replica.decode_outstanding -= decode_tokens
     if replica.in_flight + replica.leased == 0:  # rounding and guesses end here

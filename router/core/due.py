@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Iterator
 from typing import Final
 
-from megatoken.router.core.lifecycle import State
+from megatoken.router.core.lifecycle import RequestState
 from megatoken.router.core.request import Request
 
 _FEW: Final = 64  # entries that are not worth a clean-up
@@ -35,7 +35,7 @@ class Due:
         """Those whose time has come and that have not ended, earliest first; what is pushed meanwhile counts too."""
         while self._heap and self._heap[0][0] <= now:
             request = heapq.heappop(self._heap)[2]
-            if request.state is State.FINISHED:
+            if request.state is RequestState.FINISHED:
                 self._ended = max(0, self._ended - 1)
             else:
                 yield request
@@ -44,6 +44,6 @@ class Due:
         """A request that may stand here has ended."""
         self._ended += 1
         if self._ended > _FEW and 2 * self._ended > len(self._heap):
-            self._heap = [entry for entry in self._heap if entry[2].state is not State.FINISHED]
+            self._heap = [entry for entry in self._heap if entry[2].state is not RequestState.FINISHED]
             heapq.heapify(self._heap)
             self._ended = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatoken.errors import DrainingError, MegatokenError, OverloadError, status_number
 from megatoken.router.core.accounts import uncharge
 from megatoken.router.core.held import flush_held
-from megatoken.router.core.lifecycle import Event, State
+from megatoken.router.core.lifecycle import RequestEvent, RequestState
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
 from megatoken.v1 import tokens_pb2
@@ -40,7 +40,7 @@ def end(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: fl
     A slot that the worker still knows becomes a zombie if the request's own state is RUNNING; the caller who got the
     worker's Finish frees it before (request.slot = -1 after keeping the count in finish.generated_tokens).
     """
-    if request.state is State.QUEUED or request.state is State.RESUMING:
+    if request.state is RequestState.QUEUED or request.state is RequestState.RESUMING:
         request.pool.queue.remove(request)
     if request.delivery:
         try:
@@ -63,7 +63,7 @@ def end(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: fl
 def fail(state: RouterState, request: Request, where: str, error: Exception, now: float) -> None:
     """A fault of ours while something was done for this request: it is counted, and the request ends with INTERNAL."""
     state.faults.caught(where, error)
-    if request.state is not State.FINISHED:
+    if request.state is not RequestState.FINISHED:
         try:
             end(state, request, error_finish(0, error), now)
         except Exception as again:
@@ -75,7 +75,7 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
 
     Whatever goes wrong with an account or with who listens, the client gets its Finish.
     """
-    request.move(Event.ENDED)
+    request.move(RequestEvent.ENDED)
     state.live -= 1
     if request.delivery:
         state.held -= 1

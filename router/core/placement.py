@@ -8,11 +8,11 @@ from megatoken.frames import U32
 from megatoken.router.core import continuation, quarantine
 from megatoken.router.core.accounts import charge, occupy, uncharge
 from megatoken.router.core.ending import LENGTH, end, fail
-from megatoken.router.core.lifecycle import Event
+from megatoken.router.core.lifecycle import RequestEvent
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.choice import Question
-from megatoken.router.fleet.fleet import Pool, Replica
+from megatoken.router.fleet.fleet import Endpoint, Pool
 from megatoken.router.fleet.prefix_book import cached_tokens
 from megatoken.router.streams.slots import DIRECT
 from megatoken.v1 import tokens_pb2
@@ -83,9 +83,9 @@ def _try_suspects(state: RouterState, pool: Pool, now: float) -> None:
     pool.has_wards = any(replica.ward for replica in pool.replicas)
 
 
-def place(state: RouterState, request: Request, replica: Replica, now: float) -> None:
+def place(state: RouterState, request: Request, replica: Endpoint, now: float) -> None:
     """Sends the request to the replica. It is in no queue."""
-    request.move(Event.PLACED)
+    request.move(RequestEvent.PLACED)
     if replica.link is None:
         raise RuntimeError(f"replica {replica.name} is in the open list without a session")
     request.attempts += 1
@@ -118,7 +118,7 @@ def place(state: RouterState, request: Request, replica: Replica, now: float) ->
     state.fleet.refresh(replica, now)
 
 
-def _begin_attempt(state: RouterState, request: Request, replica: Replica, base: int, now: float) -> None:
+def _begin_attempt(state: RouterState, request: Request, replica: Endpoint, base: int, now: float) -> None:
     """What replica and slot hold of the request from now on. `base`: tokens of `carried` that it goes on from."""
     slot = request.slot
     if base:

@@ -21,14 +21,14 @@ from collections.abc import Iterator
 from typing import Final
 
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Pool, Replica
+from megatoken.router.fleet.fleet import Endpoint, Pool
 
 _IDLE_SHARE: Final = 0.25  # of its time that a suspect waits for an idle ward
 _OTHERS_SHARE: Final = 0.5  # and for other routers' requests to end
 SUSPECTS_A_WARD: Final = 8  # a further ward is opened for so many that wait
 
 
-def wards(state: RouterState, pool: Pool, now: float) -> Iterator[Replica]:
+def wards(state: RouterState, pool: Pool, now: float) -> Iterator[Endpoint]:
     """Replicas where a suspect may be tried now, as long as the caller places the next one on each that it gets."""
     usable = [replica for replica in pool.replicas if _usable(replica, now)]
     for replica in pool.replicas:
@@ -49,14 +49,14 @@ def wards(state: RouterState, pool: Pool, now: float) -> Iterator[Replica]:
             yield replica
 
 
-def close(state: RouterState, replica: Replica, now: float) -> None:
+def close(state: RouterState, replica: Endpoint, now: float) -> None:
     """The replica is for everyone again, unless a suspect is being tried there."""
     if replica.ward and replica.trial is None:
         replica.ward = replica.cleared = False
         state.fleet.refresh(replica, now)
 
 
-def _usable(replica: Replica, now: float) -> bool:
+def _usable(replica: Endpoint, now: float) -> bool:
     return (
         replica.connected
         and not replica.gone
@@ -66,7 +66,7 @@ def _usable(replica: Replica, now: float) -> bool:
     )
 
 
-def _obstacles(replica: Replica, waited: float) -> float:
+def _obstacles(replica: Endpoint, waited: float) -> float:
     """What keeps a suspect off, once it has waited this share of the time that it may; nothing when 0."""
     own = replica.in_flight if waited <= _IDLE_SHARE else replica.prompt_outstanding
     return own + replica.leased + (replica.others if waited <= _OTHERS_SHARE else 0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from megatoken.errors import UnavailableError
 from megatoken.router.core.accounts import uncharge
 from megatoken.router.core.ending import end, error_finish, fail
-from megatoken.router.core.lifecycle import Event, State
+from megatoken.router.core.lifecycle import RequestEvent, RequestState
 from megatoken.router.core.placement import pump
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.circuit import CircuitState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 
 
 def lose(
@@ -21,7 +21,7 @@ def lose(
     known_to_worker: the worker may still send for the slot (it was moved, not lost): it becomes a zombie.
     died: the replica died or hangs, for which the request may be the cause while it had no token there; see quarantine.
     """
-    if request.state is not State.RUNNING:
+    if request.state is not RequestState.RUNNING:
         return
     replica = request.replica
     guilty = ""
@@ -39,7 +39,7 @@ def lose(
             finish.replica = replica.name
         end(state, request, finish, now)
         return
-    request.move(Event.LOST)
+    request.move(RequestEvent.LOST)
     if request.carried or request.attempts:
         request.resumes += bool(request.carried)
     if request.carried:
@@ -70,7 +70,7 @@ def _take_back(state: RouterState, request: Request, now: float, known_to_worker
     request.replayed, request.replay_at = b"", 0
 
 
-def _guilty(request: Request, replica: Replica, reason: str) -> str:
+def _guilty(request: Request, replica: Endpoint, reason: str) -> str:
     return (
         f"{reason}; replicas {request.suspected_of} and {replica.name} were both lost before this request's first "
         f"token, the second while it alone had none there: it is not tried again"
@@ -93,7 +93,7 @@ def _refusal(state: RouterState, request: Request, reason: str, now: float) -> s
     return ""
 
 
-def lose_replica(state: RouterState, replica: Replica, reason: str, now: float) -> None:
+def lose_replica(state: RouterState, replica: Endpoint, reason: str, now: float) -> None:
     """The session to the replica's worker is gone, and with it all that it had."""
     replica.connected = False
     replica.link = None
@@ -118,7 +118,7 @@ def lose_replica(state: RouterState, replica: Replica, reason: str, now: float) 
         state.fleet.release(replica)
 
 
-def give_up(state: RouterState, replica: Replica, why: str, now: float) -> None:
+def give_up(state: RouterState, replica: Endpoint, why: str, now: float) -> None:
     """Ends the replica's session here and now: a frame of it is missing, so no later one may be taken in.
 
     Its requests go on from the tokens that were recorded before; the link hears of it and opens a new session.
@@ -129,13 +129,13 @@ def give_up(state: RouterState, replica: Replica, why: str, now: float) -> None:
     lose_replica(state, replica, why, now)
 
 
-def frame_failed(state: RouterState, replica: Replica, where: str, error: Exception, now: float) -> None:
+def frame_failed(state: RouterState, replica: Endpoint, where: str, error: Exception, now: float) -> None:
     """A frame of the replica, or a part of one, could not be taken in: counted, and its session ends."""
     state.faults.caught(where, error)
     give_up(state, replica, f"a frame of replica {replica.name} could not be taken in ({type(error).__name__})", now)
 
 
-def probed(state: RouterState, replica: Replica, now: float, *, well: bool) -> None:
+def probed(state: RouterState, replica: Endpoint, now: float, *, well: bool) -> None:
     """A probe of the replica is over. Without a verdict within its deadline it is not well."""
     if replica.circuit.state is not CircuitState.HALF_OPEN:  # something else decided meanwhile
         return
@@ -147,7 +147,7 @@ def probed(state: RouterState, replica: Replica, now: float, *, well: bool) -> N
     pump(state, replica.pool, now)
 
 
-def connect(state: RouterState, replica: Replica, now: float) -> None:
+def connect(state: RouterState, replica: Endpoint, now: float) -> None:
     """The session to the replica's worker stands (replica.link is set)."""
     replica.connected = True
     replica.alive_s = now
@@ -156,7 +156,7 @@ def connect(state: RouterState, replica: Replica, now: float) -> None:
     pump(state, replica.pool, now)
 
 
-def move_all(state: RouterState, replica: Replica, reason: str, now: float) -> None:
+def move_all(state: RouterState, replica: Endpoint, reason: str, now: float) -> None:
     """Moves what a draining replica still has; it stays connected until the moved streams are confirmed."""
     for slot in state.slots.of_replica(replica.index):
         request = state.slots.owner[slot]

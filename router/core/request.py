@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from megatoken.router.core.lifecycle import Event, State, step
+from megatoken.router.core.lifecycle import LIFECYCLE, RequestEvent, RequestState
 from megatoken.router.identity.door import Caller
 
 if TYPE_CHECKING:
-    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.fleet.fleet import Endpoint, Pool
 
 
 class Sink(Protocol):
@@ -47,9 +47,9 @@ class Request:
     max_delay_s: float
     deadline_s: float  # monotonic; inf: none
     arrived_s: float
-    state: State = State.QUEUED
+    state: RequestState = RequestState.QUEUED
     slot: int = -1
-    replica: Replica | None = None
+    replica: Endpoint | None = None
     placed_s: float = 0.0
     first_s: float = 0.0  # 0: no token yet
     first_on_replica: bool = False  # this attempt has had its first token
@@ -70,9 +70,12 @@ class Request:
     suspected_of: str = ""  # the replica that died before giving it a token; empty: none, or it is cleared
     prefix_hashes: tuple[int, ...] = ()
     attempts: int = 0
+    history: list[RequestEvent] = field(default_factory=list)  # bounded, since a request moves so many times at most
 
-    def move(self, event: Event) -> None:
-        self.state = step(self.state, event)
+    def move(self, event: RequestEvent) -> None:
+        """Raises IllegalTransition, with what happened before."""
+        self.state = LIFECYCLE.next(self.state, event, self.history)
+        self.history.append(event)
 
     @property
     def tenant(self) -> str:

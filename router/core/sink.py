@@ -6,7 +6,7 @@ import numpy as np
 
 from megatoken.frames import U32
 from megatoken.router.core.request import Request
-from megatoken.router.streams.outbox import FrameOutbox, Part
+from megatoken.router.streams.outbox import FrameOutbox, FramePart
 
 
 class SessionSink:
@@ -23,7 +23,7 @@ class SessionSink:
     def push_tokens(self, request: Request, packed: bytes, details: list[bytes]) -> None:
         token = np.frombuffer(packed, U32)
         count = None if len(token) == 1 else np.array([len(token)], U32)
-        self.outbox.add_part(Part(np.array([request.stream], U32), count, token, details, []))
+        self.outbox.add_part(FramePart(np.array([request.stream], U32), count, token, details, []))
         self.outbox.urgent = True
         self.wake()
 

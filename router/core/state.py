@@ -17,13 +17,13 @@ from megatoken.router.core.due import Due
 from megatoken.router.core.request import Request
 from megatoken.router.core.retry_budget import RetryBudget
 from megatoken.router.core.sink import SessionSink
-from megatoken.router.fleet.fleet import Fleet, Policy, Replica
+from megatoken.router.fleet.fleet import Endpoint, EndpointTable, Policy
 from megatoken.router.identity.door import Door
-from megatoken.router.measures import Measures, refusal_reason
+from megatoken.router.measures import ModelMeasures, refusal_reason
 from megatoken.router.policies.make import make_policy
 from megatoken.router.streams.history import TokenPages
 from megatoken.router.streams.latency import Latencies
-from megatoken.router.streams.ledger import Ledger
+from megatoken.router.streams.ledger import RouterLedger
 from megatoken.router.streams.slots import SlotTable
 from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
@@ -32,15 +32,15 @@ from megatoken.v1 import tokens_pb2
 @dataclass(slots=True)
 class RouterState:
     config: RouterConfig
-    ledger: Ledger
+    ledger: RouterLedger
     rng: random.Random
-    fleet: Fleet
+    fleet: EndpointTable
     door: Door = field(default_factory=Door)
     slots: SlotTable = field(default_factory=SlotTable)
     pages: TokenPages = field(init=False)
     sinks: list[SessionSink | None] = field(default_factory=list)
     latencies: Latencies = field(default_factory=Latencies)
-    nowhere: Measures = field(default_factory=Measures)  # of requests for models that are not there
+    nowhere: ModelMeasures = field(default_factory=ModelMeasures)  # of requests for models that are not there
     retries: RetryBudget = field(init=False)
     faults: Faults = field(default_factory=Faults)  # of our own, each while one part of the work was done
     frames: int = 0  # taken in
@@ -53,7 +53,7 @@ class RouterState:
     deadlines: Due = field(default_factory=Due)
     holds: Due = field(default_factory=Due)  # held tokens to pass on
     on_finished: Callable[[Request, tokens_pb2.Finish, float], None] | None = None
-    on_lease_usage: Callable[[Replica, tokens_pb2.LeaseUsage, float], None] | None = None  # as workers report it
+    on_lease_usage: Callable[[Endpoint, tokens_pb2.LeaseUsage, float], None] | None = None  # as workers report it
     ordinal: int = 0  # of requests that bring no id
 
     def __post_init__(self) -> None:

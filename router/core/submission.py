@@ -9,7 +9,7 @@ from megatoken.router.admission import admission
 from megatoken.router.admission.validation import check_priority, check_request, pool_of
 from megatoken.router.core import continuation
 from megatoken.router.core.ending import CANCELLED, end, fail
-from megatoken.router.core.lifecycle import State
+from megatoken.router.core.lifecycle import RequestState
 from megatoken.router.core.placement import pump
 from megatoken.router.core.request import Request, Sink
 from megatoken.router.core.state import RouterState
@@ -152,7 +152,7 @@ def _choice_bytes(message: GenerateRequest, choice: int, choices: int) -> bytes:
 
 def cancel(state: RouterState, request: Request, now: float) -> None:
     """The client wants no more. Its Finish says CANCELLED; the worker is told."""
-    if request.state is State.FINISHED:
+    if request.state is RequestState.FINISHED:
         return
     pool = request.pool
     try:

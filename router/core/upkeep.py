@@ -7,12 +7,12 @@ from typing import Final
 from megatoken.errors import DeadlineError, MegatokenError, UnavailableError
 from megatoken.router.core.ending import end, error_finish, fail
 from megatoken.router.core.held import flush_held
-from megatoken.router.core.lifecycle import State
+from megatoken.router.core.lifecycle import RequestState
 from megatoken.router.core.placement import pump
 from megatoken.router.core.recovery import move_all
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.fleet.outliers import slow_replicas
 
 ZOMBIE_S: Final = 120.0  # an engine aborts within a step; a step that includes a long prefill takes seconds
@@ -45,7 +45,7 @@ def tick(state: RouterState, now: float, unix_s: float) -> None:
     _waits(state, now)
 
 
-def _watch(state: RouterState, replica: Replica, now: float, unix_s: float) -> None:
+def _watch(state: RouterState, replica: Endpoint, now: float, unix_s: float) -> None:
     """Moves what a drained replica still has at its deadline, cuts off a hung one, probes one whose pause is over."""
     if replica.draining and 0 < replica.member.drain_deadline_unix_s <= unix_s and replica.in_flight:
         move_all(state, replica, f"replica {replica.name} was drained", now)
@@ -87,9 +87,9 @@ def _waits(state: RouterState, now: float) -> None:
             continue
         serving = any(replica.connected for replica in pool.replicas)
         for request in pool.queue.items():
-            since = request.placed_s if request.state is State.RESUMING else request.arrived_s
+            since = request.placed_s if request.state is RequestState.RESUMING else request.arrived_s
             bound = state.config.admission.max_queue_s
-            if request.state is State.RESUMING or not serving:
+            if request.state is RequestState.RESUMING or not serving:
                 bound = state.config.resume.wait_s
             if now - since > bound:
                 why = pool.blocked or "no replica had room"

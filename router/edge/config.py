@@ -41,7 +41,7 @@ class EdgeModel(_Part):
         return (self.name, *(name for name in self.served_names if name != self.name))
 
 
-class LimitsConfig(_Part):
+class EdgeLimits(_Part):
     """What one edge takes on."""
 
     max_requests: int = Field(default=16_384, ge=1, description="requests running at once; more get 429")
@@ -70,7 +70,7 @@ class EdgeConfig(_Part):
     tls: ServerTls | None = Field(None, description="unset: plain HTTP")
     api_keys_file: Path | None = Field(None, description="JSON of hashed keys; unset: no key is asked for")
     site: str = Field("", description="where the edge is; passed on with requests")
-    limits: LimitsConfig = LimitsConfig()
+    limits: EdgeLimits = EdgeLimits()
     metrics_host: str = Field("127.0.0.1", description="address of /metrics and /version, which ask for no key")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="0: any free one; unset: they are not served")
     access_log: bool = Field(False, description="one line a request; never with a prompt or a key")

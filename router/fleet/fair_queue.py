@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 _FEW: Final = 64  # removed entries that are not worth a clean-up
 
 
-class Waiting(Protocol):
+class Queued(Protocol):
     @property
     def priority(self) -> int: ...
     @property
@@ -43,19 +43,19 @@ class FairQueue:
     def __len__(self) -> int:
         return self.length
 
-    def push(self, item: Waiting, weight: float = 1.0) -> None:
+    def push(self, item: Queued, weight: float = 1.0) -> None:
         tenant, priority = item.tenant, item.priority
         start = max(self._clock, self._finish.get(tenant, 0.0))
         self._enters(item)
         self._finish[tenant] = start + item.cost_tokens / weight
         heapq.heappush(self._heap, (priority, start, next(self._order), item))
 
-    def push_front(self, item: Waiting) -> None:
+    def push_front(self, item: Queued) -> None:
         """For a request that already ran: it was fair before."""
         self._enters(item)
         self._front.append(item)
 
-    def push_suspect(self, item: Waiting) -> None:
+    def push_suspect(self, item: Queued) -> None:
         """For a request that needs a replica to itself."""
         self._enters(item)
         self._suspects[id(item)] = item
@@ -97,7 +97,7 @@ class FairQueue:
                 self._clock = 0.0
         return item
 
-    def remove(self, item: Waiting) -> None:
+    def remove(self, item: Queued) -> None:
         """Takes a request out wherever it stands; nothing, when it does not wait here."""
         if id(item) not in self._here:
             return
@@ -123,13 +123,13 @@ class FairQueue:
 
     # Whatever may raise comes first: one that is counted is there, and one that is not there is not counted.
 
-    def _enters(self, item: Waiting) -> None:
+    def _enters(self, item: Queued) -> None:
         cost_tokens = item.cost_tokens
         self._here.add(id(item))
         self.length += 1
         self.tokens += cost_tokens
 
-    def _leaves(self, item: Waiting) -> None:
+    def _leaves(self, item: Queued) -> None:
         cost_tokens = item.cost_tokens
         self._here.discard(id(item))
         self.length -= 1

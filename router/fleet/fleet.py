@@ -1,7 +1,7 @@
 """What the router knows of replicas and models: membership from the controller, load and health from its own traffic.
 
 `Pool.open` lists the replicas of a model that may get a request now. It is kept up to date at every change of a
-replica (`Fleet.refresh`), so a choice looks at two of them and not at a thousand.
+replica (`EndpointTable.refresh`), so a choice looks at two of them and not at a thousand.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megatoken.router.fleet.affinity_seeds import seed_of
 from megatoken.router.fleet.capacity import Capacity, Rates
 from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.circuit import Circuit
-from megatoken.router.fleet.fair_queue import FairQueue, Waiting
+from megatoken.router.fleet.fair_queue import FairQueue, Queued
 from megatoken.router.fleet.prefix_book import PrefixBook
-from megatoken.router.measures import Measures
+from megatoken.router.measures import ModelMeasures
 
 
-class Link(Protocol):
+class EndpointLink(Protocol):
     """The router's session to one replica's worker."""
 
     def send_start(self, slot: int, request: bytes) -> None: ...
@@ -57,7 +57,7 @@ class Member:
 
 
 @dataclass(slots=True, eq=False)
-class Replica:
+class Endpoint:
     """One replica in the table. Identity is (name, incarnation): a new incarnation is a new Replica."""
 
     index: int
@@ -66,7 +66,7 @@ class Replica:
     circuit: Circuit
     capacity: Capacity
     limit: int  # requests it gets at most
-    link: Link | None = None
+    link: EndpointLink | None = None
     connected: bool = False
     gone: bool = False  # no longer a member; only its last requests keep it
     draining: bool = False
@@ -90,7 +90,7 @@ class Replica:
     prefixes: dict[int, None] = field(default_factory=dict)  # see prefix_book
     ward: bool = False  # kept for suspects: takes no other request, see quarantine
     cleared: bool = False  # as a ward, once: all who run there have shown their innocence
-    trial: Waiting | None = None  # the suspect whose first token is awaited here
+    trial: Queued | None = None  # the suspect whose first token is awaited here
 
     @property
     def name(self) -> str:
@@ -118,7 +118,7 @@ class Policy(Protocol):
     name: str  # as a spec writes it
     wants_prefix: bool  # asks for Question.prefix_hashes
 
-    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Replica | None:
+    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Endpoint | None:
         """One of pool.open, or None when there is none."""
 
 
@@ -131,22 +131,22 @@ class Pool:
     wanted: int = 0
     blocked: str = ""
     known: bool = True  # in the present snapshot
-    replicas: list[Replica] = field(default_factory=list)
-    open: list[Replica] = field(default_factory=list)
+    replicas: list[Endpoint] = field(default_factory=list)
+    open: list[Endpoint] = field(default_factory=list)
     queue: FairQueue = field(default_factory=FairQueue)
     output_share: float = 1.0  # generated tokens over max_tokens, smoothed
     outputs_seen: int = 0
     _made: float = 0.0
     _allowed: float = 0.0
-    prefixes: PrefixBook[Replica] = field(default_factory=PrefixBook)
+    prefixes: PrefixBook[Endpoint] = field(default_factory=PrefixBook)
     seeds: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))  # of replicas, in their order
-    adapters: dict[str, list[Replica]] = field(default_factory=dict)  # replicas by adapter that they state
+    adapters: dict[str, list[Endpoint]] = field(default_factory=dict)  # replicas by adapter that they state
     has_wards: bool = False  # a replica may be a ward, see quarantine
     measured_tokens_per_s: float = 0.0  # decode capacity of what serves; 0: not measured yet
     rates_by_kind: dict[str, tuple[Rates, int]] = field(default_factory=dict)  # by device kind, and its full batch
     max_model_len: int = 0  # the longest context of a replica
     vocab_size: int = 0  # the smallest; 0: none states one
-    measures: Measures = field(default_factory=Measures)
+    measures: ModelMeasures = field(default_factory=ModelMeasures)
 
     def expected_output(self, max_tokens: int) -> int:
         if self.outputs_seen < 8:
@@ -167,19 +167,19 @@ class Pool:
         self.measured_tokens_per_s = sum(c.decode_tokens_per_s for c in serving) if measured else 0.0
 
 
-class Fleet:
+class EndpointTable:
     """The table. `replicas[index]` is None once a replica is gone and has no slot left; indexes are then reused."""
 
     def __init__(self, admission: AdmissionConfig, breaker: BreakerConfig) -> None:
         self._admission = admission
         self._breaker = breaker
-        self.replicas: list[Replica | None] = []
-        self.by_name: dict[tuple[str, int], Replica] = {}
+        self.replicas: list[Endpoint | None] = []
+        self.by_name: dict[tuple[str, int], Endpoint] = {}
         self.pools: dict[str, Pool] = {}
         self.epoch = 0
         self.version = 0
 
-    def live(self) -> list[Replica]:
+    def live(self) -> list[Endpoint]:
         return [replica for replica in self.replicas if replica is not None]
 
     def add_pool(self, model: str, policy: Policy) -> Pool:
@@ -187,7 +187,7 @@ class Fleet:
         self.pools[model] = pool
         return pool
 
-    def add(self, member: Member, pool: Pool) -> Replica:
+    def add(self, member: Member, pool: Pool) -> Endpoint:
         batch = member.max_running or self._admission.replica_requests
         capacity = Capacity(batch)
         known = pool.rates_by_kind.get(member.device_kind)
@@ -196,7 +196,7 @@ class Fleet:
         limit = max(1, round(batch * self._admission.replica_slack))
         index = next((i for i, r in enumerate(self.replicas) if r is None), len(self.replicas))
         circuit = Circuit(self._breaker.failures, self._breaker.open_s, self._breaker.max_open_s)
-        replica = Replica(index, member, pool, circuit, capacity, limit)
+        replica = Endpoint(index, member, pool, circuit, capacity, limit)
         replica.draining = member.draining
         if index == len(self.replicas):
             self.replicas.append(replica)
@@ -207,7 +207,7 @@ class Fleet:
         index_members(pool)
         return replica
 
-    def remove(self, replica: Replica) -> None:
+    def remove(self, replica: Endpoint) -> None:
         """The replica is no longer a member. Its index stays taken until `release`."""
         replica.gone = True
         self._close(replica)
@@ -216,10 +216,10 @@ class Fleet:
             replica.pool.replicas.remove(replica)
             index_members(replica.pool)
 
-    def release(self, replica: Replica) -> None:
+    def release(self, replica: Endpoint) -> None:
         self.replicas[replica.index] = None
 
-    def refresh(self, replica: Replica, now: float) -> None:
+    def refresh(self, replica: Endpoint, now: float) -> None:
         """Puts the replica into or out of its pool's open list; call after every change that may matter."""
         usable = (
             replica.connected
@@ -236,7 +236,7 @@ class Fleet:
         elif not usable and replica.open_at >= 0:
             self._close(replica)
 
-    def _close(self, replica: Replica) -> None:
+    def _close(self, replica: Endpoint) -> None:
         if replica.open_at < 0:
             return
         places = replica.pool.open

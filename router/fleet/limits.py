@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from megatoken.router.fleet.fleet import Fleet
+from megatoken.router.fleet.fleet import EndpointTable
 
 _EVEN: Final = 0.9  # above this the shares count as even
 
 
-def ceiling(fleet: Fleet) -> tuple[float, str]:
+def ceiling(fleet: EndpointTable) -> tuple[float, str]:
     """(share of capacity that the present split can reach, what holds back: imbalance, queue, idle, ramp or "")."""
     serving = [r for r in fleet.live() if r.connected and not r.draining and not r.gone]
     if not serving:

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING
 from megatoken.router.config import BreakerConfig
 
 if TYPE_CHECKING:
-    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.fleet.fleet import Endpoint, Pool
 
 _MIN_PEERS = 4
 _MIN_STEPS = 64
 
 
-def slow_replicas(pool: Pool, config: BreakerConfig, now: float) -> list[Replica]:
+def slow_replicas(pool: Pool, config: BreakerConfig, now: float) -> list[Endpoint]:
     """Replicas to eject now."""
     serving = [r for r in pool.replicas if r.connected and not r.draining and now >= r.ejected_until_s]
     out = sum(now < r.ejected_until_s for r in pool.replicas)
     allowed = int(config.max_ejected * len(pool.replicas)) - out
     if allowed <= 0:
         return []
-    kinds: dict[str, list[Replica]] = {}
+    kinds: dict[str, list[Endpoint]] = {}
     for replica in serving:
         if replica.steps >= _MIN_STEPS:
             kinds.setdefault(replica.member.device_kind, []).append(replica)
-    slow: list[Replica] = []
+    slow: list[Endpoint] = []
     for peers in kinds.values():
         if len(peers) < _MIN_PEERS:
             continue

@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 
 from megatoken.frames import Column, MalformedFrame, token_columns
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.v1.frame_columns_pb2 import Frame
 
 
@@ -16,14 +16,14 @@ from megatoken.v1.frame_columns_pb2 import Frame
 class Arrived:
     """A decoded frame and who sent it."""
 
-    replica: Replica
+    replica: Endpoint
     frame: Frame
     stream: Column
     count: Column | None
     token: Column
 
 
-def decode(state: RouterState, replica: Replica, raw: bytes) -> Arrived:
+def decode(state: RouterState, replica: Endpoint, raw: bytes) -> Arrived:
     """Raises MalformedFrame."""
     try:
         frame = Frame.FromString(raw)

@@ -8,13 +8,13 @@ from __future__ import annotations
 from megatoken.router.core import continuation
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.direct import EACH
-from megatoken.router.streams.outbox import Part
+from megatoken.router.streams.outbox import FramePart
 from megatoken.v1.frame_columns_pb2 import Frame
 
 
-def details_by_slot(state: RouterState, replica: Replica, frame: Frame) -> dict[int, list[bytes]]:
+def details_by_slot(state: RouterState, replica: Endpoint, frame: Frame) -> dict[int, list[bytes]]:
     """A frame's details by slot, with the client's stream numbers; those of zombies are dropped."""
     found: dict[int, list[bytes]] = {}
     for detail in frame.detail:
@@ -49,5 +49,5 @@ def take_lone_details(state: RouterState, request: Request, details: list[bytes]
     else:
         sink = state.sinks[request.sink_index]
         if sink is not None:
-            sink.outbox.add_part(Part(None, None, None, details, []))
+            sink.outbox.add_part(FramePart(None, None, None, details, []))
             sink.wake()

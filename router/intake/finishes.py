@@ -10,7 +10,7 @@ from megatoken.router.core.held import flush_held
 from megatoken.router.core.recovery import lose
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.first_token import first_token
 from megatoken.v1 import tokens_pb2
 
@@ -19,7 +19,7 @@ _FULL: Final = 8  # gRPC RESOURCE_EXHAUSTED: the worker has no room, which is no
 _FAULTS: Final = frozenset((2, 13, 14))
 
 
-def take_finish(state: RouterState, replica: Replica, finish: tokens_pb2.Finish, now: float) -> None:
+def take_finish(state: RouterState, replica: Endpoint, finish: tokens_pb2.Finish, now: float) -> None:
     """Ends the request that the worker ended; one that cannot be ended so, ends with an error."""
     slot = finish.stream
     if slot >= state.slots.size or int(state.slots.replica[slot]) != replica.index:
@@ -36,7 +36,7 @@ def take_finish(state: RouterState, replica: Replica, finish: tokens_pb2.Finish,
             state.slots.free(slot)  # its worker has said that it ended, and will not say so again
 
 
-def _finish(state: RouterState, replica: Replica, request: Request, finish: tokens_pb2.Finish, now: float) -> None:
+def _finish(state: RouterState, replica: Endpoint, request: Request, finish: tokens_pb2.Finish, now: float) -> None:
     slot = request.slot
     state.ledger.add("cached_tokens", finish.cached_tokens)
     request.pool.measures.cached_tokens += finish.cached_tokens

@@ -12,7 +12,7 @@ from megatoken.router.core.ending import fail
 from megatoken.router.core.placement import pump
 from megatoken.router.core.recovery import frame_failed, give_up
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Pool, Replica
+from megatoken.router.fleet.fleet import Endpoint, Pool
 from megatoken.router.intake.arrival import Arrived, decode
 from megatoken.router.intake.details import details_by_slot, take_lone_details
 from megatoken.router.intake.finishes import take_finish
@@ -20,12 +20,12 @@ from megatoken.router.intake.load import take_load
 from megatoken.router.intake.tokens import take_tokens
 
 
-def on_frame(state: RouterState, replica: Replica, raw: bytes, now: float) -> None:
+def on_frame(state: RouterState, replica: Endpoint, raw: bytes, now: float) -> None:
     """Takes one encoded Frame in."""
     on_frames(state, [(replica, raw)], now)
 
 
-def on_frames(state: RouterState, batch: list[tuple[Replica, bytes]], now: float) -> None:
+def on_frames(state: RouterState, batch: list[tuple[Endpoint, bytes]], now: float) -> None:
     """Takes encoded Frames in, oldest first. The session of a worker that sends a malformed one ends with it.
 
     Frames of different replicas are sorted together, since numpy's cost is per call; a second frame of the same

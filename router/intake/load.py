@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.v1 import tokens_pb2
 
 _REMEMBERED = 64  # steps over which their time is smoothed
 _QUEUE_SHARE = 0.125  # of its batch: with more than this waiting in the engine, a replica gets no more
 
 
-def take_load(state: RouterState, replica: Replica, load: tokens_pb2.Load, now: float) -> None:
+def take_load(state: RouterState, replica: Endpoint, load: tokens_pb2.Load, now: float) -> None:
     """Updates the replica from its report and measures its capacity from the difference to the last one."""
     has = load.running + load.waiting
     replica.others = max(0, has - replica.in_flight - replica.leased)
@@ -42,7 +42,7 @@ def take_load(state: RouterState, replica: Replica, load: tokens_pb2.Load, now: 
     state.fleet.refresh(replica, now)
 
 
-def _time_steps(replica: Replica, busy_s: float, steps: int) -> None:
+def _time_steps(replica: Endpoint, busy_s: float, steps: int) -> None:
     """Smooths the time of its steps as a geometric mean, which a few long ones hardly move.
 
     A long prefill makes some steps that take many times as long as others; a replica that is slow is slow in each.

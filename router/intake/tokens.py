@@ -16,13 +16,13 @@ from megatoken.router.core.ending import fail
 from megatoken.router.core.recovery import frame_failed
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.arrival import Arrived
 from megatoken.router.intake.demux import Index, Sorted, sort_frame
 from megatoken.router.intake.details import take_column_details
 from megatoken.router.intake.direct import take_direct
 from megatoken.router.intake.first_token import first_token
-from megatoken.router.streams.outbox import Part
+from megatoken.router.streams.outbox import FramePart
 
 _SAMPLE_EVERY: Final = 64  # frames; of one call in about so many the times between tokens are measured
 
@@ -58,7 +58,7 @@ def take_tokens(state: RouterState, frames: list[Arrived], details: dict[int, li
         if sink is None:
             continue
         try:
-            sink.outbox.add_part(Part(streams, counts, tokens, take_column_details(state, index, details), []))
+            sink.outbox.add_part(FramePart(streams, counts, tokens, take_column_details(state, index, details), []))
             state.ledger.delivered_tokens += len(tokens)
             if index in urgent:
                 sink.outbox.urgent = True
@@ -109,7 +109,7 @@ def _account(state: RouterState, frames: list[Arrived], found: Sorted, entries: 
         _count(arrived.replica, made, int(live[arrived.replica.index]))
 
 
-def _count(replica: Replica, made: int, live: int) -> None:
+def _count(replica: Endpoint, made: int, live: int) -> None:
     replica.generated_tokens += made
     replica.pool.measures.generated_tokens += made
     credit(replica, live)

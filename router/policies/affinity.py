@@ -18,12 +18,12 @@ from megatoken.router.fleet.choice import Question
 from megatoken.router.policies.joined import Scored
 
 if TYPE_CHECKING:
-    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.fleet.fleet import Endpoint, Pool
 
 SPILL_S: Final = 2.0
 
 
-def home(pool: Pool, key: str) -> Replica | None:
+def home(pool: Pool, key: str) -> Endpoint | None:
     """The replica of a key: of those that may serve, the one of the highest weight."""
     members = pool.replicas
     if not members or not pool.open:

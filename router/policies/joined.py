@@ -16,7 +16,7 @@ from megatoken.router.fleet.choice import Question
 from megatoken.router.policies.least_tokens import not_avoided, two_of, work_s
 
 if TYPE_CHECKING:
-    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.fleet.fleet import Endpoint, Pool
 
 FEW: Final = 4  # replicas: so few are all looked at
 
@@ -24,8 +24,8 @@ FEW: Final = 4  # replicas: so few are all looked at
 class Scored(NamedTuple):
     """What a scorer says of one request."""
 
-    worth_a_look: Sequence[Replica]
-    seconds: Callable[[Replica], float]  # that a replica costs this request; below 0: saves
+    worth_a_look: Sequence[Endpoint]
+    seconds: Callable[[Endpoint], float]  # that a replica costs this request; below 0: saves
 
 
 class Scorer(Protocol):
@@ -43,7 +43,7 @@ class Joined:
         self.wants_prefix = any(scorer.wants_prefix for _, scorer in scorers)
         self._scorers = scorers
 
-    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Replica | None:
+    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Endpoint | None:
         places = pool.open
         if not places:
             return None
@@ -52,14 +52,14 @@ class Joined:
             drawn = places[first:] + places[:first]
         else:
             drawn = list(two_of(not_avoided(places, question), rng))
-        terms: list[tuple[float, Callable[[Replica], float]]] = []
+        terms: list[tuple[float, Callable[[Endpoint], float]]] = []
         for weight, scorer in self._scorers:
             scored = scorer.score(pool, question, rng)
             if scored is not None:
                 drawn += scored.worth_a_look
                 terms.append((weight, scored.seconds))
 
-        def total_s(replica: Replica) -> float:
+        def total_s(replica: Endpoint) -> float:
             return work_s(replica, question) + sum(weight * seconds(replica) for weight, seconds in terms)
 
         return min(not_avoided(drawn, question), key=total_s)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from megatoken.router.fleet.choice import Question
 
 if TYPE_CHECKING:
-    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.fleet.fleet import Endpoint, Pool
 
 
-def work_s(replica: Replica, question: Question) -> float:
+def work_s(replica: Endpoint, question: Question) -> float:
     """Seconds until the replica would be through with what it has and this request; lower is better."""
     capacity = replica.capacity
     return (replica.decode_outstanding + question.expected_tokens) / capacity.decode_tokens_per_s + (
@@ -26,14 +26,14 @@ def work_s(replica: Replica, question: Question) -> float:
     ) / capacity.prefill_tokens_per_s
 
 
-def not_avoided(places: Sequence[Replica], question: Question) -> Sequence[Replica]:
+def not_avoided(places: Sequence[Endpoint], question: Question) -> Sequence[Endpoint]:
     """Those that have not lost the request before, where there are any."""
     if not question.avoid:
         return places
     return [replica for replica in places if replica.index not in question.avoid] or places
 
 
-def two_of(places: Sequence[Replica], rng: random.Random) -> Sequence[Replica]:
+def two_of(places: Sequence[Endpoint], rng: random.Random) -> Sequence[Endpoint]:
     """Two different ones at random; all where there are no more."""
     n = len(places)
     if n <= 2:
@@ -47,7 +47,7 @@ class LeastTokens:
     name = "least_tokens"
     wants_prefix = False
 
-    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Replica | None:
+    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Endpoint | None:
         drawn = two_of(not_avoided(pool.open, question), rng)
         if len(drawn) < 2:
             return drawn[0] if drawn else None

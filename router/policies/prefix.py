@@ -14,7 +14,7 @@ from megatoken.router.fleet.prefix_book import cached_tokens
 from megatoken.router.policies.joined import Scored
 
 if TYPE_CHECKING:
-    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.fleet.fleet import Endpoint, Pool
 
 _HOLDERS: Final = 8  # replicas looked at that hold the prefix
 
@@ -26,7 +26,7 @@ class Prefix:
         if not question.prefix_hashes:
             return None
 
-        def seconds(replica: Replica) -> float:
+        def seconds(replica: Endpoint) -> float:
             saved = min(cached_tokens(replica, question.prefix_hashes), question.prompt_tokens - 1)
             return -saved / replica.capacity.prefill_tokens_per_s
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatoken.router.fleet.choice import Question
 
 if TYPE_CHECKING:
-    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.fleet.fleet import Endpoint, Pool
 
 
 class RoundRobin:
@@ -18,7 +18,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._turn = 0
 
-    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Replica | None:
+    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Endpoint | None:
         places = pool.open
         for _ in range(min(len(places), len(question.avoid) + 1)):
             self._turn += 1

@@ -14,7 +14,7 @@ from megatoken.router.policies.joined import Scored
 from megatoken.router.policies.least_tokens import two_of
 
 if TYPE_CHECKING:
-    from megatoken.router.fleet.fleet import Pool, Replica
+    from megatoken.router.fleet.fleet import Endpoint, Pool
 
 NEAR_S: Final = 0.02
 
@@ -23,7 +23,7 @@ class Site:
     wants_prefix = False
 
     def score(self, pool: Pool, question: Question, rng: random.Random) -> Scored | None:
-        def seconds(replica: Replica) -> float:
+        def seconds(replica: Endpoint) -> float:
             near = NEAR_S if question.site and replica.member.site == question.site else 0.0
             return replica.rtt_s - near
 

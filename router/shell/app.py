@@ -23,21 +23,21 @@ from megatoken.loop_lag import watch_loop
 from megatoken.router.config import RouterConfig
 from megatoken.router.core import recovery, upkeep
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Fleet, Replica
+from megatoken.router.fleet.fleet import Endpoint, EndpointTable
 from megatoken.router.identity.api_keys import KeyRing
 from megatoken.router.identity.door import Door
 from megatoken.router.secure import channel_to
 from megatoken.router.shell.health import RouterHealth
 from megatoken.router.shell.inbox import Inbox
-from megatoken.router.shell.leases import Leases, LeaseSigner
+from megatoken.router.shell.leases import IssuedLeases, LeaseSigner
 from megatoken.router.shell.membership import apply_snapshot
 from megatoken.router.shell.metrics import LeaseCollector, loop_lag, serve_metrics
 from megatoken.router.shell.request_log import log_request
 from megatoken.router.shell.service import RouterService, tokens_handler
-from megatoken.router.shell.throughput import ThroughputCollector, ThroughputRelay
+from megatoken.router.shell.throughput import ClusterCollector, ThroughputRelay
 from megatoken.router.shell.watch import watch_membership
 from megatoken.router.shell.worker_link import WorkerLink
-from megatoken.router.streams.ledger import Ledger
+from megatoken.router.streams.ledger import RouterLedger
 from megatoken.supervise import FaultLog, Faults, every
 from megatoken.tls import bind
 from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, throughput_pb2, throughput_pb2_grpc, tokens_pb2
@@ -62,13 +62,13 @@ class RouterApp:
             writer = CounterWriter(config.counters_dir / f"{config.router}.{incarnation}.counters", header)
         self.writer = writer
         self.state = RouterState(
-            config, Ledger(writer), random.Random(incarnation), Fleet(config.admission, config.breaker)
+            config, RouterLedger(writer), random.Random(incarnation), EndpointTable(config.admission, config.breaker)
         )
         self.keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
         self.state.door = Door(self.keys)
         self.state.faults = Faults(FaultLog())
         self._credentials = credentials_of(config.credentials_file)
-        self.leases = Leases(self.state, _signer(self._credentials))
+        self.leases = IssuedLeases(self.state, _signer(self._credentials))
         self.state.on_lease_usage = self.leases.report
         self._gate = gate_of(
             Program.ROUTER,
@@ -88,7 +88,7 @@ class RouterApp:
         self.address = ""
         self.own_address = ""  # where this router alone answers, when others share its address
         self.metrics_address = ""
-        self._links: dict[Replica, WorkerLink] = {}
+        self._links: dict[Endpoint, WorkerLink] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._health = RouterHealth(self.state, self._channel)
@@ -124,7 +124,7 @@ class RouterApp:
         self.address = f"{config.advertise_host or config.host}:{port}"
         if config.metrics_port is not None:
             self.metrics_address, self._stop_metrics = serve_metrics(
-                self.state, ThroughputCollector(self.throughput), LeaseCollector(self.leases), self._lag_s
+                self.state, ClusterCollector(self.throughput), LeaseCollector(self.leases), self._lag_s
             )
         await self._set_serving(True)
         if config.static_snapshot is not None:
@@ -169,7 +169,7 @@ class RouterApp:
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
-    async def _retire(self, replica: Replica) -> None:
+    async def _retire(self, replica: Endpoint) -> None:
         """A replica that is no longer a member: what it still has moves, then its session ends."""
         link = self._links.pop(replica, None)
         if link is not None:

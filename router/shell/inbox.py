@@ -10,7 +10,7 @@ import asyncio
 import time
 
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.intake import on_frames
 
 GATHER_S = 0.002  # a tenth of a usual engine step
@@ -22,10 +22,10 @@ class Inbox:
     def __init__(self, state: RouterState, gather_s: float = GATHER_S) -> None:
         self._state = state
         self._gather_s = gather_s
-        self._batch: list[tuple[Replica, bytes]] = []
+        self._batch: list[tuple[Endpoint, bytes]] = []
         self._drained_s = 0.0
 
-    def put(self, replica: Replica, raw: bytes) -> None:
+    def put(self, replica: Endpoint, raw: bytes) -> None:
         self._batch.append((replica, raw))
         if len(self._batch) == 1:
             loop = asyncio.get_running_loop()

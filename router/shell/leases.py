@@ -26,7 +26,7 @@ from megatoken.router.admission.validation import pool_of
 from megatoken.router.core.accounts import charge_lease, uncharge_lease
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.choice import Question
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.identity.door import Caller
 from megatoken.v1 import router_pb2, tokens_pb2
 
@@ -58,7 +58,7 @@ class LeaseSigner:
 
 @dataclass(slots=True)
 class Lease:
-    replica: Replica
+    replica: Endpoint
     caller: Caller
     tokens: int  # charged to the tenant
     prompt_tokens: int
@@ -68,7 +68,7 @@ class Lease:
     failed: bool = False  # as its client said
 
 
-class Leases:
+class IssuedLeases:
     """All leases in force, and counts of those that ended (for metrics). Without `signer` a lease is a random id."""
 
     def __init__(self, state: RouterState, signer: Signer | None = None, unix: Callable[[], float] = time.time) -> None:
@@ -147,7 +147,7 @@ class Leases:
         if len(self._owed) > self._state.config.leases.max_leases:
             self._settle(self._owed.pop(next(iter(self._owed))), None)
 
-    def report(self, replica: Replica, usage: tokens_pb2.LeaseUsage, now: float) -> None:
+    def report(self, replica: Endpoint, usage: tokens_pb2.LeaseUsage, now: float) -> None:
         """A replica says what a lease used: one of ours, or another router's, which is passed over."""
         name = usage.lease_id
         lease = self._live.get(name) or self._owed.get(name)

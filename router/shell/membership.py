@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megatoken.router.fleet.fleet import Fleet, Member, Policy, Replica, index_members
+from megatoken.router.fleet.fleet import Endpoint, EndpointTable, Member, Policy, index_members
 from megatoken.v1 import membership_pb2
 
 
@@ -17,9 +17,9 @@ from megatoken.v1 import membership_pb2
 class Change:
     """What a snapshot did, for the shell to act on."""
 
-    added: list[Replica] = field(default_factory=list)
-    removed: list[Replica] = field(default_factory=list)
-    drained: list[Replica] = field(default_factory=list)  # started to drain now
+    added: list[Endpoint] = field(default_factory=list)
+    removed: list[Endpoint] = field(default_factory=list)
+    drained: list[Endpoint] = field(default_factory=list)  # started to drain now
     problems: list[str] = field(default_factory=list)  # what of it could not be done, one sentence each
 
 
@@ -44,7 +44,7 @@ def member_of(message: membership_pb2.ReplicaMember) -> Member:
 
 
 def apply_snapshot(
-    fleet: Fleet, snapshot: membership_pb2.Snapshot, policy_of: Callable[[str], Policy], now: float
+    fleet: EndpointTable, snapshot: membership_pb2.Snapshot, policy_of: Callable[[str], Policy], now: float
 ) -> Change | None:
     """Makes the table what the snapshot says; None when it is not newer than the one applied last.
 
@@ -82,7 +82,7 @@ def apply_snapshot(
 
 
 def _apply_models(
-    fleet: Fleet, snapshot: membership_pb2.Snapshot, policy_of: Callable[[str], Policy], change: Change
+    fleet: EndpointTable, snapshot: membership_pb2.Snapshot, policy_of: Callable[[str], Policy], change: Change
 ) -> None:
     for pool in fleet.pools.values():
         pool.known = False

@@ -20,9 +20,9 @@ from megatoken import metrics as shared
 from megatoken.loop_lag import LOOP_LAG_BUCKETS_S
 from megatoken.metrics import FastHistogram, FastHistograms
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
-from megatoken.router.measures import Measures
-from megatoken.router.shell.leases import Leases
+from megatoken.router.fleet.fleet import Endpoint
+from megatoken.router.measures import ModelMeasures
+from megatoken.router.shell.leases import IssuedLeases
 from megatoken.router.shell.status import replica_state, router_status
 
 PREFIX: Final = "megatoken_router_"
@@ -47,7 +47,7 @@ _TIMES: Final = (
     ("queue_seconds", "Arrival to dispatch.", "queue_s"),
     ("request_duration_seconds", "Arrival to end.", "whole_s"),
 )
-_REPLICA_GAUGES: Final[tuple[tuple[str, str, Callable[[Replica], float]], ...]] = (
+_REPLICA_GAUGES: Final[tuple[tuple[str, str, Callable[[Endpoint], float]], ...]] = (
     ("in_flight", "Requests it has from this router.", lambda replica: replica.in_flight),
     ("outstanding_tokens", "Tokens still to come from it.", lambda replica: replica.outstanding_tokens),
     ("decode_tokens_per_second", "Measured, smoothed.", lambda replica: replica.capacity.decode_tokens_per_s),
@@ -122,7 +122,7 @@ class StateCollector(Collector):
 class LeaseCollector(Collector):
     """Look-aside leases."""
 
-    def __init__(self, leases: Leases) -> None:
+    def __init__(self, leases: IssuedLeases) -> None:
         self._leases = leases
 
     def describe(self) -> Iterator[Metric]:
@@ -138,7 +138,7 @@ class LeaseCollector(Collector):
         yield ended
 
 
-def _counters(models: dict[str, Measures]) -> Iterator[Metric]:
+def _counters(models: dict[str, ModelMeasures]) -> Iterator[Metric]:
     for name, text, attribute in _TOTALS:
         family = CounterMetricFamily(PREFIX + name, text, labels=["model"])
         for model, measures in models.items():
@@ -152,7 +152,7 @@ def _counters(models: dict[str, Measures]) -> Iterator[Metric]:
         yield family
 
 
-def _replicas(replicas: list[Replica], now: float) -> Iterator[Metric]:
+def _replicas(replicas: list[Endpoint], now: float) -> Iterator[Metric]:
     replicas = [replica for replica in replicas if not replica.gone]
     labels = ["model", "replica"]
     for name, text, value in _REPLICA_GAUGES:

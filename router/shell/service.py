@@ -15,7 +15,7 @@ from megatoken.router.core.state import RouterState
 from megatoken.router.shell.client_session import ClientSession
 from megatoken.router.shell.cork import Corks
 from megatoken.router.shell.generate import refuse, serve_generate
-from megatoken.router.shell.leases import Leases
+from megatoken.router.shell.leases import IssuedLeases
 from megatoken.router.shell.status import models, router_status
 from megatoken.v1 import router_pb2, router_pb2_grpc
 
@@ -48,7 +48,7 @@ def tokens_handler(state: RouterState, config: RouterConfig) -> Any:
 class RouterService(router_pb2_grpc.RouterServicer):
     """Everything beside Tokens. `ask_key(metadata)` raises AuthError for a caller without a key where one is needed."""
 
-    def __init__(self, state: RouterState, leases: Leases, ask_key: Callable[[CallMetadata], object]) -> None:
+    def __init__(self, state: RouterState, leases: IssuedLeases, ask_key: Callable[[CallMetadata], object]) -> None:
         self._state = state
         self._leases = leases
         self._ask_key = ask_key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.fleet.limits import ceiling
 from megatoken.v1 import router_pb2
 
@@ -26,7 +26,7 @@ def models(state: RouterState) -> router_pb2.ListModelsResponse:
     return response
 
 
-def replica_state(replica: Replica, now: float) -> str:
+def replica_state(replica: Endpoint, now: float) -> str:
     if replica.draining:
         return "draining"
     if not replica.connected:

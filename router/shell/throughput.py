@@ -92,7 +92,7 @@ class ThroughputRelay(throughput_pb2_grpc.ThroughputServicer):
             await context.abort(*grpc_status(error))
 
 
-class ThroughputCollector(Collector):
+class ClusterCollector(Collector):
     """The sample's cluster, site and model rows as metrics; docs/metrics.md, "Throughput"."""
 
     def __init__(self, relay: ThroughputRelay) -> None:

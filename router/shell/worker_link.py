@@ -19,7 +19,7 @@ from grpc import aio
 from megatoken.router import wire
 from megatoken.router.core import recovery
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.load import take_load
 from megatoken.router.secure import EOF
 from megatoken.router.shell.inbox import Inbox
@@ -39,7 +39,7 @@ class WorkerLink:
     """`run` until `close`. The core sees it through fleet.Link."""
 
     def __init__(
-        self, state: RouterState, inbox: Inbox, replica: Replica, open_channel: Callable[[str], aio.Channel]
+        self, state: RouterState, inbox: Inbox, replica: Endpoint, open_channel: Callable[[str], aio.Channel]
     ) -> None:
         self._inbox = inbox
         self._state = state

@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatoken.counters import INDEX, NAMES, CounterWriter
 
 
-class Ledger:
+class RouterLedger:
     """Totals by name; a CounterWriter makes them readable to the node's throughput agent."""
 
     def __init__(self, writer: CounterWriter | None = None) -> None:

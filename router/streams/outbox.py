@@ -23,7 +23,7 @@ _LOOSE: Final = 64
 MAX_FRAME_BYTES: Final = 1 << 20  # gRPC clients refuse messages over 4 MiB unless told otherwise
 
 
-class Part(NamedTuple):
+class FramePart(NamedTuple):
     """Columns as in Frame (counts None: all one), with details and finishes encoded."""
 
     stream: U32Column | None
@@ -44,7 +44,7 @@ class FrameOutbox:
     """Unbounded in itself: it holds at most what its requests may still produce, and admission bounds those."""
 
     def __init__(self) -> None:
-        self._parts: deque[Part] = deque()
+        self._parts: deque[FramePart] = deque()
         self._loose = 0  # parts at the end that are still views of received memory
         self.refusals = 0  # ends of requests that were never taken on: nothing else bounds them
         self.urgent = False  # holds a first token or a finish: do not wait
@@ -52,7 +52,7 @@ class FrameOutbox:
     def __bool__(self) -> bool:
         return bool(self._parts)
 
-    def add_part(self, part: Part) -> None:
+    def add_part(self, part: FramePart) -> None:
         """When it raises, nothing was taken, and what waits is all there."""
         if self._loose >= _LOOSE:
             self._tie()
@@ -60,12 +60,12 @@ class FrameOutbox:
         self._loose += 1
 
     def add_finish(self, finish: bytes) -> None:
-        self.add_part(Part(None, None, None, _NONE, [finish]))
+        self.add_part(FramePart(None, None, None, _NONE, [finish]))
         self.urgent = True
 
     def add_refusals(self, finishes: list[bytes]) -> None:
         if finishes:
-            self.add_part(Part(None, None, None, _NONE, finishes))
+            self.add_part(FramePart(None, None, None, _NONE, finishes))
             self.refusals += len(finishes)
             self.urgent = True
 
@@ -78,8 +78,8 @@ class FrameOutbox:
     def _tie(self) -> None:
         """Copies the loose parts into one: the client is slow, and each view keeps a whole frame in memory."""
         count = min(self._loose, len(self._parts))
-        made: list[Part] = []
-        group: list[Part] = []
+        made: list[FramePart] = []
+        group: list[FramePart] = []
         size = 0
         for part in islice(self._parts, len(self._parts) - count, None):
             size += part.size_bytes()
@@ -95,7 +95,7 @@ class FrameOutbox:
 
     def take(self) -> bytes:
         """One encoded Frame of what waits, as much as fits; call again while the outbox is not empty."""
-        parts: list[Part] = []
+        parts: list[FramePart] = []
         size = 0
         while self._parts:
             following = self._parts[0].size_bytes()
@@ -114,13 +114,13 @@ class FrameOutbox:
         return encode_frame(parts)
 
 
-def divided(part: Part) -> list[Part]:
+def divided(part: FramePart) -> list[FramePart]:
     """Parts of at most about a frame each, in order; a stream's details stay with the tokens that they belong to."""
-    parts: list[Part] = []
+    parts: list[FramePart] = []
     details: dict[int, deque[bytes]] = {}
     for encoded in part.details:
         pieces, rest = prompt_pieces(encoded)
-        parts += [Part(None, None, None, [piece], _NONE) for piece in pieces]
+        parts += [FramePart(None, None, None, [piece], _NONE) for piece in pieces]
         if rest:
             details.setdefault(detail_stream(rest), deque()).append(rest)
     if part.stream is not None and part.token is not None:
@@ -129,15 +129,15 @@ def divided(part: Part) -> list[Part]:
         )
     left = [encoded for queue in details.values() for encoded in queue]
     if left or part.finishes or not parts:
-        parts.append(Part(None, None, None, left, part.finishes))
+        parts.append(FramePart(None, None, None, left, part.finishes))
     return parts
 
 
 def _entry_parts(
     stream: U32Column, counts: U32Column, token: U32Column, details: dict[int, deque[bytes]]
-) -> list[Part]:
+) -> list[FramePart]:
     """Entry after entry, with as many of its stream's details as have rows for its tokens."""
-    parts: list[Part] = []
+    parts: list[FramePart] = []
     entries: list[tuple[int, int]] = []
     taken: list[bytes] = []
     begin = at = size = 0
@@ -146,7 +146,7 @@ def _entry_parts(
         nonlocal entries, taken, begin, size
         if entries:
             columns = np.array(entries, U32)
-            parts.append(Part(columns[:, 0], columns[:, 1], token[begin:at], taken, _NONE))
+            parts.append(FramePart(columns[:, 0], columns[:, 1], token[begin:at], taken, _NONE))
         entries, taken, begin, size = [], [], at, 0
 
     for number, count in zip(stream.tolist(), counts.tolist(), strict=True):
@@ -168,22 +168,22 @@ def _entry_parts(
     return parts
 
 
-def tied(parts: list[Part]) -> Part:
+def tied(parts: list[FramePart]) -> FramePart:
     """One part with the content of several, in memory of its own."""
     columns = [part for part in parts if part.stream is not None and part.token is not None]
     details = [detail for part in parts for detail in part.details]
     finishes = [finish for part in parts for finish in part.finishes]
     if not columns:
-        return Part(None, None, None, details, finishes)
+        return FramePart(None, None, None, details, finishes)
     counts = None
     if any(part.counts is not None for part in columns):
         counts = np.concatenate([_ones(part.stream) if part.counts is None else part.counts for part in columns])
     stream = np.concatenate([part.stream for part in columns if part.stream is not None])
     token = np.concatenate([part.token for part in columns if part.token is not None])
-    return Part(stream, counts, token, details, finishes)
+    return FramePart(stream, counts, token, details, finishes)
 
 
-def encode_frame(parts: list[Part]) -> bytes:
+def encode_frame(parts: list[FramePart]) -> bytes:
     """The bytes of a Frame that holds the parts in order."""
     columns = [part for part in parts if part.stream is not None]
     pieces: list[bytes] = []

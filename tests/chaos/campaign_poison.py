@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import Final
 
 from megatoken.router.core.request import Request
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.intake import on_frame
 from megatoken.v1 import tokens_pb2
 from tests.chaos.outcome import Outcome
@@ -86,7 +86,7 @@ class Ward:
             self.made += 1
         self.fleet.tick(TURN_S)
 
-    def _step(self, replica: Replica, sick: Sick) -> None:
+    def _step(self, replica: Endpoint, sick: Sick) -> None:
         fleet, engine = self.fleet, sick.engine
         engine.take(fleet, replica)
         for kind, code in ((Kind.REFUSED, INVALID), (Kind.FAILS, INTERNAL)):
@@ -122,7 +122,7 @@ class Ward:
         streams = [stream["tokens"] for stream in sick.engine.streams.values()]
         return [tokens[1] for tokens in streams if tokens[0] == POISON and tokens[2] in kinds]
 
-    def _lose(self, replica: Replica, poisons: list[int]) -> None:
+    def _lose(self, replica: Endpoint, poisons: list[int]) -> None:
         for poison in poisons:
             self.lost_by[poison] = self.lost_by.get(poison, 0) + 1
         del self.engines[replica]

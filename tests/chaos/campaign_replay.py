@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from megatoken.router.core.request import Request
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.v1 import tokens_pb2
 from tests.chaos.outcome import Outcome
 from tests.router_core import CoreFleet
@@ -134,7 +134,7 @@ class Trial:
     def __init__(self, kind: str, tokens: int, longest: int, rng: random.Random) -> None:
         self.rng, self.longest = rng, longest
         self.fleet = CoreFleet(replicas=3, max_running=8, resume={"max_resumes": 9})
-        self.engines: dict[Replica, dict[int, Stream]] = {replica: {} for replica in self.fleet.replicas}
+        self.engines: dict[Endpoint, dict[int, Stream]] = {replica: {} for replica in self.fleet.replicas}
         fields = KINDS[kind]
         self.choices = int(fields.get("n", 1))
         self.fleet.submit(PROMPT, max_tokens=tokens, **fields)
@@ -173,7 +173,7 @@ class Trial:
                 self._step(replica, slot, min(most, self.longest) if own else self.longest, ends=not own)
         self.fleet.tick(0.02)
 
-    def _taken(self, replica: Replica) -> dict[int, Stream]:
+    def _taken(self, replica: Endpoint) -> dict[int, Stream]:
         """The engine's streams, once it has read what the router sent."""
         link, streams = self.fleet.link(replica), self.engines[replica]
         for slot, request in link.started.items():
@@ -189,7 +189,7 @@ class Trial:
         link.cancelled.clear()
         return streams
 
-    def _step(self, replica: Replica, slot: int, most: int, *, ends: bool) -> None:
+    def _step(self, replica: Endpoint, slot: int, most: int, *, ends: bool) -> None:
         stream = self.engines[replica][slot]
         rows = [stream.make() for _ in range(min(stream.left, self.rng.randint(1, most)))]
         details = []

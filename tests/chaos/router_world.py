@@ -10,10 +10,10 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from megatoken.router.core.lifecycle import State
+from megatoken.router.core.lifecycle import RequestState
 from megatoken.router.core.request import Request
 from megatoken.router.core.sink import SessionSink
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.intake import on_frames
 from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
@@ -29,11 +29,11 @@ class BatchFleet(CoreFleet):
     """Frames wait until `drain` takes them in together."""
 
     def __init__(self, **settings: Any) -> None:
-        self.batch: list[tuple[Replica, bytes]] = []
+        self.batch: list[tuple[Endpoint, bytes]] = []
         super().__init__(**settings)
         self.state.faults = Faults()
 
-    def frame(self, replica: Replica, **fields: Any) -> None:
+    def frame(self, replica: Endpoint, **fields: Any) -> None:
         self.batch.append((replica, tokens_pb2.Frame(**fields).SerializeToString()))
 
     def drain(self) -> None:
@@ -153,5 +153,5 @@ class World:
             counts[f"requests of {replica.name}"] = replica.in_flight
             counts[f"outstanding tokens of {replica.name}"] = replica.outstanding_tokens
             counts[f"lone tries of {replica.name}"] = int(replica.trial is not None)
-        unfinished = sum(asked.request.state is not State.FINISHED for asked in self.asked)
+        unfinished = sum(asked.request.state is not RequestState.FINISHED for asked in self.asked)
         return [f"{count} {name}" for name, count in (counts | {"unfinished": unfinished}).items() if count]

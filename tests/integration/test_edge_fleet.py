@@ -75,13 +75,13 @@ async def client() -> AsyncIterator[openai.AsyncOpenAI]:
         await asyncio.to_thread(processes.stop)
 
 
-async def test_the_capital_of_france(client: openai.AsyncOpenAI) -> None:
+async def test_the_capital_of_japan(client: openai.AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(model=REAL, messages=QUESTION, temperature=0, max_tokens=32)
     assert answer.choices[0].message.content == ANSWER
     assert answer.choices[0].finish_reason == "stop"
 
 
-async def test_the_capital_of_france_streams(client: openai.AsyncOpenAI) -> None:
+async def test_the_capital_of_japan_streams(client: openai.AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
         model=REAL, messages=QUESTION, temperature=0, max_tokens=32, stream=True, stream_options={"include_usage": True}
     )
@@ -136,7 +136,7 @@ async def test_logprobs_are_those_of_the_tokens(client: openai.AsyncOpenAI) -> N
 
 
 async def test_a_stop_string(client: openai.AsyncOpenAI) -> None:
-    answer = await client.chat.completions.create(model=REAL, messages=QUESTION, temperature=0, stop=[" of France"])
+    answer = await client.chat.completions.create(model=REAL, messages=QUESTION, temperature=0, stop=[" of Japan"])
     assert answer.choices[0].message.content == "The capital"
 
 

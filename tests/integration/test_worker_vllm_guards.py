@@ -17,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.config import WorkerConfig
-from megatoken.worker.engines.engine import EngineRequest, Step
+from megatoken.worker.engines.engine import EngineRequest, EngineStep
 from megatoken.worker.engines.vllm import resume as vllm_resume
 from megatoken.worker.engines.vllm.engine import VllmEngine
 from megatoken.worker.engines.vllm.resume import PENALTIES_KEY, RESUMED_KEY, carry_over
@@ -68,9 +68,9 @@ def test_no_value_of_the_resumed_count_raises_in_the_grammar(value: object) -> N
 
 class _Sink:
     def __init__(self) -> None:
-        self.steps: list[Step] = []
+        self.steps: list[EngineStep] = []
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: EngineStep) -> None:
         self.steps.append(step)
 
 

@@ -15,7 +15,7 @@ from megatoken.frames import U32, MalformedFrame, token_columns
 from megatoken.router import wire
 from megatoken.router.intake.demux import sort_frame
 from megatoken.router.streams.history import PAGE, TokenPages
-from megatoken.router.streams.outbox import FrameOutbox, Part, encode_frame
+from megatoken.router.streams.outbox import FrameOutbox, FramePart, encode_frame
 from megatoken.router.streams.slots import DIRECT, NOBODY, SlotTable
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 
@@ -59,7 +59,7 @@ def test_every_token_reaches_its_client_once_and_in_order(data: st.DataObject) -
                 sent[slot] += row
         found = sort_frame(slots, pages, sender, stream, count, token, float(turn))
         for index, numbers, counts, tokens in found.parts:
-            outboxes[index].add_part(Part(numbers, counts, tokens, [], []))
+            outboxes[index].add_part(FramePart(numbers, counts, tokens, [], []))
         for slot, packed in found.direct:
             direct[slot] += np.frombuffer(packed, U32).tolist()
         if rng.random() < 0.6:
@@ -149,7 +149,7 @@ def test_a_large_outbox_becomes_several_frames_a_client_may_receive() -> None:
     outbox = FrameOutbox()
     for start in range(0, 1_000_000, 50_000):
         tokens = np.arange(start, start + 50_000, dtype=U32)
-        outbox.add_part(Part(np.zeros(50_000, U32), None, tokens, [], []))
+        outbox.add_part(FramePart(np.zeros(50_000, U32), None, tokens, [], []))
     outbox.add_finish(tokens_pb2.Finish(stream=0, reason=1).SerializeToString())
     tokens: list[int] = []
     ends = 0
@@ -165,8 +165,8 @@ def test_a_large_outbox_becomes_several_frames_a_client_may_receive() -> None:
 
 
 def test_counts_are_filled_in_where_only_some_parts_have_them() -> None:
-    plain = Part(np.array([1, 2], U32), None, np.array([10, 20], U32), [], [])
-    counted = Part(np.array([1], U32), np.array([2], U32), np.array([11, 12], U32), [], [])
+    plain = FramePart(np.array([1, 2], U32), None, np.array([10, 20], U32), [], [])
+    counted = FramePart(np.array([1], U32), np.array([2], U32), np.array([11, 12], U32), [], [])
     frame = tokens_pb2.Frame.FromString(encode_frame([plain, counted]))
     assert (list(frame.stream), list(frame.count), list(frame.token)) == ([1, 2, 1], [1, 1, 2], [10, 20, 11, 12])
 
@@ -176,7 +176,7 @@ def test_what_waits_for_a_slow_client_pins_no_received_memory() -> None:
     expected = []
     for i in range(1000):
         frame = np.arange(10_000, dtype=U32)  # the frame of many clients: 40 kB
-        outbox.add_part(Part(frame[:2], None, frame[i : i + 2], [], []))
+        outbox.add_part(FramePart(frame[:2], None, frame[i : i + 2], [], []))
         expected += [i, i + 1]
     pinned = {id(part.token.base) for part in outbox._parts if part.token is not None and part.token.base is not None}
     assert len(pinned) < 64

@@ -11,7 +11,7 @@ import pytest
 
 from megatoken.cluster.decide.fleet import Desired, Fleet, Limits, Replica, RollBack
 from megatoken.cluster.decide.reconciler import reconcile
-from megatoken.cluster.decide.replica import FINAL, TRANSITIONS, ReplicaState
+from megatoken.cluster.decide.replica import FINAL, LIFECYCLE, ReplicaState
 from megatoken.cluster.placement.place import Placement
 from megatoken.cluster.spec.model import ModelSpec
 from tests.simulation.reconcile_world import Faults, SimulatedRay
@@ -132,8 +132,8 @@ class Controller:
 
 def reachable(start: ReplicaState, end: ReplicaState) -> bool:
     """Whether one tick's events lead from one state to another: what was seen, and then what was ordered."""
-    once = {after for (before, _), after in TRANSITIONS.items() if before is start}
-    twice = {after for (before, _), after in TRANSITIONS.items() if before in once}
+    once = {after for (before, _), after in LIFECYCLE.legal().items() if before is start}
+    twice = {after for (before, _), after in LIFECYCLE.legal().items() if before in once}
     return end in once | twice
 
 

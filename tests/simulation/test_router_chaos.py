@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from megatoken.router.core.lifecycle import State
+from megatoken.router.core.lifecycle import RequestState
 from megatoken.router.core.request import Request
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.v1 import tokens_pb2
 from tests.router_core import CANCELLED, CoreFleet
 
@@ -38,7 +38,7 @@ class Engine:
         self.streams: dict[int, dict[str, Any]] = {}
         self.seen_starts: set[int] = set()
 
-    def take(self, fleet: CoreFleet, replica: Replica) -> None:
+    def take(self, fleet: CoreFleet, replica: Endpoint) -> None:
         link = fleet.link(replica)
         for slot, request in list(link.started.items()):
             seed = request.sampling.seed if request.sampling.HasField("seed") else 0
@@ -54,7 +54,7 @@ class Engine:
                 fleet.frame(replica, finish=[tokens_pb2.Finish(stream=slot, reason=CANCELLED)])
         link.cancelled.clear()
 
-    def step(self, fleet: CoreFleet, replica: Replica, rng: random.Random) -> None:
+    def step(self, fleet: CoreFleet, replica: Endpoint, rng: random.Random) -> None:
         moved = [slot for slot in self.streams if rng.random() < 0.7]
         frame = tokens_pb2.Frame()
         for slot in moved:
@@ -109,11 +109,11 @@ def test_every_stream_is_the_undisturbed_one(seed: int) -> None:
                 engines[replica.index].step(fleet, replica, rng)
         if requests and rng.random() < 0.05:
             request = rng.choice(requests)[0]
-            if request.state is not State.FINISHED:
+            if request.state is not RequestState.FINISHED:
                 fleet.cancel(request)
                 cancelled.add(request.stream)
         fleet.tick(0.02)
-        assert fleet.state.live == sum(request.state is not State.FINISHED for request, *_ in requests)
+        assert fleet.state.live == sum(request.state is not RequestState.FINISHED for request, *_ in requests)
     for _ in range(2000):
         for replica in fleet.replicas:
             if not replica.connected:

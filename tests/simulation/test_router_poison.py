@@ -11,7 +11,7 @@ import random
 import pytest
 
 from megatoken.router.core.request import Request
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.v1 import tokens_pb2
 from tests.router_core import ERROR, CoreFleet
 from tests.simulation.test_router_chaos import Engine, undisturbed
@@ -47,7 +47,7 @@ class Mortal:
             self.made += 1
         self.fleet.tick(TURN_S)
 
-    def _die(self, replica: Replica, poisons: list[int], at: int) -> None:
+    def _die(self, replica: Endpoint, poisons: list[int], at: int) -> None:
         for poison in poisons:
             self.deaths[poison] = self.deaths.get(poison, 0) + 1
         engine, fleet = self.engines.pop(replica), self.fleet

@@ -22,17 +22,17 @@ from megatoken.worker.throughput.decide import epochs as e
 from megatoken.worker.throughput.decide.books import Books
 from megatoken.worker.throughput.decide.group import Attended, Attendee, Group, GroupPolicy, Groups, Stance
 from megatoken.worker.throughput.decide.layout import Greeting, Layout, greeting_of
-from megatoken.worker.throughput.decide.ledger import WIDTH, Ledger, Totals, Writer
+from megatoken.worker.throughput.decide.ledger import WIDTH, NodeLedger, Totals, Writer
 
 TICK_S, DEADLINE_S, FORM_S, ATTEND_S, POLL_S = 1.0, 1.0, 2.0, 0.5, 0.1
 GENERATED = INDEX["generated_tokens"]
 STANCES = {
-    e.State.OUTSIDE: Stance.OUTSIDE,
-    e.State.FORMING: Stance.FORMING,
-    e.State.GREETING: Stance.FORMING,
-    e.State.STANDING: Stance.TICKING,
-    e.State.REDUCING: Stance.TICKING,
-    e.State.BROKEN: Stance.FAILED,
+    e.EpochState.OUTSIDE: Stance.OUTSIDE,
+    e.EpochState.FORMING: Stance.FORMING,
+    e.EpochState.GREETING: Stance.FORMING,
+    e.EpochState.STANDING: Stance.TICKING,
+    e.EpochState.REDUCING: Stance.TICKING,
+    e.EpochState.BROKEN: Stance.FAILED,
 }
 
 
@@ -72,7 +72,7 @@ class SimAgent:
 
     def __init__(self, world: World, name: str, node: Node) -> None:
         self.world, self.name, self.node = world, name, node
-        self.epochs, self.ledger, self.books = e.Epochs(TICK_S), Ledger(), Books({})
+        self.epochs, self.ledger, self.books = e.Epochs(TICK_S), NodeLedger(), Books({})
         self.own = Greeting(name, node.name, "", f"ledger-{node.name}")
         self.alive, self.frozen = True, False
         self.missed: list[Callable[[], None]] = []  # what the kernel kept while it was frozen
@@ -150,7 +150,7 @@ class SimAgent:
         vector = np.sum([met[agent] for agent in self.group.agents], axis=0)
         cells, news = self.layout.decode(vector)
         self.books.update(cells, self.world.now)
-        self.take(e.Reduced(epoch, news > 0))
+        self.take(e.ReduceDone(epoch, news > 0))
 
     def broke(self, epoch: int, reason: str) -> None:
         suspects = tuple(
@@ -169,7 +169,7 @@ class SimAgent:
 
     def attend(self) -> None:
         members = self.group.agents if self.group.agents[:1] == (self.name,) else ()
-        if self.epochs.state is e.State.OUTSIDE:
+        if self.epochs.state is e.EpochState.OUTSIDE:
             self.problem = tuple(a for a in self.group.agents if not self.world.reaches(self.name, a, kernel=True))
         said = Attended(
             Attendee(self.name, self.node.name, "", self.name, self.name),
@@ -377,7 +377,7 @@ class World:
             member.after(self.latency(), lambda member=member: self._broke(member, epoch, member.phase, reason))
 
     def _broke(self, agent: SimAgent, epoch: int, phase: int, reason: str) -> None:
-        working = agent.epochs.state in (e.State.FORMING, e.State.GREETING, e.State.REDUCING)
+        working = agent.epochs.state in (e.EpochState.FORMING, e.EpochState.GREETING, e.EpochState.REDUCING)
         if (agent.epochs.epoch, agent.phase) == (epoch, phase) and working:
             agent.broke(epoch, reason)
 

@@ -1,7 +1,7 @@
 """What a worker asks of an engine, whichever it is.
 
 The worker gives every request a slot (a small number, reused after its end) and the engine speaks of requests by
-slot only. An engine reports each step as one `Step` of columns, so that what follows costs per step and not per
+slot only. An engine reports each step as one `EngineStep` of columns, so that what follows costs per step and not per
 token. It calls its sink on the event loop that started it. Two kinds of failure are kept apart: a request's own (an
 `Ended` with ERROR) and the engine's (`on_engine_dead`, once, after which nothing else comes).
 """
@@ -72,7 +72,7 @@ class Prefilled:
 
 
 @dataclass(slots=True)
-class Step:
+class EngineStep:
     """What one engine step made. Each slot stands at most once in `slot`."""
 
     slot: Column
@@ -99,7 +99,7 @@ class EngineLoad:
 class StepSink(Protocol):
     """Who an engine reports to."""
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: EngineStep) -> None:
         """Called after each engine step that made something. Must not block."""
 
     def on_engine_dead(self, reason: str) -> None:

@@ -18,11 +18,11 @@ from megatoken.frames import U32
 from megatoken.pieces import PIECE_BYTES
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
-from megatoken.worker.streams.part import Part
+from megatoken.worker.streams.part import StreamPart
 from megatoken.worker.streams.pieces import divided
 
 if TYPE_CHECKING:
-    from megatoken.worker.leases import Leases
+    from megatoken.worker.leases import LeaseChecks
 
 FRAME_TOKENS: Final = 65_536  # of a merged frame; 768 KiB at most, well under gRPC's default limit of 4 MiB
 LOOSE_FINISHES: Final = 65_536  # refusals that may wait; what waits otherwise is bounded by what requests may produce
@@ -36,7 +36,7 @@ FRAME_DETAILS_BYTES: Final = 1 << 20  # of a merged frame, before the last part;
 class Taken:
     """What a writer writes next."""
 
-    parts: list[Part]
+    parts: list[StreamPart]
     load: pb.Load | None
     tokens: int
     usage: list[pb.LeaseUsage] = field(default_factory=list)
@@ -45,11 +45,11 @@ class Taken:
 class Outlet:
     """The parts that wait for one caller, and the streams it has running."""
 
-    def __init__(self, leases: Leases | None = None) -> None:
+    def __init__(self, leases: LeaseChecks | None = None) -> None:
         self.leases = leases  # what the caller's requests need; None: it is a router, and they need none
         self.slots: dict[int, int] = {}  # the caller's stream number -> slot, of those that run
         self.closed = False
-        self._parts: deque[Part] = deque()
+        self._parts: deque[StreamPart] = deque()
         self._loose = 0  # waiting ends that no step reported: refusals, mostly
         self._load: pb.Load | None = None
         self._usage: list[pb.LeaseUsage] = []
@@ -65,7 +65,7 @@ class Outlet:
         """Whether the caller goes on sending requests that are refused, and reads no answer."""
         return self._loose > LOOSE_FINISHES
 
-    def push(self, part: Part) -> None:
+    def push(self, part: StreamPart) -> None:
         """Adds a step's tokens; in several parts where their details are large."""
         if self.closed:
             return
@@ -76,7 +76,7 @@ class Outlet:
     def finish(self, finish: pb.Finish) -> None:
         """Adds the end of a stream that no step reports."""
         self._loose += 1
-        self.push(Part(b"", b"", b"", [], [finish]))
+        self.push(StreamPart(b"", b"", b"", [], [finish]))
 
     def state_load(self, load: pb.Load) -> None:
         """Has the next frame carry the worker's load; sends one for it if nothing else waits."""
@@ -113,7 +113,7 @@ class Outlet:
             usage, self._usage = self._usage[:FRAME_USAGE], self._usage[FRAME_USAGE:]
         if not self._parts:
             return Taken([], load, 0, usage) if load is not None or usage else None
-        parts: list[Part] = []
+        parts: list[StreamPart] = []
         tokens, details = 0, 0
         while self._parts and tokens < FRAME_TOKENS and details < FRAME_DETAILS_BYTES and len(parts) < FRAME_PARTS:
             part = self._parts.popleft()
@@ -153,5 +153,5 @@ def encode_frame(taken: Taken) -> bytes:
     return encoded
 
 
-def _ones(part: Part) -> bytes:
+def _ones(part: StreamPart) -> bytes:
     return np.ones(len(part.stream) // 4, U32).tobytes()

@@ -8,7 +8,7 @@ from megatoken.v1 import tokens_pb2 as pb
 
 
 @dataclass(slots=True)
-class Part:
+class StreamPart:
     """One engine step's tokens for one caller, as packed columns."""
 
     stream: bytes

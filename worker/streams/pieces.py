@@ -13,18 +13,18 @@ import numpy as np
 from megatoken.frames import U32, Column, column
 from megatoken.pieces import PIECE_BYTES, prompt_pieces, rows_of
 from megatoken.v1 import tokens_pb2 as pb
-from megatoken.worker.streams.part import Part
+from megatoken.worker.streams.part import StreamPart
 
 _Unit = tuple[int, Column, pb.Detail | None]
 
 
-def divided(part: Part) -> list[Part]:
+def divided(part: StreamPart) -> list[StreamPart]:
     """Parts with at most about PIECE_BYTES of details each, or one row; in order, the finishes in the last."""
-    parts: list[Part] = []
+    parts: list[StreamPart] = []
     details: dict[int, pb.Detail] = {}
     for detail in part.details:
         pieces, rest = prompt_pieces(detail.SerializeToString())
-        parts += [Part(b"", b"", b"", [pb.Detail.FromString(piece)], []) for piece in pieces]
+        parts += [StreamPart(b"", b"", b"", [pb.Detail.FromString(piece)], []) for piece in pieces]
         if rest:
             details[detail.stream] = pb.Detail.FromString(rest)
     units: list[_Unit] = []
@@ -39,11 +39,11 @@ def divided(part: Part) -> list[Part]:
     if units:
         parts.append(_joined(units))
     if details or part.finishes or not parts:
-        parts.append(Part(b"", b"", b"", list(details.values()), part.finishes))
+        parts.append(StreamPart(b"", b"", b"", list(details.values()), part.finishes))
     return parts
 
 
-def _units(part: Part, details: dict[int, pb.Detail]) -> Iterator[_Unit]:
+def _units(part: StreamPart, details: dict[int, pb.Detail]) -> Iterator[_Unit]:
     """What may not be divided: a stream's tokens with their rows, or each of them where the rows are large."""
     stream, token = column(part.stream), column(part.token)
     count = column(part.count).tolist() if part.count else [1] * len(stream)
@@ -60,8 +60,8 @@ def _units(part: Part, details: dict[int, pb.Detail]) -> Iterator[_Unit]:
             yield number, tokens[row : row + 1], one
 
 
-def _joined(units: list[_Unit]) -> Part:
-    return Part(
+def _joined(units: list[_Unit]) -> StreamPart:
+    return StreamPart(
         np.array([number for number, _, _ in units], U32).tobytes(),
         np.array([len(tokens) for _, tokens, _ in units], U32).tobytes(),
         b"".join([tokens.tobytes() for _, tokens, _ in units]),

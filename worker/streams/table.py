@@ -16,9 +16,9 @@ import numpy.typing as npt
 from megatoken.access.lease import LeaseTerms
 from megatoken.frames import U32, Column
 from megatoken.v1 import tokens_pb2 as pb
-from megatoken.worker.engines.engine import EngineRequest, Step
+from megatoken.worker.engines.engine import EngineRequest, EngineStep
 from megatoken.worker.streams.outlet import Outlet
-from megatoken.worker.streams.part import Part
+from megatoken.worker.streams.part import StreamPart
 
 FIRST_SLOTS: Final = 256
 
@@ -118,7 +118,7 @@ class StreamTable:
         self._running[slot] = None
         self._free.append(slot)
 
-    def advance(self, step: Step, now_s: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    def advance(self, step: EngineStep, now_s: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         """Counts a step's tokens; returns each slot's time since its last token, and which had their first."""
         slot = step.slot
         gaps = now_s - self.last_s[slot]
@@ -127,7 +127,7 @@ class StreamTable:
         self.generated[slot] += 1 if step.count is None else step.count
         return gaps, first
 
-    def split(self, step: Step, finishes: dict[Outlet, list[pb.Finish]]) -> None:
+    def split(self, step: EngineStep, finishes: dict[Outlet, list[pb.Finish]]) -> None:
         """Pushes the step to its callers, one part each, with the finishes and details that belong to it."""
         details: dict[Outlet, list[pb.Detail]] = {}
         for slot, detail in step.details:
@@ -136,14 +136,14 @@ class StreamTable:
         if len(step.slot):
             for outlet, number, count, token in self._columns(step):
                 counts = b"" if count is None else count.tobytes()
-                part = Part(
+                part = StreamPart(
                     number.tobytes(), counts, token.tobytes(), details.pop(outlet, []), finishes.pop(outlet, [])
                 )
                 outlet.push(part)
         for outlet in {**details, **finishes}:
-            outlet.push(Part(b"", b"", b"", details.get(outlet, []), finishes.get(outlet, [])))
+            outlet.push(StreamPart(b"", b"", b"", details.get(outlet, []), finishes.get(outlet, [])))
 
-    def _columns(self, step: Step) -> Iterator[tuple[Outlet, Column, Column | None, Column]]:
+    def _columns(self, step: EngineStep) -> Iterator[tuple[Outlet, Column, Column | None, Column]]:
         number = self.number[step.slot]
         owner = self._outlet[step.slot]
         first = int(owner[0])

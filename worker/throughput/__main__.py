@@ -22,7 +22,7 @@ from megatoken.tls import bind
 from megatoken.v1 import throughput_pb2_grpc
 from megatoken.worker.throughput.agent import Agent
 from megatoken.worker.throughput.config import AgentConfig
-from megatoken.worker.throughput.metrics import AgentMetrics, ThroughputCollector
+from megatoken.worker.throughput.metrics import AgentCollector, AgentMetrics
 from megatoken.worker.throughput.reduce.client import Nursery, ReduceFailure, choose_backends
 
 STORE_BACKLOG = 1024  # every rank of a forming group may knock before the store serves
@@ -63,7 +63,7 @@ async def serve(config: AgentConfig, ready_fd: int | None) -> None:
         metrics = AgentMetrics()
         present = credentials.metadata if credentials is not None else None
         agent = Agent(config, nursery, backends, f"{host}:{port}", store_address, metrics, present)
-        metrics.registry.register(ThroughputCollector(agent.rows, agent.throughput_state))
+        metrics.registry.register(AgentCollector(agent.rows, agent.throughput_state))
         metrics_address = None
         if config.metrics_port is not None:
             exporter = serve_metrics(metrics.registry, config.host, config.metrics_port)

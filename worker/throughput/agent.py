@@ -20,13 +20,14 @@ from megatoken.worker.throughput.board import Board, Outcome
 from megatoken.worker.throughput.config import AgentConfig
 from megatoken.worker.throughput.controller_link import ControllerLink
 from megatoken.worker.throughput.counter_files import CounterFiles, ledger_id
-from megatoken.worker.throughput.decide.books import Books, Row
+from megatoken.worker.throughput.decide.books import Books, RateRow
 from megatoken.worker.throughput.decide.epochs import (
     Abandon,
     Broke,
     Connect,
     Connected,
     Epochs,
+    EpochState,
     Event,
     Greet,
     Greeted,
@@ -34,10 +35,9 @@ from megatoken.worker.throughput.decide.epochs import (
     Publish,
     PublishIncomplete,
     Reduce,
-    Reduced,
+    ReduceDone,
     Regrouped,
     Report,
-    State,
     TickDue,
     WakeIn,
 )
@@ -51,7 +51,7 @@ from megatoken.worker.throughput.decide.layout import (
     pack_departed,
     unpack_departed,
 )
-from megatoken.worker.throughput.decide.ledger import Ledger, NodeSums
+from megatoken.worker.throughput.decide.ledger import NodeLedger, NodeSums
 from megatoken.worker.throughput.metrics import AgentMetrics
 from megatoken.worker.throughput.reachability import unreachable
 from megatoken.worker.throughput.reduce.client import NoAnswer, Nursery, ReduceFailure, Reducer
@@ -63,12 +63,12 @@ NURSERY_CHECK_S: Final = 0.5
 LINKS_CHECK_S: Final = 1.0
 ROWS_TIMEOUT_S: Final = 2.0
 STANCES: Final = {
-    State.OUTSIDE: throughput_pb2.ATTENDANCE_STATE_OUTSIDE,
-    State.FORMING: throughput_pb2.ATTENDANCE_STATE_FORMING,
-    State.GREETING: throughput_pb2.ATTENDANCE_STATE_FORMING,
-    State.STANDING: throughput_pb2.ATTENDANCE_STATE_TICKING,
-    State.REDUCING: throughput_pb2.ATTENDANCE_STATE_TICKING,
-    State.BROKEN: throughput_pb2.ATTENDANCE_STATE_FAILED,
+    EpochState.OUTSIDE: throughput_pb2.ATTENDANCE_STATE_OUTSIDE,
+    EpochState.FORMING: throughput_pb2.ATTENDANCE_STATE_FORMING,
+    EpochState.GREETING: throughput_pb2.ATTENDANCE_STATE_FORMING,
+    EpochState.STANDING: throughput_pb2.ATTENDANCE_STATE_TICKING,
+    EpochState.REDUCING: throughput_pb2.ATTENDANCE_STATE_TICKING,
+    EpochState.BROKEN: throughput_pb2.ATTENDANCE_STATE_FAILED,
 }
 ERRORS: Final = {  # what megatoken_agent_errors_total calls a refusal
     throughput_pb2.ATTENDANCE_REFUSAL_WIRE_VERSION: "version",
@@ -97,7 +97,7 @@ class Agent:
             agent=config.agent, node=config.node, site=config.site, address=address, store_address=store_address
         )
         self._own = Greeting(config.agent, config.node, config.site, ledger_id(directory))
-        self._files, self._ledger = CounterFiles(directory), Ledger()
+        self._files, self._ledger = CounterFiles(directory), NodeLedger()
         self._serving: frozenset[str] | None = None
         self.books = Books(config.standalone_rates)
         self.board = Board(self.books)
@@ -166,10 +166,10 @@ class Agent:
         outcome = self.board.outcome
         return outcome.epoch, outcome.ranks, outcome.complete, self.last_complete_s
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[RateRow]:
         """Every row, for the metrics server's threads: made on the loop, which alone changes the books."""
 
-        async def made() -> list[Row]:
+        async def made() -> list[RateRow]:
             return self.books.rows()
 
         return asyncio.run_coroutine_threadsafe(made(), self._loop).result(ROWS_TIMEOUT_S)
@@ -202,7 +202,7 @@ class Agent:
 
     def _attendance(self) -> throughput_pb2.Attendance:
         state = self._epochs.state
-        greeting_again = state is State.GREETING and self._epochs.tick > 0
+        greeting_again = state is EpochState.GREETING and self._epochs.tick > 0
         return throughput_pb2.Attendance(
             member=self._member,
             epoch=self._epochs.epoch,
@@ -311,12 +311,12 @@ class Agent:
         cells, news = layout.decode(reduced.sums)
         self.books.update(cells, time.monotonic())
         self._collective_s = reduced.seconds
-        self._events.put_nowait(Reduced(epoch, news > 0))
+        self._events.put_nowait(ReduceDone(epoch, news > 0))
 
     async def _fail(self, epoch: int, failure: ReduceFailure) -> None:
         """Names who could not be reached before the failure is reported."""
         self.metrics.error(failure.reason)
-        if isinstance(failure, NoAnswer) and self._epochs.state is State.FORMING:
+        if isinstance(failure, NoAnswer) and self._epochs.state is EpochState.FORMING:
             self._nursery.abort()  # frozen, or waiting for a child that cannot die; `_keep_nursery` makes another
         suspects = set(failure.suspects)
         addresses = [member.store_address for member in self._group.members]
@@ -340,10 +340,10 @@ class Agent:
         """Outside a group, tells the controller which members it cannot reach: it would only break the group."""
         while True:
             await asyncio.sleep(LINKS_CHECK_S)
-            if self._epochs.state is State.OUTSIDE and self._group.members:
+            if self._epochs.state is EpochState.OUTSIDE and self._group.members:
                 group = self._group
                 missing = await unreachable([member.store_address for member in group.members], -1)
-                if group is self._group and self._epochs.state is State.OUTSIDE:
+                if group is self._group and self._epochs.state is EpochState.OUTSIDE:
                     self._problem = (self._problem[0], self._names(sorted(missing)))
 
     def _read_counters(self) -> NodeSums:
@@ -392,7 +392,7 @@ class Agent:
 
     def _report(self, report: Report) -> None:
         agents = [member.agent for member in self._group.members]
-        if report.state is not State.OUTSIDE:  # outside, whom it could not reach stands until it was tried again
+        if report.state is not EpochState.OUTSIDE:  # outside, whom it could not reach stands until it was tried again
             self._problem = (report.problem[:300], self._names(report.suspects))
         log_event(logger, f"epoch.{report.state}", epoch=report.epoch, ranks=len(agents), rank=self._rank)
         self._link.hurry()

@@ -15,7 +15,7 @@ import grpc
 
 from megatoken.counters import NAMES
 from megatoken.v1 import throughput_pb2, throughput_pb2_grpc
-from megatoken.worker.throughput.decide.books import Books, Row
+from megatoken.worker.throughput.decide.books import Books, RateRow
 from megatoken.worker.throughput.decide.ledger import Totals
 
 MAX_WATCHERS: Final = 256
@@ -101,7 +101,7 @@ def totals_message(totals: Totals) -> throughput_pb2.Totals:
     return throughput_pb2.Totals(**dict(zip(NAMES, totals.tolist(), strict=True)))
 
 
-def row_message(row: Row) -> throughput_pb2.ThroughputRow:
+def row_message(row: RateRow) -> throughput_pb2.ThroughputRow:
     """One row as a message."""
     windows = [
         throughput_pb2.Window(

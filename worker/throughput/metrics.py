@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from megatoken.counters import INDEX
 from megatoken.metrics import COLLECTIVE_BUCKETS_S, FastHistograms, new_registry
-from megatoken.worker.throughput.decide.books import Row
+from megatoken.worker.throughput.decide.books import RateRow
 
 WINDOW_NAMES = {1: "1s", 10: "10s", 60: "1m", 300: "5m"}
 TOKENS = {"generated": "generated_tokens", "prompt": "prompt_tokens", "cached": "cached_tokens"}
@@ -90,10 +90,12 @@ class AgentMetrics:
         self._faults.labels("backwards").inc(backwards)
 
 
-class ThroughputCollector(Collector):
+class AgentCollector(Collector):
     """The sample's rows as metrics. `state()`: (epoch, ranks, complete, monotonic time of the last whole one)."""
 
-    def __init__(self, rows: Callable[[], list[Row]], state: Callable[[], tuple[int, int, bool, float | None]]) -> None:
+    def __init__(
+        self, rows: Callable[[], list[RateRow]], state: Callable[[], tuple[int, int, bool, float | None]]
+    ) -> None:
         self._rows, self._state = rows, state
 
     def collect(self) -> Iterable[Metric]:
@@ -123,7 +125,7 @@ def _gauge(name: str, documentation: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, documentation, value=value)
 
 
-def _totals(rows: list[Row]) -> Iterable[Metric]:
+def _totals(rows: list[RateRow]) -> Iterable[Metric]:
     for name, counter in TOKENS.items():
         family = CounterMetricFamily(
             f"megatoken_throughput_{name}_tokens",
@@ -137,7 +139,7 @@ def _totals(rows: list[Row]) -> Iterable[Metric]:
         yield family
 
 
-def _rates(rows: list[Row]) -> Iterable[Metric]:
+def _rates(rows: list[RateRow]) -> Iterable[Metric]:
     for name in TOKENS:
         family = GaugeMetricFamily(
             f"megatoken_throughput_{name}_tokens_per_second",

@@ -21,7 +21,7 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Static
 
 from megatoken.cluster.view.top import view as top_view
-from megatoken.cluster.view.top.view import Column, Inputs, Row
+from megatoken.cluster.view.top.view import Column, Inputs, TopRow
 from megatoken.v1.control_pb2 import Event
 
 REDRAW_S: Final = 1.0
@@ -184,7 +184,7 @@ class Top(App[None]):
             text.append("\n" + line)
         panel.update(text)
 
-    def _fill(self, name: str, columns: tuple[Column, ...], rows: Sequence[Row]) -> None:
+    def _fill(self, name: str, columns: tuple[Column, ...], rows: Sequence[TopRow]) -> None:
         """Writes rows into a table in place, so that the cursor stays on the row it is on."""
         table: DataTable[Text] = self.query_one(f"#{name}", DataTable)
         chosen = self._chosen(name)
@@ -329,7 +329,7 @@ def _cell(column: Column, text: str, style: str) -> Text:
     return Text(shown.rjust(column.width) if column.number else shown, style=style, no_wrap=True)
 
 
-def _style(row: Row) -> str:
+def _style(row: TopRow) -> str:
     return STATE_STYLES.get(row.state, STARTING_STYLE)
 
 

@@ -55,7 +55,7 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TopRow:
     """One line of a table: its id, what each column shows and what it sorts by."""
 
     key: str
@@ -158,12 +158,12 @@ def cluster_rate(inputs: Inputs) -> float | None:
     return found
 
 
-def model_rows(inputs: Inputs) -> list[Row]:
+def model_rows(inputs: Inputs) -> list[TopRow]:
     """One a model, by name."""
     return [_model_row(model, inputs.sample) for model in sorted(inputs.status.models, key=lambda model: model.model)]
 
 
-def _model_row(model: ModelStatus, sample: ThroughputSample | None) -> Row:
+def _model_row(model: ModelStatus, sample: ThroughputSample | None) -> TopRow:
     row = _row_of(sample, "model", model.model)
     rate = _window(row, TABLE_WINDOW_S, "generated_tokens_per_s")
     rate = model.generated_tokens_per_s if rate is None else rate
@@ -179,10 +179,10 @@ def _model_row(model: ModelStatus, sample: ThroughputSample | None) -> Row:
         "note": ("blocked: " if model.blocked else "") + note,
     }
     state = "FAILED" if model.wanted and not model.ready else "STARTING" if model.ready < model.wanted else "READY"
-    return Row(model.model, model.model, cells, {"model": model.model, "rate": rate}, state)
+    return TopRow(model.model, model.model, cells, {"model": model.model, "rate": rate}, state)
 
 
-def replica_rows(inputs: Inputs, sort: str = "replica", reverse: bool = False, find: str = "") -> list[Row]:
+def replica_rows(inputs: Inputs, sort: str = "replica", reverse: bool = False, find: str = "") -> list[TopRow]:
     """One a replica that matches `find` (in its id, model, node, state or engine), sorted by a column's key.
 
     Numbers sort largest first, names a to z, states with trouble first; `reverse` turns that round. Ties keep the
@@ -198,7 +198,7 @@ def replica_rows(inputs: Inputs, sort: str = "replica", reverse: bool = False, f
     return rows
 
 
-def _replica_row(replica: ReplicaStatus, sample: ThroughputSample | None) -> Row:
+def _replica_row(replica: ReplicaStatus, sample: ThroughputSample | None) -> TopRow:
     serving = replica.state in ("READY", "DRAINING")
     row = _row_of(sample, "replica", replica.replica)
     rate = _window(row, TABLE_WINDOW_S, "generated_tokens_per_s")
@@ -230,7 +230,7 @@ def _replica_row(replica: ReplicaStatus, sample: ThroughputSample | None) -> Row
         "waiting": replica.waiting,
         "kv": replica.kv_usage,
     }
-    return Row(replica.replica, replica.model, cells, sort, replica.state)
+    return TopRow(replica.replica, replica.model, cells, sort, replica.state)
 
 
 def event_line(event: Event, clock: Callable[[float], str]) -> str:

@@ -37,7 +37,7 @@ class Observer(Protocol):
     def ended(self, model: str, seconds: float, finish: Finish) -> None: ...
 
 
-class Link(Protocol):
+class LinkToRouter(Protocol):
     """The way to the router; link.RouterLink is one."""
 
     problem: str
@@ -64,11 +64,11 @@ class Session:
         self._connect_timeout_s = connect_timeout_s
         self._observer = observer
         self._clock = clock
-        self._link: Link | None = None
+        self._link: LinkToRouter | None = None
         self._opened: dict[int, tuple[str, float]] = {}  # model and time of departure, by stream
         self._silent: set[int] = set()  # streams without a first token
 
-    def attach(self, link: Link) -> None:
+    def attach(self, link: LinkToRouter) -> None:
         """Gives the session its link; before any request."""
         self._link = link
 

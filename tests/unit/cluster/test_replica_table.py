@@ -4,15 +4,8 @@ import itertools
 
 import pytest
 
-from megatoken.cluster.decide.replica import (
-    FINAL,
-    LIVE,
-    TRANSITIONS,
-    IllegalTransition,
-    ReplicaEvent,
-    ReplicaState,
-    next_state,
-)
+from megatoken.cluster.decide.replica import FINAL, LIFECYCLE, LIVE, ReplicaEvent, ReplicaState
+from megatoken.transitions import IllegalTransition
 
 S, E = ReplicaState, ReplicaEvent
 LEGAL = {
@@ -32,14 +25,14 @@ LEGAL = {
 @pytest.mark.parametrize(("state", "event"), list(itertools.product(S, E)))
 def test_every_pair(state: ReplicaState, event: ReplicaEvent) -> None:
     if (state, event) in LEGAL:
-        assert next_state(state, event) is LEGAL[state, event]
+        assert LIFECYCLE.next(state, event) is LEGAL[state, event]
     else:
         with pytest.raises(IllegalTransition, match=f"event {event} in state {state}"):
-            next_state(state, event)
+            LIFECYCLE.next(state, event)
 
 
 def test_final_states_are_left_by_nothing_and_live_ones_may_fail() -> None:
     assert set(S) == LIVE | FINAL
     assert not LIVE & FINAL
-    assert not [state for state, _ in TRANSITIONS if state in FINAL]
-    assert all((state, E.FAIL) in TRANSITIONS for state in LIVE)
+    assert not [state for state, _ in LIFECYCLE.legal() if state in FINAL]
+    assert all((state, E.FAIL) in LIFECYCLE.legal() for state in LIVE)

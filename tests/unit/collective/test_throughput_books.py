@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatoken.counters import INDEX
-from megatoken.worker.throughput.decide.books import Books, Row
+from megatoken.worker.throughput.decide.books import Books, RateRow
 from megatoken.worker.throughput.decide.layout import Cell, Departed, Greeting, Layout, ReplicaFacts
 from megatoken.worker.throughput.decide.ledger import WIDTH, NodeSums, Totals, Writer
 
@@ -54,7 +54,7 @@ class Cluster:
             vector += self.layout.encode(place, sums, False)
         self.books.update(self.layout.decode(vector)[0], self.now)
 
-    def row(self, kind: str, name: str) -> Row:
+    def row(self, kind: str, name: str) -> RateRow:
         return next(row for row in self.books.rows() if (row.kind, row.name) == (kind, name))
 
     def rate(self, kind: str = "cluster", name: str = "cluster", window: int = 0) -> float:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatoken.counters import INDEX, NAMES, CounterWriter
 from megatoken.worker.throughput.counter_files import CounterFiles, ledger_id
-from megatoken.worker.throughput.decide.ledger import SHOWN_S, WIDTH, Ledger, Totals, Writer
+from megatoken.worker.throughput.decide.ledger import SHOWN_S, WIDTH, NodeLedger, Totals, Writer
 
 
 def worker(name: str = "r0", incarnation: int = 1, model: str = "m") -> Writer:
@@ -24,7 +24,7 @@ def totals(**named: int) -> Totals:
 
 
 def test_incarnations_add_up_and_a_dead_writer_stays() -> None:
-    ledger = Ledger()
+    ledger = NodeLedger()
     ledger.record([(worker(incarnation=1), totals(generated_tokens=10))], 0.0)
     ledger.record([(worker(incarnation=2), totals(generated_tokens=3))], 1.0)  # the first file is gone
     sums = ledger.sums(1.0, None)
@@ -34,7 +34,7 @@ def test_incarnations_add_up_and_a_dead_writer_stays() -> None:
 
 
 def test_routers_have_columns_of_their_own() -> None:
-    ledger = Ledger()
+    ledger = NodeLedger()
     router = Writer("router", "router-0", 1)
     ledger.record([(worker(), totals(generated_tokens=7)), (router, totals(generated_tokens=5))], 0.0)
     sums = ledger.sums(0.0, None)
@@ -43,7 +43,7 @@ def test_routers_have_columns_of_their_own() -> None:
 
 
 def test_a_counter_that_goes_backwards_is_named_once_and_counts_nothing_twice() -> None:
-    ledger = Ledger()
+    ledger = NodeLedger()
     ledger.record([(worker(), totals(generated_tokens=100))], 0.0)
     fallen = ledger.record([(worker(), totals(generated_tokens=40))], 1.0)
     assert [str(fall) for fall in fallen] == [
@@ -56,14 +56,14 @@ def test_a_counter_that_goes_backwards_is_named_once_and_counts_nothing_twice() 
 
 
 def test_a_negative_counter_counts_as_none() -> None:
-    ledger = Ledger()
+    ledger = NodeLedger()
     fallen = ledger.record([(worker(), totals(prompt_tokens=-5))], 0.0)
     assert [fall.name for fall in fallen] == ["prompt_tokens"]
     assert ledger.sums(0.0, None).models["m"][INDEX["prompt_tokens"]] == 0
 
 
 def test_a_replica_keeps_its_row_while_it_serves_or_moved_lately() -> None:
-    ledger = Ledger()
+    ledger = NodeLedger()
     ledger.record([(worker("idle"), totals(generated_tokens=1)), (worker("gone"), totals(generated_tokens=2))], 0.0)
     assert set(ledger.sums(1.0, frozenset()).replicas) == {"idle", "gone"}
     later = ledger.sums(SHOWN_S + 1, frozenset({"idle"}))
@@ -73,7 +73,7 @@ def test_a_replica_keeps_its_row_while_it_serves_or_moved_lately() -> None:
 
 @given(st.lists(st.lists(st.integers(-5, 1000), min_size=WIDTH, max_size=WIDTH), min_size=1, max_size=20))
 def test_totals_never_go_backwards(readings: list[list[int]]) -> None:
-    ledger = Ledger()
+    ledger = NodeLedger()
     last = np.zeros(WIDTH, np.int64)
     for step, values in enumerate(readings):
         ledger.record([(worker(), np.array(values, np.int64))], float(step))

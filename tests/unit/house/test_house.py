@@ -75,3 +75,13 @@ def test_one_module_writes_what_replicas_are_charged() -> None:
                     if isinstance(each, ast.Attribute) and each.attr in CHARGES:
                         writers.add(str(path.relative_to(ROOT)))
     assert writers == {"router/core/accounts.py"}
+
+
+def test_a_public_class_name_means_one_thing() -> None:
+    where: dict[str, list[str]] = {}
+    for path in sources(*PACKAGES):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert len(where) > 300
+    assert not {name: places for name, places in where.items() if len(places) > 1}

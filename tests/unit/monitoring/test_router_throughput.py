@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from megatoken.errors import AuthError
-from megatoken.router.shell.throughput import ThroughputCollector, ThroughputRelay
+from megatoken.router.shell.throughput import ClusterCollector, ThroughputRelay
 from megatoken.v1 import throughput_pb2 as pb
 from megatoken.v1 import throughput_pb2_grpc
 
@@ -86,7 +86,7 @@ async def test_samples_pass_through_and_outlive_a_broken_stream() -> None:
 
 def test_metrics_are_those_of_the_newest_sample_without_nodes_and_replicas() -> None:
     relay, registry = ThroughputRelay(identify), CollectorRegistry()
-    registry.register(ThroughputCollector(relay))
+    registry.register(ClusterCollector(relay))
     assert generate_latest(registry) == b""
     relay.take(sample(2))
     labels = {"scope": "cluster", "name": "demo"}

@@ -18,7 +18,7 @@ from megatoken.router.identity.api_keys import ApiKey, KeyRing
 from megatoken.router.identity.door import Caller, Door
 from megatoken.router.identity.key_limits import Usage
 from megatoken.router.measures import refusal_reason
-from megatoken.router.shell.leases import Leases
+from megatoken.router.shell.leases import IssuedLeases
 from megatoken.supervise import Faults
 from megatoken.v1 import frame_columns_pb2, router_pb2
 from tests.router_core import CoreFleet
@@ -125,7 +125,7 @@ def test_concurrency_counts_choices_and_ends() -> None:
 
 def test_a_lease_keeps_its_place_until_it_is_released_or_over() -> None:
     fleet = CoreFleet(replicas=1, max_running=1, admission={"replica_slack": 1.0}, leases={"ttl_s": 10})
-    leases = Leases(fleet.state)
+    leases = IssuedLeases(fleet.state)
     ask = router_pb2.AssignRequest(model="m", prompt_tokens=5, max_tokens=10)
     lease = leases.assign(ask, Caller(), 100.0)
     assert (lease.replica, lease.ttl_ms, len(leases)) == ("m-0", 10_000, 1)
@@ -145,7 +145,7 @@ def test_a_lease_keeps_its_place_until_it_is_released_or_over() -> None:
 
 def test_leases_follow_drain_and_loss() -> None:
     fleet = CoreFleet(replicas=1)
-    leases = Leases(fleet.state)
+    leases = IssuedLeases(fleet.state)
     ask = router_pb2.AssignRequest(model="m", prompt_tokens=5, max_tokens=10)
     leases.assign(ask, Caller(), 100.0)
     fleet.replicas[0].draining = True

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from megatoken.router.core import recovery, upkeep
-from megatoken.router.core.lifecycle import State
+from megatoken.router.core.lifecycle import RequestState
 from megatoken.router.core.request import Request
 from megatoken.router.fleet.circuit import CircuitState
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.intake import on_frames
 from megatoken.v1 import tokens_pb2
 from tests.router_core import CANCELLED, ERROR, LENGTH, CoreFleet
@@ -57,7 +57,7 @@ def test_a_request_without_a_token_is_simply_sent_again() -> None:
     fleet = CoreFleet()
     request = fleet.submit(resume=tokens_pb2.RESUME_OFF)
     fleet.lose(fleet.replica_of(request))
-    assert request.state is State.RUNNING
+    assert request.state is RequestState.RUNNING
     fleet.tokens(request, 5)
     fleet.finish(request)
     end = fleet.end(request)
@@ -205,7 +205,7 @@ def test_a_worker_s_own_fault_moves_the_request() -> None:
     fleet.tokens(request, 1)
     before = fleet.replica_of(request)
     fleet.finish(request, ERROR, code=14, message="the engine is gone")
-    assert request.state is State.RUNNING
+    assert request.state is RequestState.RUNNING
     assert fleet.replica_of(request) is not before
     assert before.circuit.failures == 1
 
@@ -216,11 +216,11 @@ def test_with_no_other_replica_it_waits_and_then_says_so() -> None:
     fleet.tokens(request, 1)
     replica = fleet.replica_of(request)
     fleet.lose(replica)
-    assert request.state is State.RESUMING
+    assert request.state is RequestState.RESUMING
     fleet.tick(5)
     assert fleet.end(request) is None
     fleet.connect(replica)
-    assert request.state is State.RUNNING
+    assert request.state is RequestState.RUNNING
     fleet.tokens(request, 2)
     fleet.lose(replica)
     fleet.tick(11)
@@ -353,7 +353,7 @@ def test_retries_are_bounded_by_the_budget() -> None:
     requests = [fleet.submit() for _ in range(20)]
     had = fleet.replicas[0].in_flight
     fleet.lose(fleet.replicas[0])
-    ended = [r for r in requests if r.state is State.FINISHED]
+    ended = [r for r in requests if r.state is RequestState.FINISHED]
     assert had > 3
     assert len(ended) == had - 3
     assert "retry budget" in fleet.end(ended[0]).message  # type: ignore[union-attr]
@@ -363,12 +363,12 @@ def test_a_request_whose_replicas_die_after_a_token_moves_only_so_often() -> Non
     fleet = CoreFleet(replicas=8, resume={"max_resumes": 2})
     request = fleet.submit()
     losses = 0
-    while request.state is State.RUNNING:
+    while request.state is RequestState.RUNNING:
         fleet.tokens(request, losses)
         fleet.lose(fleet.replica_of(request))
         losses += 1
     assert losses == 3
-    assert request.state is State.FINISHED
+    assert request.state is RequestState.FINISHED
 
 
 def test_a_request_that_kills_every_replica_costs_two_and_is_told_so() -> None:
@@ -396,20 +396,20 @@ def test_a_suspect_waits_until_all_others_have_a_token_and_is_cleared_by_its_own
     suspects = [request for request in busy if request.replica is lost]
     fleet.tokens(company[0], 1)
     fleet.lose(lost)
-    assert {request.state for request in suspects} == {State.RESUMING}
+    assert {request.state for request in suspects} == {RequestState.RESUMING}
     fleet.tick(3)
-    assert {request.state for request in suspects} == {State.RESUMING}
+    assert {request.state for request in suspects} == {RequestState.RESUMING}
     fleet.tokens(company[1], 1)
-    assert [request.state for request in suspects] == [State.RUNNING, State.RESUMING]
+    assert [request.state for request in suspects] == [RequestState.RUNNING, RequestState.RESUMING]
     for request in company:
         fleet.finish(request)
-    assert [request.state for request in suspects] == [State.RUNNING, State.RESUMING]
+    assert [request.state for request in suspects] == [RequestState.RUNNING, RequestState.RESUMING]
     later = fleet.submit()
-    assert later.state is State.QUEUED
+    assert later.state is RequestState.QUEUED
     for request in suspects:
         fleet.tokens(request, 1)
-    assert [request.state for request in suspects] == [State.RUNNING, State.RUNNING]
-    assert later.state is State.RUNNING
+    assert [request.state for request in suspects] == [RequestState.RUNNING, RequestState.RUNNING]
+    assert later.state is RequestState.RUNNING
     for request in [*suspects, later]:
         fleet.finish(request)
     fleet.check_idle()
@@ -423,7 +423,7 @@ def test_a_suspect_waits_for_no_answer_to_end_and_a_second_death_is_its_own() ->
     for request in busy[1:]:
         fleet.tokens(request, 1)
     fleet.lose(first)
-    assert suspect.state is State.RESUMING, "an idle one is waited for at first"
+    assert suspect.state is RequestState.RESUMING, "an idle one is waited for at first"
     fleet.tick(3)
     second = fleet.replica_of(suspect)
     company = [request for request in busy[1:] if request.replica is second]
@@ -433,7 +433,7 @@ def test_a_suspect_waits_for_no_answer_to_end_and_a_second_death_is_its_own() ->
     assert end is not None
     assert f"replicas {first.name} and {second.name} were both lost" in end.message
     for request in busy[1:]:
-        assert (request.state, request.suspected_of) == (State.RUNNING, "")
+        assert (request.state, request.suspected_of) == (RequestState.RUNNING, "")
         fleet.tokens(request, 2)
         fleet.finish(request)
         assert fleet.received(request) == [1, 2]
@@ -448,7 +448,7 @@ def test_a_suspect_waits_half_its_time_for_other_routers_requests_to_end() -> No
     fleet.frame(other, load=tokens_pb2.Load(running=2, steps=1))
     fleet.lose(first)
     fleet.tick(4)
-    assert suspect.state is State.RESUMING
+    assert suspect.state is RequestState.RESUMING
     fleet.tick(2)
     assert fleet.replica_of(suspect) is other
     assert other.trial is suspect
@@ -477,7 +477,7 @@ def test_a_drained_replica_s_end_makes_nobody_suspect() -> None:
     fleet.state.fleet.remove(replica)
     fleet.lose(replica)
     assert request.suspected_of == ""
-    assert request.state is State.RUNNING
+    assert request.state is RequestState.RUNNING
 
 
 def test_failures_in_a_row_open_the_circuit_and_a_probe_that_is_no_request_closes_it() -> None:
@@ -487,7 +487,7 @@ def test_failures_in_a_row_open_the_circuit_and_a_probe_that_is_no_request_close
     for _ in range(2):
         fleet.finish(request, ERROR, code=13, message="boom")  # sent again, as it had no token
     assert replica.circuit.state is CircuitState.OPEN
-    assert request.state is State.RESUMING
+    assert request.state is RequestState.RESUMING
     fleet.cancel(request)
     fleet.tick(0.5)
     waiting = [fleet.submit(), fleet.submit()]
@@ -495,14 +495,14 @@ def test_failures_in_a_row_open_the_circuit_and_a_probe_that_is_no_request_close
     for _ in range(3):
         fleet.tick(1)
         assert (link.probes, replica.circuit.state) == (1, CircuitState.HALF_OPEN)
-    assert {r.state for r in waiting} == {State.QUEUED}
+    assert {r.state for r in waiting} == {RequestState.QUEUED}
     recovery.probed(fleet.state, replica, fleet.now, well=False)
     assert replica.circuit.state is CircuitState.OPEN
     fleet.tick(2.1)
-    assert (link.probes, {r.state for r in waiting}) == (2, {State.QUEUED})
+    assert (link.probes, {r.state for r in waiting}) == (2, {RequestState.QUEUED})
     recovery.probed(fleet.state, replica, fleet.now, well=True)
     assert replica.circuit.state is CircuitState.CLOSED
-    assert {r.state for r in waiting} == {State.RUNNING}
+    assert {r.state for r in waiting} == {RequestState.RUNNING}
 
 
 def test_a_session_lost_during_a_probe_is_probed_again() -> None:
@@ -585,7 +585,7 @@ def test_nothing_is_taken_after_a_malformed_frame_and_the_stream_goes_on_without
     broken = fleet.replica_of(request)
     link, slot = fleet.link(broken), request.slot
 
-    def frame(*tokens: int, counts: int | None = None) -> tuple[Replica, bytes]:
+    def frame(*tokens: int, counts: int | None = None) -> tuple[Endpoint, bytes]:
         count = [len(tokens) if counts is None else counts]
         return broken, tokens_pb2.Frame(stream=[slot], count=count, token=tokens).SerializeToString()
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatoken.router.core import accounts, ending, placement, upkeep
 from megatoken.router.core.request import Request
-from megatoken.router.fleet.fleet import Replica
+from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.identity.api_keys import ApiKey
 from megatoken.router.intake import demux, finishes, intake
 from megatoken.router.intake.intake import on_frames
@@ -38,7 +38,7 @@ def two(**settings: Any) -> tuple[CoreFleet, Request, Request]:
     return fleet, *requests
 
 
-def frame(request: Request, *tokens: int, **fields: Any) -> tuple[Replica, bytes]:
+def frame(request: Request, *tokens: int, **fields: Any) -> tuple[Endpoint, bytes]:
     encoded = tokens_pb2.Frame(stream=[request.slot], count=[len(tokens)], token=tokens, **fields)
     assert request.replica is not None
     return request.replica, encoded.SerializeToString()

@@ -14,7 +14,7 @@ from megatoken.errors import OverloadError, RequestError
 from megatoken.router.identity.api_keys import ApiKey
 from megatoken.router.identity.door import Caller
 from megatoken.router.intake.intake import on_frame
-from megatoken.router.shell.leases import Leases, LeaseSigner
+from megatoken.router.shell.leases import IssuedLeases, LeaseSigner
 from megatoken.v1 import frame_columns_pb2, router_pb2, tokens_pb2
 from tests.router_core import CoreFleet
 
@@ -27,9 +27,9 @@ def caller(**limits: float) -> Caller:
     return Caller("a", ApiKey.model_validate({"name": "a", "sha256": digest, **limits}))
 
 
-def world(**settings: object) -> tuple[CoreFleet, Leases]:
+def world(**settings: object) -> tuple[CoreFleet, IssuedLeases]:
     fleet = CoreFleet(replicas=1, max_running=1000, **settings)
-    leases = Leases(fleet.state)
+    leases = IssuedLeases(fleet.state)
     fleet.state.on_lease_usage = leases.report
     return fleet, leases
 
@@ -76,7 +76,7 @@ def test_a_report_settles_a_lease_once(released: bool) -> None:
 
 def test_a_report_counts_from_the_lease_s_own_replica_alone() -> None:
     fleet = CoreFleet(replicas=2, max_running=1000)
-    leases = Leases(fleet.state)
+    leases = IssuedLeases(fleet.state)
     fleet.state.on_lease_usage = leases.report
     lease = leases.assign(ASK, caller(tokens_per_minute=1000), 100.0)
     other = 1 if lease.replica == "m-0" else 0
@@ -121,7 +121,7 @@ def test_a_lease_is_signed_for_its_replica_and_names_its_request() -> None:
     secrets = new_secrets()
     own = [secrets.credentials(Identity.ROUTER, Program.ROUTER)]
     fleet = CoreFleet(replicas=1)
-    leases = Leases(fleet.state, LeaseSigner(lambda: own[0]), lambda: UNIX_S)
+    leases = IssuedLeases(fleet.state, LeaseSigner(lambda: own[0]), lambda: UNIX_S)
     for asked in ("mine", ""):
         ask = router_pb2.AssignRequest(model="m", prompt_tokens=5, max_tokens=7, request_id=asked)
         lease = leases.assign(ask, Caller(), 100.0)
@@ -160,7 +160,7 @@ def keys_of(credentials: Credentials) -> list[bytes]:
 def test_a_lease_without_a_limit_allows_what_the_context_leaves() -> None:
     secrets = new_secrets()
     fleet = CoreFleet(replicas=1)
-    leases = Leases(fleet.state, LeaseSigner(lambda: secrets.credentials(Identity.ROUTER, Program.ROUTER)))
+    leases = IssuedLeases(fleet.state, LeaseSigner(lambda: secrets.credentials(Identity.ROUTER, Program.ROUTER)))
     lease = leases.assign(router_pb2.AssignRequest(model="m", prompt_tokens=96), Caller(), 100.0)
     assert json.loads(lease.lease.split(".", 2)[2])[4:6] == [96, 4000]
 

@@ -13,11 +13,11 @@ from megatoken.frames import pack
 from megatoken.router import wire
 from megatoken.router.config import RouterConfig
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Fleet
+from megatoken.router.fleet.fleet import EndpointTable
 from megatoken.router.identity.door import Caller
 from megatoken.router.secure import EOF
 from megatoken.router.shell.client_session import CANCELS_AT_ONCE, MAX_REFUSALS, REQUESTS_AT_ONCE, ClientSession
-from megatoken.router.streams.ledger import Ledger
+from megatoken.router.streams.ledger import RouterLedger
 from megatoken.v1 import tokens_pb2
 from tests.router_core import CoreFleet
 
@@ -56,7 +56,7 @@ class Context:
 
 def session(**settings: Any) -> ClientSession:
     config = RouterConfig(router="r", **settings)
-    state = RouterState(config, Ledger(), random.Random(1), Fleet(config.admission, config.breaker))
+    state = RouterState(config, RouterLedger(), random.Random(1), EndpointTable(config.admission, config.breaker))
     return ClientSession(state, config, Caller())
 
 

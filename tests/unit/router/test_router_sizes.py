@@ -13,7 +13,7 @@ from megatoken.frames import U32, token_columns
 from megatoken.router.client.client import TokenClient
 from megatoken.router.client.columns import ColumnSession
 from megatoken.router.shell.generate import GenerateSink, submit_call
-from megatoken.router.streams.outbox import FrameOutbox, Part
+from megatoken.router.streams.outbox import FrameOutbox, FramePart
 from megatoken.router.wire import MAX_REQUEST_BYTES
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import Frame
@@ -32,7 +32,7 @@ def logprobs(rows: int, width: int, first: int = 0) -> tokens_pb2.Logprobs:
 def test_the_log_probabilities_of_a_long_prompt_come_in_pieces() -> None:
     whole = tokens_pb2.Detail(stream=7, prompt_logprobs=logprobs(40_000, 21), logprobs=logprobs(1, 3, 9))
     outbox = FrameOutbox()
-    outbox.add_part(Part(np.array([7], U32), None, np.array([5], U32), [whole.SerializeToString()], [b""]))
+    outbox.add_part(FramePart(np.array([7], U32), None, np.array([5], U32), [whole.SerializeToString()], [b""]))
     frames = [outbox.take()]
     while outbox:
         frames.append(outbox.take())
@@ -52,7 +52,7 @@ def test_a_held_answer_s_log_probabilities_stay_with_their_tokens() -> None:
     ]
     outbox = FrameOutbox()
     outbox.add_part(
-        Part(np.array([3, 4], U32), np.array([count, 2], U32), np.arange(count + 2, dtype=U32), details, [])
+        FramePart(np.array([3, 4], U32), np.array([count, 2], U32), np.arange(count + 2, dtype=U32), details, [])
     )
     seen: dict[int, list[int]] = {3: [], 4: []}
     rows: list[int] = []

@@ -8,16 +8,18 @@ from megatoken.frames import column
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import GenerateResponse
 from megatoken.worker.streams.outlet import Taken
-from megatoken.worker.streams.part import Part
+from megatoken.worker.streams.part import StreamPart
 from megatoken.worker.tokens_service import responses
 
 
-def part(streams, tokens, counts=None, details=(), finishes=()) -> Part:
+def part(streams, tokens, counts=None, details=(), finishes=()) -> StreamPart:
     pack = lambda values: np.array(values, "<u4").tobytes()  # noqa: E731
-    return Part(pack(streams), b"" if counts is None else pack(counts), pack(tokens), list(details), list(finishes))
+    return StreamPart(
+        pack(streams), b"" if counts is None else pack(counts), pack(tokens), list(details), list(finishes)
+    )
 
 
-def read(parts: list[Part]) -> list[tuple[int, list[int], bool, bool]]:
+def read(parts: list[StreamPart]) -> list[tuple[int, list[int], bool, bool]]:
     found = []
     for raw in responses(Taken(parts, None, 0)):
         message = GenerateResponse.FromString(raw)

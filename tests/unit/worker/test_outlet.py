@@ -8,12 +8,14 @@ from megatoken.frames import token_columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame
 from megatoken.worker.streams.outlet import FRAME_PARTS, FRAME_TOKENS, LOOSE_FINISHES, Outlet, encode_frame
-from megatoken.worker.streams.part import Part
+from megatoken.worker.streams.part import StreamPart
 
 
-def part(streams, tokens, counts=None, finishes=(), details=()) -> Part:
+def part(streams, tokens, counts=None, finishes=(), details=()) -> StreamPart:
     pack = lambda values: np.array(values, "<u4").tobytes()  # noqa: E731
-    return Part(pack(streams), b"" if counts is None else pack(counts), pack(tokens), list(details), list(finishes))
+    return StreamPart(
+        pack(streams), b"" if counts is None else pack(counts), pack(tokens), list(details), list(finishes)
+    )
 
 
 def decoded(outlet: Outlet) -> Frame:

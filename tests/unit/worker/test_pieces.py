@@ -11,7 +11,7 @@ from megatoken.frames import token_columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame, GenerateResponse
 from megatoken.worker.streams.outlet import Outlet, encode_frame
-from megatoken.worker.streams.part import Part
+from megatoken.worker.streams.part import StreamPart
 from megatoken.worker.tokens_service import responses
 
 CLIENT_BYTES = 4 << 20  # gRPC's default limit on a received message
@@ -41,7 +41,7 @@ def test_the_rows_of_a_long_prompt_come_in_order_before_the_first_token() -> Non
     rows = 100_000
     detail = pb.Detail(stream=3, prompt_logprobs=logprobs(0, rows, 20), logprobs=logprobs(7, 1, 20))
     outlet = Outlet()
-    outlet.push(Part(packed(3), b"", packed(42), [detail], []))
+    outlet.push(StreamPart(packed(3), b"", packed(42), [detail], []))
     ranks: list[int] = []
     for frame in frames(outlet):
         for own in frame.detail:
@@ -61,7 +61,9 @@ def test_tokens_go_with_their_own_rows(counts: tuple[int, ...], width: int) -> N
         first += count
     outlet = Outlet()
     outlet.push(
-        Part(packed(*range(len(counts))), packed(*counts), packed(*tokens), details, [pb.Finish(stream=0, code=5)])
+        StreamPart(
+            packed(*range(len(counts))), packed(*counts), packed(*tokens), details, [pb.Finish(stream=0, code=5)]
+        )
     )
     seen: list[int] = []
     found = frames(outlet)
@@ -81,7 +83,7 @@ def test_a_generate_call_gets_all_of_it_too() -> None:
     rows = 100_000
     detail = pb.Detail(stream=0, prompt_logprobs=logprobs(0, rows, 20))
     outlet = Outlet()
-    outlet.push(Part(packed(0), b"", packed(42), [detail], [pb.Finish(stream=0)]))
+    outlet.push(StreamPart(packed(0), b"", packed(42), [detail], [pb.Finish(stream=0)]))
     ranks: list[int] = []
     messages: list[Any] = []
     while (taken := outlet.take()) is not None:

@@ -15,9 +15,9 @@ from megatoken.frames import U32, token_columns
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.config import WorkerConfig
-from megatoken.worker.engines.engine import Ended, EngineFacts, EngineLoad, EngineRequest, Prefilled, Step
-from megatoken.worker.measures import Measures
-from megatoken.worker.replica import Replica, StreamInUseError
+from megatoken.worker.engines.engine import Ended, EngineFacts, EngineLoad, EngineRequest, EngineStep, Prefilled
+from megatoken.worker.measures import WorkerMeasures
+from megatoken.worker.replica import RunningReplica, StreamInUseError
 from megatoken.worker.streams.outlet import LOOSE_FINISHES, Outlet, encode_frame
 from megatoken.worker.tokens_service import REQUESTS_AT_ONCE, STARTS_A_MESSAGE, _read_session
 from megatoken.worker.totals import open_counters
@@ -53,7 +53,7 @@ class ScriptedEngine:
         """Nothing to stop."""
 
     def step(self, slots: list[int], tokens: list[int], ended=(), prefilled=()) -> None:
-        self.sink.on_step(Step(np.array(slots, U32), np.array(tokens, U32), ended=ended, prefilled=prefilled))
+        self.sink.on_step(EngineStep(np.array(slots, U32), np.array(tokens, U32), ended=ended, prefilled=prefilled))
 
 
 class World:
@@ -63,7 +63,9 @@ class World:
         settings = {"engine": "simulated", "simulated": {}, **settings}
         self.config = WorkerConfig(replica="r0", model="m", counters_dir=str(directory), **settings)
         self.counters = open_counters(self.config)
-        self.replica = Replica(self.config, self.engine, self.counters.totals, Measures(), self.deaths.append)
+        self.replica = RunningReplica(
+            self.config, self.engine, self.counters.totals, WorkerMeasures(), self.deaths.append
+        )
         self.outlet = Outlet()
 
     async def start(self) -> World:

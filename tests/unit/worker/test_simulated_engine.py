@@ -9,7 +9,7 @@ import numpy as np
 from megatoken.frames import U32
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.config import FaultConfig, SimulatedConfig
-from megatoken.worker.engines.engine import EngineRequest, Step
+from megatoken.worker.engines.engine import EngineRequest, EngineStep
 from megatoken.worker.engines.simulated.engine import SimulatedEngine
 
 
@@ -18,7 +18,7 @@ class Sink:
         self.tokens: dict[int, int] = {}
         self.dead = asyncio.Event()
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: EngineStep) -> None:
         for slot in step.slot.tolist():
             self.tokens[slot] = self.tokens.get(slot, 0) + 1
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatoken.frames import U32, token_columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame
-from megatoken.worker.engines.engine import EngineRequest, Step
+from megatoken.worker.engines.engine import EngineRequest, EngineStep
 from megatoken.worker.streams.outlet import Outlet, encode_frame
 from megatoken.worker.streams.table import Running, StreamTable
 
@@ -55,7 +55,7 @@ def test_every_token_reaches_its_own_stream_once_and_in_order(data: st.DataObjec
             made = [len(tokens) * 7 + at + number for at in range(count)]
             sent[owner, number] += made
             tokens += made
-        step = Step(
+        step = EngineStep(
             np.array([slot for slot, _, _ in moved], U32),
             np.array(tokens, U32),
             count=None if all(count == 1 for count in counts) else np.array(counts, U32),
@@ -102,7 +102,7 @@ def test_a_finish_of_a_stream_without_tokens_in_the_step_still_goes_out() -> Non
     first, second = running(one), running(other)
     table.allot(first, 1)
     table.allot(second, 2)
-    step = Step(np.array([first.request.slots[0]], U32), np.array([5], U32))
+    step = EngineStep(np.array([first.request.slots[0]], U32), np.array([5], U32))
     table.split(step, {other: [pb.Finish(stream=2)]})
     assert received(one) == {1: [5]}
     taken = other.take()

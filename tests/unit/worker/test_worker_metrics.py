@@ -10,9 +10,9 @@ import pytest
 from megatoken.errors import AuthError, ForbiddenError, OverloadError, RequestError, UnavailableError
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.engine import EngineFacts, EngineLoad
-from megatoken.worker.measures import REFUSALS, Measures
+from megatoken.worker.measures import REFUSALS, WorkerMeasures
 from megatoken.worker.metrics import WorkerCollector
-from megatoken.worker.replica import Replica
+from megatoken.worker.replica import RunningReplica
 from megatoken.worker.totals import open_counters
 
 CONTRACT = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -26,7 +26,7 @@ class NoEngine:
 @pytest.fixture
 def collector(tmp_path: Path) -> WorkerCollector:
     config = WorkerConfig(replica="r", model="m", engine="simulated", simulated={}, counters_dir=str(tmp_path))
-    replica = Replica(config, NoEngine(), open_counters(config).totals, Measures(), print)  # type: ignore[arg-type]
+    replica = RunningReplica(config, NoEngine(), open_counters(config).totals, WorkerMeasures(), print)  # type: ignore[arg-type]
     replica.facts = EngineFacts("simulated", "1", 100, 1000, 8, 16, 10_000)
     return WorkerCollector(replica)
 
@@ -67,7 +67,7 @@ def test_names_types_and_labels_are_the_contracts(collector: WorkerCollector) ->
     ],
 )
 def test_each_refusal_counts_for_its_reason(error: Exception, reason: str) -> None:
-    measures = Measures()
+    measures = WorkerMeasures()
     measures.refused(error)
     assert {name: count for name, count in measures.refusals.items() if count} == {reason: 1}
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from megatoken.frames import U32, Column
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.config import SimulatedConfig
-from megatoken.worker.engines.engine import Ended, EngineRequest, Prefilled, Step
+from megatoken.worker.engines.engine import Ended, EngineRequest, EngineStep, Prefilled
 
 Words = npt.NDArray[np.uint64]
 
@@ -46,7 +46,7 @@ def fold_prompt(prompt: Column, salt: int) -> int:
 
 
 @dataclass(slots=True)
-class Waiting:
+class WaitingRequest:
     """One choice of a request that is not in the batch yet."""
 
     slot: int
@@ -71,7 +71,7 @@ class SimulatedBatch:
         self._stops: dict[int, frozenset[int]] = {}
         self._logprobs: dict[int, int] = {}
         self._queue: list[tuple[int, int, int]] = []
-        self._waiting: dict[int, Waiting] = {}
+        self._waiting: dict[int, WaitingRequest] = {}
         self._arrivals = 0
         self._fresh: list[Prefilled] = []
 
@@ -94,7 +94,7 @@ class SimulatedBatch:
     def add(self, request: EngineRequest) -> None:
         """Queues every choice of a request."""
         for choice, slot in enumerate(request.slots):
-            self._waiting[slot] = Waiting(slot, choice, request)
+            self._waiting[slot] = WaitingRequest(slot, choice, request)
             self._arrivals += 1
             heapq.heappush(self._queue, (request.priority, self._arrivals, slot))
 
@@ -127,7 +127,7 @@ class SimulatedBatch:
             held += size
         return prefill
 
-    def _place(self, entry: Waiting, now_s: float | None) -> None:
+    def _place(self, entry: WaitingRequest, now_s: float | None) -> None:
         row, request, sampling = self.running, entry.request, entry.request.sampling
         self.running += 1
         salt = self._config.seed
@@ -145,7 +145,7 @@ class SimulatedBatch:
             self._logprobs[entry.slot] = min(max(sampling.logprobs, 0), LONGEST_LOGPROBS)
         self._fresh.append(Prefilled(entry.slot, len(request.prompt), 0, now_s))
 
-    def step(self) -> Step:
+    def step(self) -> EngineStep:
         """One token for every row; rows that end leave the batch."""
         rows = slice(0, self.running)
         slot, state = self._slot[rows].copy(), self._state[rows]
@@ -161,7 +161,7 @@ class SimulatedBatch:
         self._made[rows] += 1
         self._length[rows] += 1
         ended = self._ends(slot, token, stopped, over)
-        made = Step(
+        made = EngineStep(
             slot=slot.astype(U32),
             token=token.astype(U32),
             prefilled=self._fresh,

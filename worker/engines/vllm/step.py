@@ -12,7 +12,7 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 from megatoken.frames import EMPTY, U32
 from megatoken.v1 import tokens_pb2 as pb
-from megatoken.worker.engines.engine import Ended, EngineLoad, Prefilled, Step
+from megatoken.worker.engines.engine import Ended, EngineLoad, EngineStep, Prefilled
 
 REASONS: Final[dict[Any, int]] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -43,22 +43,22 @@ class StepReader:
             del self._slots[identity]
         return identities
 
-    def lose(self, identity: str, message: str, code: int) -> Step | None:
+    def lose(self, identity: str, message: str, code: int) -> EngineStep | None:
         """A request never reached the engine core: the step that ends it, or None when nobody waits for it any more."""
         slot = self._slots.get(identity)
         if slot is None:
             return None
         self.forget((slot,))
-        return Step(EMPTY, EMPTY, ended=[Ended(slot, pb.FINISH_REASON_ERROR, code=code, message=message)])
+        return EngineStep(EMPTY, EMPTY, ended=[Ended(slot, pb.FINISH_REASON_ERROR, code=code, message=message)])
 
-    def read(self, outputs: EngineCoreOutputs) -> Step | None:
+    def read(self, outputs: EngineCoreOutputs) -> EngineStep | None:
         """The step, or None when it made nothing for anyone."""
         if outputs.scheduler_stats is not None:
             self._read_stats(outputs.scheduler_stats)
         slots: list[int] = []
         tokens: list[int] = []
         counts: list[int] = []
-        step = Step(EMPTY, EMPTY, prefilled=[], ended=[], details=[])
+        step = EngineStep(EMPTY, EMPTY, prefilled=[], ended=[], details=[])
         find = self._slots.get
         for output in outputs.outputs:
             slot = find(output.request_id)

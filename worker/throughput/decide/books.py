@@ -44,7 +44,7 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class RateRow:
     """One line of a sample."""
 
     kind: str  # cluster, site, node, model, replica
@@ -138,12 +138,12 @@ class Books:
             if cell.ledger not in present and cell.kind != "replica"
         ]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[RateRow]:
         """Cluster first, then sites, nodes, models and replicas by name."""
         spans = [self._span(window) for window in WINDOWS_S]
         return [self._row(kind, name, group, spans) for (kind, name), group in self._groups.items()]
 
-    def cluster(self) -> Row:
+    def cluster(self) -> RateRow:
         """The cluster's row alone."""
         spans = [self._span(window) for window in WINDOWS_S]
         return self._row("cluster", "cluster", self._groups.get(("cluster", "cluster"), _Group()), spans)
@@ -208,7 +208,7 @@ class Books:
         base = np.vstack([then, self._first[known : len(newest)]]) if known < len(newest) else then
         return now - at, np.maximum(newest - np.maximum(base, self._first[: len(newest)]), 0)
 
-    def _row(self, kind: str, name: str, group: _Group, spans: Sequence[tuple[float, Totals] | None]) -> Row:
+    def _row(self, kind: str, name: str, group: _Group, spans: Sequence[tuple[float, Totals] | None]) -> RateRow:
         workers = self._totals[group.workers].sum(axis=0)
         routers = self._totals[group.routers].sum(axis=0) if kind in ("cluster", "node", "site") else None
         rates = []
@@ -225,4 +225,4 @@ class Books:
         efficiency = 0.0
         if group.standalone and not group.unknown:
             efficiency = rates[WINDOWS_S.index(EFFICIENCY_WINDOW_S)].generated / group.standalone
-        return Row(kind, name, workers, routers, tuple(rates), efficiency, group.engine)
+        return RateRow(kind, name, workers, routers, tuple(rates), efficiency, group.engine)

@@ -16,8 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from megatoken.transitions import IllegalTransition
 
-class State(StrEnum):
+
+class EpochState(StrEnum):
     """Where an agent stands in its epoch."""
 
     OUTSIDE = "outside"  # in no group
@@ -55,7 +57,7 @@ class TickDue:
 
 
 @dataclass(frozen=True, slots=True)
-class Reduced:
+class ReduceDone:
     """A reduction ended; `news`: a rank has models or replicas that the layout has not."""
 
     epoch: int
@@ -71,7 +73,7 @@ class Broke:
     suspects: tuple[int, ...] = ()
 
 
-Event = Regrouped | Connected | Greeted | TickDue | Reduced | Broke
+Event = Regrouped | Connected | Greeted | TickDue | ReduceDone | Broke
 
 
 # Instructions.
@@ -136,7 +138,7 @@ class Report:
     """Tell the controller at once how this agent stands."""
 
     epoch: int
-    state: State
+    state: EpochState
     problem: str = ""
     suspects: tuple[int, ...] = ()
 
@@ -145,28 +147,26 @@ Instruction = Abandon | Connect | Greet | Reduce | WakeIn | Publish | PublishInc
 Handler = Callable[["Epochs", "Event"], list[Instruction]]
 
 
-class IllegalEvent(RuntimeError):
-    """An event of the present epoch that its state cannot have: a fault in the shell."""
-
-
 @dataclass(slots=True)
 class Epochs:
     """The state of one agent."""
 
     tick_s: float
     patience_s: float = 3.0
-    state: State = State.OUTSIDE
+    state: EpochState = EpochState.OUTSIDE
     epoch: int = 0
     tick: int = 0
     history: list[str] = field(default_factory=list)
 
     def handle(self, event: Event) -> list[Instruction]:
-        """Takes one event; returns what to do, in order. Raises IllegalEvent."""
+        """Takes one event; returns what to do, in order. Raises IllegalTransition."""
         if event.epoch < self.epoch or (isinstance(event, Regrouped) and event.epoch == self.epoch):
             return []
         handler = TRANSITIONS[self.state].get(type(event))
         if handler is None or (event.epoch > self.epoch and not isinstance(event, Regrouped)):
-            raise IllegalEvent(f"{event} in {self.state} of epoch {self.epoch}; before it: {', '.join(self.history)}")
+            raise IllegalTransition(
+                f"{event} in {self.state} of epoch {self.epoch}; before it: {', '.join(self.history)}"
+            )
         self.history.append(f"{self.state}:{type(event).__name__}")
         del self.history[:-8]
         return handler(self, event)
@@ -174,65 +174,65 @@ class Epochs:
     def _regroup(self, event: Event) -> list[Instruction]:
         done: list[Instruction] = []
         if not isinstance(event, Regrouped):
-            raise IllegalEvent(str(event))
-        if self.state is not State.OUTSIDE:
+            raise IllegalTransition(str(event))
+        if self.state is not EpochState.OUTSIDE:
             done.append(Abandon(self.epoch))
-        if self.state is State.REDUCING:
+        if self.state is EpochState.REDUCING:
             why = f"epoch {event.epoch} replaced it" + (f": {event.why}" if event.why else "")
             done.append(PublishIncomplete(self.epoch, self.tick, why))
         self.epoch, self.tick = event.epoch, 0
         if event.rank is None:
-            self.state = State.OUTSIDE
+            self.state = EpochState.OUTSIDE
             return [*done, Report(self.epoch, self.state), WakeIn(self.epoch, self.patience_s)]
-        self.state = State.FORMING
+        self.state = EpochState.FORMING
         return [*done, Report(self.epoch, self.state), Connect(self.epoch, event.rank, event.size)]
 
     def _connected(self, _: Event) -> list[Instruction]:
-        self.state = State.GREETING
+        self.state = EpochState.GREETING
         return [Greet(self.epoch)]
 
     def _greeted(self, _: Event) -> list[Instruction]:
-        self.state = State.STANDING
+        self.state = EpochState.STANDING
         # The first tick comes at once, and ends for all at the same moment: from then on the ranks' clocks agree.
         if self.tick == 0:
             return [Report(self.epoch, self.state), WakeIn(self.epoch, 0.0)]
         return [WakeIn(self.epoch, self.tick_s)]
 
     def _tick(self, _: Event) -> list[Instruction]:
-        self.state = State.REDUCING
+        self.state = EpochState.REDUCING
         self.tick += 1
         return [Reduce(self.epoch, self.tick)]
 
     def _reduced(self, event: Event) -> list[Instruction]:
-        if isinstance(event, Reduced) and event.news:
-            self.state = State.GREETING
+        if isinstance(event, ReduceDone) and event.news:
+            self.state = EpochState.GREETING
             return [Publish(self.epoch, self.tick), Greet(self.epoch)]
-        self.state = State.STANDING
+        self.state = EpochState.STANDING
         return [Publish(self.epoch, self.tick), WakeIn(self.epoch, self.tick_s)]
 
     def _broke(self, event: Event) -> list[Instruction]:
         if not isinstance(event, Broke):
-            raise IllegalEvent(str(event))
+            raise IllegalTransition(str(event))
         done: list[Instruction] = [Abandon(self.epoch)]
-        if self.state is State.REDUCING:
+        if self.state is EpochState.REDUCING:
             done.append(PublishIncomplete(self.epoch, self.tick, event.reason))
-        self.state = State.BROKEN
+        self.state = EpochState.BROKEN
         report = Report(self.epoch, self.state, event.reason, event.suspects)
         return [*done, report, WakeIn(self.epoch, self.patience_s)]
 
     def _still_waiting(self, _: Event) -> list[Instruction]:
         self.tick += 1
-        why = "this agent is in no group" if self.state is State.OUTSIDE else "the group broke and no new one came"
+        why = "this agent is in no group" if self.state is EpochState.OUTSIDE else "the group broke and no new one came"
         return [PublishIncomplete(self.epoch, self.tick, why), WakeIn(self.epoch, self.tick_s)]
 
 
 _WAITING: dict[type, Handler] = {Regrouped: Epochs._regroup, TickDue: Epochs._still_waiting}
 _WORKING: dict[type, Handler] = {Regrouped: Epochs._regroup, Broke: Epochs._broke}
-TRANSITIONS: dict[State, dict[type, Handler]] = {
-    State.OUTSIDE: _WAITING,
-    State.FORMING: {**_WORKING, Connected: Epochs._connected},
-    State.GREETING: {**_WORKING, Greeted: Epochs._greeted},
-    State.STANDING: {Regrouped: Epochs._regroup, TickDue: Epochs._tick},
-    State.REDUCING: {**_WORKING, Reduced: Epochs._reduced},
-    State.BROKEN: _WAITING,
+TRANSITIONS: dict[EpochState, dict[type, Handler]] = {
+    EpochState.OUTSIDE: _WAITING,
+    EpochState.FORMING: {**_WORKING, Connected: Epochs._connected},
+    EpochState.GREETING: {**_WORKING, Greeted: Epochs._greeted},
+    EpochState.STANDING: {Regrouped: Epochs._regroup, TickDue: Epochs._tick},
+    EpochState.REDUCING: {**_WORKING, ReduceDone: Epochs._reduced},
+    EpochState.BROKEN: _WAITING,
 }

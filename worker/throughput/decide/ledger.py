@@ -91,7 +91,7 @@ class NodeSums:
     replicas: dict[str, tuple[Writer, Totals]]  # the newest incarnation's writer, all incarnations' totals
 
 
-class Ledger:
+class NodeLedger:
     """The totals of one node."""
 
     def __init__(self) -> None:

@@ -36,7 +36,7 @@ class NoAnswer(ReduceFailure):
 
 
 @dataclass(frozen=True, slots=True)
-class Reduced:
+class ReducedVector:
     """The sums of one reduction and how long it took, in the reducer's own clock."""
 
     sums: Totals
@@ -59,12 +59,12 @@ class Reducer:
         """Every rank's blob, in rank order."""
         return split_blobs(await self._ask(b"G", blob, timeout_s, "greeting"))
 
-    async def reduce(self, vector: Totals, timeout_s: float, slack_s: float) -> Reduced:
+    async def reduce(self, vector: Totals, timeout_s: float, slack_s: float) -> ReducedVector:
         """The sum over the ranks. The native deadline is `timeout_s`, ours `slack_s` later."""
         payload = SECONDS.pack(timeout_s) + vector.tobytes()
         answer = await self._ask(b"R", payload, timeout_s + slack_s, "all-reduce")
         (seconds,) = SECONDS.unpack_from(answer)
-        return Reduced(np.frombuffer(answer, np.int64, offset=SECONDS.size), seconds)
+        return ReducedVector(np.frombuffer(answer, np.int64, offset=SECONDS.size), seconds)
 
     def kill(self) -> None:
         """Ends the process and everything it held. The nursery does it before it forks another."""
