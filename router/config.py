@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatoken.ranges import MAX_CHOICES
 from megatoken.router.wire import MAX_REQUEST_BYTES
 from megatoken.tls import ClientTls, ServerTls
 
@@ -74,7 +75,7 @@ class LimitsConfig(_Part):
     max_streams_per_session: int = Field(default=32_768, ge=1)
     max_connections_streams: int = Field(default=4096, ge=1, description="concurrent gRPC calls a connection may have")
     max_header_bytes: int = Field(default=16 << 10, ge=1024)
-    max_n: int = Field(default=128, ge=1)
+    max_n: int = Field(default=MAX_CHOICES, ge=1, le=MAX_CHOICES)
     max_timeout_ms: int = Field(default=24 * 3_600_000, ge=1, description="a longer timeout_ms is refused")
     max_delay_ms: int = Field(default=3_600_000, ge=1, description="a longer max_delay_ms is refused")
     client_stall_s: float = Field(

@@ -25,12 +25,13 @@ from megatoken.errors import (
     status_number,
 )
 from megatoken.log import log_event
+from megatoken.ranges import MAX_CHOICES
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker import totals
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.engine import Ended, Engine, EngineFacts, EngineStep
-from megatoken.worker.engines.requests import MAX_CHOICES, check_request
+from megatoken.worker.engines.requests import check_request
 from megatoken.worker.measures import WorkerMeasures
 from megatoken.worker.streams.finish import end_of, refusal
 from megatoken.worker.streams.outlet import Outlet

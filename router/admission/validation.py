@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from megatoken.errors import NotFoundError, RequestError
 from megatoken.frames import MalformedFrame, column
+from megatoken.ranges import check_ranges
 from megatoken.router.config import LimitsConfig
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 
 if TYPE_CHECKING:
     from megatoken.router.fleet.fleet import EndpointTable, Pool
-
-_MAX_SEED = (1 << 63) - 1  # int64
 
 
 def pool_of(fleet: EndpointTable, model: str) -> Pool:
@@ -44,10 +43,9 @@ def check_request(request: GenerateRequest, pool: Pool, limits: LimitsConfig) ->
         raise RequestError("prompt", int(prompt.max()), f"token ids below the vocabulary's size, {pool.vocab_size}")
     _check_times(request, limits)
     sampling = request.sampling
+    check_ranges(sampling, limits.max_n)
     context = pool.max_model_len
     wanted = _max_tokens(sampling, length, context)
-    _check_sampling(sampling, limits)
-    _check_numbers(sampling)
     return length, wanted
 
 
@@ -70,39 +68,10 @@ def _max_tokens(sampling: tokens_pb2.SamplingParams, length: int, context: int) 
     if not sampling.HasField("max_tokens"):
         return context - length if context else 16
     wanted = sampling.max_tokens
-    if wanted < 1:
-        raise RequestError("max_tokens", wanted, "at least 1")
     if context and length + wanted > context:
-        raise RequestError("max_tokens", wanted, f"at most {context - length} (context of {context}, prompt {length})")
+        raise RequestError(
+            "sampling.max_tokens", wanted, f"at most {context - length} (context of {context}, prompt {length})"
+        )
     if sampling.min_tokens > wanted:
-        raise RequestError("min_tokens", sampling.min_tokens, f"at most max_tokens, {wanted}")
+        raise RequestError("sampling.min_tokens", sampling.min_tokens, f"at most max_tokens, {wanted}")
     return wanted
-
-
-def _check_sampling(sampling: tokens_pb2.SamplingParams, limits: LimitsConfig) -> None:
-    if sampling.HasField("n") and not 1 <= sampling.n <= limits.max_n:
-        raise RequestError("n", sampling.n, f"1 to {limits.max_n}")
-    most = _MAX_SEED + 1 - max(1, sampling.n)
-    if sampling.HasField("seed") and sampling.seed > most:  # choice i gets seed + i
-        raise RequestError("seed", sampling.seed, f"at most {most} with n = {max(1, sampling.n)}")
-    if sampling.HasField("top_k") and sampling.top_k < -1:
-        raise RequestError("top_k", sampling.top_k, "-1, 0 or more")
-    if sampling.HasField("logprobs") and sampling.logprobs < -1:
-        raise RequestError("logprobs", sampling.logprobs, "-1, 0 or more")
-    if sampling.HasField("prompt_logprobs") and sampling.prompt_logprobs < -1:
-        raise RequestError("prompt_logprobs", sampling.prompt_logprobs, "-1, 0 or more")
-
-
-def _check_numbers(sampling: tokens_pb2.SamplingParams) -> None:
-    """Comparisons are written so that NaN fails them."""
-    if sampling.HasField("temperature") and not 0 <= sampling.temperature < float("inf"):
-        raise RequestError("temperature", sampling.temperature, "0 or more")
-    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
-        raise RequestError("top_p", sampling.top_p, "more than 0 and at most 1")
-    if sampling.HasField("min_p") and not 0 <= sampling.min_p <= 1:
-        raise RequestError("min_p", sampling.min_p, "0 to 1")
-    for name in ("presence_penalty", "frequency_penalty"):
-        if sampling.HasField(name) and not -2 <= getattr(sampling, name) <= 2:
-            raise RequestError(name, getattr(sampling, name), "-2 to 2")
-    if sampling.HasField("repetition_penalty") and not 0 < sampling.repetition_penalty < float("inf"):
-        raise RequestError("repetition_penalty", sampling.repetition_penalty, "more than 0")

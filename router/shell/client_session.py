@@ -135,7 +135,7 @@ class ClientSession(SessionSink):
                 raise wire.too_large(size_bytes, limits.max_request_bytes)
             if choices > limits.max_n:
                 choices, asked = 1, choices  # it has no further numbers that an answer could be for
-                raise RequestError("n", asked, f"1 to {limits.max_n}")
+                raise RequestError("sampling.n", asked, f"1 to {limits.max_n}")
             taken = range(start.stream, start.stream + choices)
             if len(self.requests) + len(taken) > limits.max_streams_per_session:
                 bound = limits.max_streams_per_session

@@ -7,33 +7,22 @@ Each refusal is a RequestError that names the field, its value and what is allow
 from __future__ import annotations
 
 import json
-import math
 from typing import Any, Final
 
 from megatoken.access.lease import MAX_ID_CHARACTERS
 from megatoken.errors import NotFoundError, RequestError
 from megatoken.frames import MalformedFrame, column
+from megatoken.ranges import check_ranges
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.engines.engine import EngineFacts, EngineRequest
 
-MAX_CHOICES: Final = 128  # OpenAI's own limit on n
 MAX_TOKEN_LIST: Final = 4096  # members of a token list in sampling; far above any real use
 MAX_EXTRA_DEPTH: Final = 32  # levels of extra_json; every process that it passes through recurses over them
 MAX_PROMPT_LOGPROBS_BYTES: Final = 64 << 20  # of one request: they come at once, and each hop holds them whole
 RESERVED: Final = "megatoken_"  # names beginning so are what a worker tells its own ranks
 # What steers an engine's connectors, to hosts that it names itself -> the engine argument that allows it.
 TRANSFERS: Final = {"kv_transfer_params": "kv_transfer_config", "ec_transfer_params": "ec_transfer_config"}
-
-# field -> (lowest, lowest is allowed, highest); the ranges of tokens.proto
-_RANGES: Final[dict[str, tuple[float, bool, float]]] = {
-    "temperature": (0.0, True, math.inf),
-    "top_p": (0.0, False, 1.0),
-    "min_p": (0.0, True, 1.0),
-    "presence_penalty": (-2.0, True, 2.0),
-    "frequency_penalty": (-2.0, True, 2.0),
-    "repetition_penalty": (0.0, False, math.inf),
-}
 
 
 def check_request(request: columns.GenerateRequest, model: str, facts: EngineFacts) -> EngineRequest:
@@ -92,25 +81,9 @@ def _check_prompt(prompt: Any, resumed_tokens: int, facts: EngineFacts) -> None:
 
 def check_sampling(sampling: pb.SamplingParams, facts: EngineFacts) -> None:
     """Checks each sampling field's own range and the token ids in it; raises RequestError."""
-    for name, (lowest, inclusive, highest) in _RANGES.items():
-        if sampling.HasField(name):
-            _check_range(name, getattr(sampling, name), lowest, inclusive, highest)
-    if sampling.top_k < -1:
-        raise RequestError("sampling.top_k", sampling.top_k, "1 or more, or 0 or -1 for all tokens")
-    if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
-        raise RequestError("sampling.max_tokens", sampling.max_tokens, "1 or more")
-    if sampling.HasField("n") and not 1 <= sampling.n <= MAX_CHOICES:
-        raise RequestError("sampling.n", sampling.n, f"1 to {MAX_CHOICES}")
-    if sampling.n > 1 and sampling.HasField("temperature") and sampling.temperature == 0:
-        raise RequestError("sampling.n", sampling.n, "1 with temperature 0: greedy choices are all the same")
-    for name in ("logprobs", "prompt_logprobs"):
-        if sampling.HasField(name) and getattr(sampling, name) < -1:
-            raise RequestError(f"sampling.{name}", getattr(sampling, name), "0 or more, or -1 for the whole vocabulary")
+    check_ranges(sampling)
     for name in ("stop_token_ids", "bad_words_token_ids", "allowed_token_ids", "logit_bias"):
         _check_token_ids(name, getattr(sampling, name), facts.vocab_size)
-    for token, bias in sampling.logit_bias.items():
-        if not -100 <= bias <= 100:
-            raise RequestError(f"sampling.logit_bias[{token}]", bias, "-100 to 100")
     if sampling.HasField("structured_outputs"):
         _check_structured(sampling.structured_outputs)
     _check_extra(read_extra(sampling), facts)
@@ -124,15 +97,6 @@ def _check_prompt_logprobs(sampling: pb.SamplingParams, prompt_tokens: int, fact
     if alternatives > largest:
         allowed = f"0 to {largest} alternatives a token for a prompt of {prompt_tokens} tokens"
         raise RequestError("sampling.prompt_logprobs", sampling.prompt_logprobs, allowed)
-
-
-def _check_range(name: str, value: float, lowest: float, inclusive: bool, highest: float) -> None:
-    if math.isfinite(value) and value <= highest and (value >= lowest if inclusive else value > lowest):
-        return
-    low = f"{'at least' if inclusive else 'above'} {lowest:g}"
-    raise RequestError(
-        f"sampling.{name}", round(value, 6), low if highest == math.inf else f"{low} and at most {highest:g}"
-    )
 
 
 def _check_token_ids(name: str, tokens: Any, vocab_size: int) -> None:
