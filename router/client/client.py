@@ -23,6 +23,7 @@ import numpy as np
 
 from megatoken.errors import MegatokenError, RequestError, UnavailableError
 from megatoken.frames import MalformedFrame, pack, token_columns
+from megatoken.reconnect import Pauses
 from megatoken.router.client.columns import ColumnSession, error_of
 from megatoken.router.secure import channel_to
 from megatoken.router.wire import MAX_REQUEST_BYTES, too_large
@@ -236,15 +237,16 @@ class TokenClient:
 
     async def _keep(self, address: str) -> None:
         """Keeps a session to one router open, and hands its frames to their streams."""
-        pause_s = 0.05
+        pauses = Pauses()
+        clock = asyncio.get_running_loop().time
         while True:
+            began = clock()
             session = ColumnSession(address, self._metadata(), self._tls)
             try:
                 await session.open(self._connect_timeout_s)
                 self._streams[session] = {}
                 self._connected.set()
                 self._submit_waiting()
-                pause_s = 0.05
                 async for frame in session.frames():
                     self._hand_out(session, frame)
                 lost: MegatokenError = UnavailableError(f"router {address} ended the session")
@@ -267,8 +269,7 @@ class TokenClient:
             if drained:
                 return  # another task keeps the session that replaced it
             self._give_up_waiting()
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, 2.0)
+            await asyncio.sleep(pauses.after(clock() - began))
 
     def _lost(self, live: dict[int, tuple[TokenStream, int]], error: MegatokenError) -> None:
         for stream in dict.fromkeys(stream for stream, _ in live.values()):

@@ -7,9 +7,8 @@ For callers that serve many requests at once: submit encoded requests, get every
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Iterable
-from typing import Any, Final, cast
+from typing import Final
 
 import grpc
 from grpc import aio
@@ -24,11 +23,11 @@ from megatoken.errors import (
     UnavailableError,
 )
 from megatoken.router import wire
-from megatoken.router.secure import EOF, channel_to
+from megatoken.router.client.session import SessionClient
+from megatoken.router.secure import channel_to
 from megatoken.tls import ClientTls
 from megatoken.v1.frame_columns_pb2 import Frame
 
-MAX_BATCH_BYTES: Final = 1 << 20
 TAKEN_S: Final = 1.0  # for a router to say that it takes a session
 
 
@@ -76,11 +75,7 @@ class ColumnSession:
         self._metadata = metadata
         self._tls = tls
         self._channel: aio.Channel | None = None
-        self._call: Any = None
-        self._starts: list[bytes] = []
-        self._cancels: list[int] = []
-        self._something = asyncio.Event()
-        self._writer: asyncio.Task[None] | None = None
+        self._session: SessionClient | None = None
         self._next = 1
 
     async def open(self, timeout_s: float) -> None:
@@ -91,14 +86,9 @@ class ColumnSession:
                 await self._channel.channel_ready()
         except TimeoutError:
             raise UnavailableError(f"router {self.address} does not answer within {timeout_s:.0f} s") from None
-        call = cast(Any, self._channel).stream_stream("/megatoken.v1.Tokens/Session")(metadata=self._metadata)
-        self._call = call
-        # A write to a call that is just being refused makes gRPC forget why. So wait until it is taken, or over; a
-        # router of another kind may say nothing until it has something to say.
-        with contextlib.suppress(TimeoutError, aio.AioRpcError):
-            async with asyncio.timeout(min(timeout_s, TAKEN_S)):
-                await call.initial_metadata()
-        self._writer = asyncio.create_task(self._write(call))
+        session = SessionClient(self._channel, self._metadata)
+        await session.begin_taken(min(timeout_s, TAKEN_S))
+        self._session = session
 
     def submit(self, request: bytes, choices: int = 1) -> int:
         """Sends an encoded GenerateRequest; returns its stream number, the first of `choices` in a row.
@@ -112,58 +102,32 @@ class ColumnSession:
         if stream + choices > 1 << 32:
             stream = 1
         self._next = stream + choices
-        self._starts.append(wire.start(stream, request))
-        self._something.set()
+        self._opened.start(stream, request)
         return stream
 
     def cancel(self, streams: Iterable[int]) -> None:
-        self._cancels.extend(streams)
-        self._something.set()
+        self._opened.cancel(streams)
 
     async def frames(self) -> AsyncIterator[Frame]:
         """Frames until the session ends. Raises the error that ended it."""
-        if self._call is None:
-            raise RuntimeError("frames() before open()")
+        session = self._opened
         try:
-            while True:
-                raw = await self._call.read()
-                if raw is EOF:
-                    break
+            while (raw := await session.read()) is not None:
                 yield Frame.FromString(raw)
-            code, details = await self._call.code(), await self._call.details()
+            code, details = await session.status()
             if code is not grpc.StatusCode.OK:
                 raise error_of(code.value[0], f"router {self.address}: {details}")
         except aio.AioRpcError as error:
             raise error_of(error.code().value[0], f"router {self.address}: {error.details()}") from None
 
     async def close(self) -> None:
-        if self._writer is not None:
-            self._writer.cancel()
-            await asyncio.gather(self._writer, return_exceptions=True)
-        if self._call is not None:
-            self._call.cancel()
+        if self._session is not None:
+            await self._session.end()
         if self._channel is not None:
             await self._channel.close(None)
 
-    async def _write(self, call: Any) -> None:
-        try:
-            while True:
-                await self._something.wait()
-                self._something.clear()
-                while self._starts or self._cancels:
-                    await call.write(self._take())
-        except (aio.AioRpcError, asyncio.InvalidStateError):
-            call.cancel()  # the reader tells why
-
-    def _take(self) -> bytes:
-        size, taken = 0, 0
-        for start in self._starts:
-            if taken and size + len(start) > MAX_BATCH_BYTES:
-                break
-            size += len(start)
-            taken += 1
-        batch, self._starts = self._starts[:taken], self._starts[taken:]
-        if not self._starts and self._cancels:
-            batch.append(wire.cancel(self._cancels))
-            self._cancels = []
-        return b"".join(batch)
+    @property
+    def _opened(self) -> SessionClient:
+        if self._session is None:
+            raise RuntimeError("the session is not open")
+        return self._session

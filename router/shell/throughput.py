@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from megatoken.errors import MegatokenError, UnavailableError, grpc_status
+from megatoken.reconnect import Pauses, keep_connected
 from megatoken.v1 import throughput_pb2, throughput_pb2_grpc
 
 WATCH_S: Final = 60.0  # a stream is opened anew then: no call is without a deadline
@@ -39,16 +40,17 @@ class ThroughputRelay(throughput_pb2_grpc.ThroughputServicer):
 
     async def follow(self, agent: str, open_channel: Callable[[str], aio.Channel]) -> None:
         """Until cancelled: takes every sample of the agent at host:port. Never raises for one that is away."""
-        while True:
+
+        async def watch() -> None:
             channel = open_channel(agent)
             try:
                 stub = throughput_pb2_grpc.ThroughputStub(channel)
                 async for sample in stub.WatchThroughput(throughput_pb2.GetThroughputRequest(), timeout=WATCH_S):
                     self.take(sample)
-            except aio.AioRpcError:
-                await asyncio.sleep(RETRY_S)
             finally:
                 await channel.close(None)
+
+        await keep_connected(watch, Pauses(longest_s=RETRY_S), lambda _error: None)
 
     def take(self, sample: throughput_pb2.ThroughputSample) -> None:
         """A newer sample came."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 
 import grpc
 from grpc import aio
 
+from megatoken.reconnect import Pauses, keep_connected
 from megatoken.v1 import membership_pb2, membership_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 RESYNC_S = 60.0  # a watch is opened anew after this, asking for everything
-_FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 5.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
 
 
 async def watch_membership(
@@ -26,22 +26,18 @@ async def watch_membership(
     connected: Callable[[bool], None] = lambda _up: None,
 ) -> None:
     """Until cancelled: tries the controllers in turn, applies every snapshot. Never raises."""
-    pause_s = _FIRST_PAUSE_S
-    turn = 0
-    while True:
-        address = controllers[turn % len(controllers)]
-        try:
-            got = await _watch_once(address, watcher, open_channel, apply, connected)
-        except Exception:  # an unreadable certificate, a snapshot that does not apply: the next one may
-            log.exception("watching membership at %s failed, and goes on", address)
-            connected(False)
-            got = False
-        if got:
-            pause_s = _FIRST_PAUSE_S
-            continue
-        turn += 1
-        await asyncio.sleep(pause_s)
-        pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+    turns = itertools.cycle(controllers)
+
+    def failed(error: Exception) -> None:  # an unreadable certificate, a snapshot that does not apply
+        log.error("watching membership failed, and goes on", exc_info=error)
+        connected(False)
+
+    async def watch() -> None:
+        address = next(turns)
+        while await _watch_once(address, watcher, open_channel, apply, connected):
+            pass
+
+    await keep_connected(watch, Pauses(FIRST_PAUSE_S, LONGEST_PAUSE_S), failed)
 
 
 async def _watch_once(

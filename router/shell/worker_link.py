@@ -1,8 +1,7 @@
 """WorkerLink: the router's one session to one replica's worker, reopened with backoff while the replica is a member.
 
-A shell: reads frames and hands them to the core, writes what the core wants to start and cancel. Starts and cancels
-that come while a write is under way go out together in the next message. Before a session begins, the worker says who
-it is: an address may have been taken over by another replica, or by a new life of this one.
+A shell: reads frames and hands them to the core, writes what the core wants to start and cancel. Before a session
+begins, the worker says who it is: an address may have been taken over by another replica, or by a new life of this one.
 """
 
 from __future__ import annotations
@@ -11,32 +10,29 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, cast
 
 import grpc
 from grpc import aio
 
-from megatoken.router import wire
+from megatoken.reconnect import Pauses, keep_connected
+from megatoken.router.client.session import SessionClient
 from megatoken.router.core import recovery
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.load import take_load
-from megatoken.router.secure import EOF
 from megatoken.router.shell.inbox import Inbox
 from megatoken.v1 import tokens_pb2, worker_pb2
 
 log = logging.getLogger(__name__)
 
-MAX_BATCH_BYTES = 2 << 20  # of starts in one ClientFrame; a single larger one goes alone
 CONNECT_S = 10.0
 PING_EVERY_S = 5.0
 PING_TIMEOUT_S = 5.0
 DESCRIBE_S = 5.0
-_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 class WorkerLink:
-    """`run` until `close`. The core sees it through fleet.Link."""
+    """`run` until `close`. The core sees it through fleet.EndpointLink."""
 
     def __init__(
         self, state: RouterState, inbox: Inbox, replica: Endpoint, open_channel: Callable[[str], aio.Channel]
@@ -45,16 +41,15 @@ class WorkerLink:
         self._state = state
         self._replica = replica
         self._open_channel = open_channel
-        self._starts: list[bytes] = []
-        self._cancels: list[int] = []
-        self._something = asyncio.Event()
         self._probe_due = asyncio.Event()
-        self._call: Any = None
+        self._session: SessionClient | None = None
         self._why = ""
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name=f"link {self._replica.name}")
+        self._task = asyncio.create_task(
+            keep_connected(self._connect, Pauses(), self._failed), name=f"link {self._replica.name}"
+        )
 
     async def close(self) -> None:
         if self._task is not None:
@@ -62,39 +57,34 @@ class WorkerLink:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def send_start(self, slot: int, request: bytes) -> None:
-        self._starts.append(wire.start(slot, request))
-        self._something.set()
+        if self._session is not None:
+            self._session.start(slot, request)
 
     def send_cancel(self, slot: int) -> None:
-        self._cancels.append(slot)
-        self._something.set()
+        if self._session is not None:
+            self._session.cancel((slot,))
 
     def probe(self) -> None:
         self._probe_due.set()
 
     def cut(self, reason: str) -> None:
         self._why = reason
-        if self._call is not None:
-            self._call.cancel()
+        if self._session is not None:
+            self._session.cut()
 
-    async def _run(self) -> None:
-        failures = 0
-        while True:
-            began = time.monotonic()
-            try:
-                try:
-                    await self._connect_and_serve()
-                finally:
-                    self._let_go()
-            except Exception:  # a certificate that cannot be read just now, say: the next attempt may find it mended
-                self._state.ledger.connection_faults += 1
-                log.exception("the link to replica %s failed, and goes on", self._replica.name)
-            failures = 0 if time.monotonic() - began > 5 else failures + 1
-            await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1] if failures else _BACKOFF_S[0])
+    def _failed(self, error: Exception) -> None:
+        self._state.ledger.connection_faults += 1
+        log.error("the link to replica %s failed, and goes on", self._replica.name, exc_info=error)
 
-    def _let_go(self) -> None:
+    async def _connect(self) -> None:
+        try:
+            await self._connect_and_serve()
+        finally:
+            self._note_end()
+
+    def _note_end(self) -> None:
         """The session is over, however it came to that."""
-        why, self._why, self._call = self._why, "", None
+        why, self._why, self._session = self._why, "", None
         if self._replica.connected:
             try:
                 self._inbox.drain()
@@ -111,17 +101,14 @@ class WorkerLink:
                 await channel.channel_ready()
             if not await self._is_it(channel):
                 return
-            call = cast(Any, channel).stream_stream("/megatoken.v1.Tokens/Session")()
-            self._call = call
-            self._starts.clear()
-            self._cancels.clear()
+            session = self._session = SessionClient(channel)
+            session.begin()
             self._probe_due.clear()
             self._replica.link = self
             recovery.connect(self._state, self._replica, time.monotonic())
-            helpers.append(asyncio.create_task(self._write(call)))
             helpers.append(asyncio.create_task(self._ping(channel)))
             helpers.append(asyncio.create_task(self._probe(channel)))
-            await self._read(call)
+            await self._read(session)
         except (aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
             if self._replica.connected:
                 log.warning("session to replica %s ended: %s", self._replica.name, _short(error))
@@ -134,6 +121,8 @@ class WorkerLink:
         finally:
             for helper in helpers:
                 helper.cancel()
+            if self._session is not None:
+                await self._session.end()
             await channel.close(None)
 
     async def _is_it(self, channel: aio.Channel) -> bool:
@@ -153,38 +142,11 @@ class WorkerLink:
         )  # fmt: skip
         return False
 
-    async def _read(self, call: Any) -> None:
+    async def _read(self, session: SessionClient) -> None:
         replica, inbox = self._replica, self._inbox
-        while True:
-            raw = await call.read()
-            if raw is EOF:
-                inbox.drain()  # what came is taken in before the session counts as lost
-                return
+        while (raw := await session.read()) is not None:
             inbox.put(replica, raw)
-
-    async def _write(self, call: Any) -> None:
-        try:
-            while True:
-                await self._something.wait()
-                self._something.clear()
-                while self._starts or self._cancels:
-                    await call.write(self._take())
-        except (aio.AioRpcError, asyncio.InvalidStateError):
-            call.cancel()
-
-    def _take(self) -> bytes:
-        """One ClientFrame. Cancels go after all starts, in the last message."""
-        size, taken = 0, 0
-        for start in self._starts:
-            if taken and size + len(start) > MAX_BATCH_BYTES:
-                break
-            size += len(start)
-            taken += 1
-        batch, self._starts = self._starts[:taken], self._starts[taken:]
-        if not self._starts and self._cancels:
-            batch.append(wire.cancel(self._cancels))
-            self._cancels = []
-        return b"".join(batch)
+        inbox.drain()  # what came is taken in before the session counts as lost
 
     async def _ping(self, channel: aio.Channel) -> None:
         """Measures the round trip and reads the load of an idle worker. Never counts for or against the replica."""

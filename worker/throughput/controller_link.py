@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,12 +18,13 @@ import grpc
 
 from megatoken.access.channel import Present, presenting
 from megatoken.log import log_event
+from megatoken.reconnect import Pauses
 from megatoken.tls import ClientTls, Options, open_channel
 from megatoken.v1 import membership_pb2, membership_pb2_grpc, throughput_pb2, throughput_pb2_grpc
 
 ANSWER_TIMEOUT_S: Final = 2.0
 CHECK_S: Final = 0.1
-RETRY_S: Final = (0.1, 0.2, 0.5, 1.0)
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 1.0
 CHANNEL_OPTIONS: Final[Options] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -71,7 +73,7 @@ class ControllerLink:
         self._hurry = asyncio.Event()
         self._version = (0, 0)
         self._sessions: list[_Session] = []
-        self._failures = 0
+        self._pauses = Pauses(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         self._retry_s = 0.0  # not before, loop time
         self.connected = False
 
@@ -118,11 +120,10 @@ class ControllerLink:
     def _note_end(self, session: _Session, now: float) -> None:
         """Logs the end of a session once, and says when to try again."""
         error = session.task.exception() if session.task is not None and not session.task.cancelled() else None
-        if session.answered_s is not None or self._failures == 0:
+        if session.answered_s is not None or self._pauses.failures == 0:
             detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
             log_event(logger, "controller.lost", f"controller {session.address}: {detail}", level=logging.WARNING)
-        self._failures = 0 if session.answered_s is not None else self._failures + 1
-        self._retry_s = now + RETRY_S[min(self._failures, len(RETRY_S) - 1)]
+        self._retry_s = now + self._pauses.after(math.inf if session.answered_s is not None else 0.0)
 
     async def _run_session(self, session: _Session) -> None:
         """Both streams, until one ends. Raises what ended it."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import grpc
 
 from megatoken.cluster.view.top.view import Inputs, cluster_rate
+from megatoken.reconnect import Pauses, keep_connected
 from megatoken.v1 import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc, throughput_pb2, throughput_pb2_grpc
 
 POLL_S: Final = 1.0
@@ -114,7 +115,7 @@ class Feed:
                 self._take_sample(sample)
                 self.changed.set()
 
-        await _again_and_again(read)
+        await keep_connected(read, Pauses(longest_s=RETRY_S), _unless_away)
 
     async def _follow_events(self) -> None:
         async def read() -> None:
@@ -126,7 +127,7 @@ class Feed:
                 self.events = known
                 self.changed.set()
 
-        await _again_and_again(read)
+        await keep_connected(read, Pauses(longest_s=RETRY_S), _unless_away)
 
     async def _poll_routers(self) -> None:
         while True:
@@ -152,11 +153,7 @@ class Feed:
             return None
 
 
-async def _again_and_again(read: Callable[[], Coroutine[None, None, None]]) -> None:
-    """Opens a stream anew whenever it ends or breaks."""
-    while True:
-        try:
-            await read()
-        except grpc.aio.AioRpcError:
-            pass
-        await asyncio.sleep(RETRY_S)
+def _unless_away(error: Exception) -> None:
+    """A stream that ends or breaks is opened again; anything else is a fault."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        raise error

@@ -14,16 +14,14 @@ from typing import Final
 from megatoken.errors import MegatokenError, UnavailableError
 from megatoken.frames import MalformedFrame
 from megatoken.log import log_event
+from megatoken.reconnect import Pauses, keep_connected
 from megatoken.router.client.columns import ColumnSession
 from megatoken.router.wire import MAX_REQUEST_BYTES
 from megatoken.tls import ClientTls
 from megatoken.v1.frame_columns_pb2 import Frame
 
 CONNECT_TIMEOUT_S: Final = 2.0
-RECONNECT_FIRST_S: Final = 0.05
-RECONNECT_MAX_S: Final = 2.0
 CANCEL_AGAIN_S: Final = 1.0
-STABLE_S: Final = 5.0  # a session that lasted this long starts the reconnect pauses afresh
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +43,6 @@ class RouterLink:
         self._tls = tls
         self._max_request_bytes = max_request_bytes
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
-        self._closed = False
         self._connected = asyncio.Event()
         self._session: ColumnSession | None = None
         self._task: asyncio.Task[None] | None = None
@@ -59,7 +56,9 @@ class RouterLink:
 
     def start(self) -> None:
         """Begins to connect. Call in the event loop."""
-        self._task = asyncio.create_task(self._keep_connected(), name="edge-router-link")
+        self._task = asyncio.create_task(
+            keep_connected(self._one_session, Pauses(), self._failed), name="edge-router-link"
+        )
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """Waits for a session; False when there is none in time."""
@@ -85,23 +84,13 @@ class RouterLink:
 
     async def close(self) -> None:
         """Ends the session and waits for it; requests that it still has are told."""
-        self._closed = True
         while self._task is not None and not self._task.done():
             self._task.cancel()  # again, should a library on the way lose one
             await asyncio.wait((self._task,), timeout=CANCEL_AGAIN_S)
 
-    async def _keep_connected(self) -> None:
-        pause_s = RECONNECT_FIRST_S
-        loop = asyncio.get_running_loop()
-        while not self._closed:
-            began = loop.time()
-            try:
-                await self._one_session()
-            except Exception:  # a certificate that cannot be read just now, say: the next attempt may find it mended
-                self.faults += 1
-                logger.exception("the link to router %s failed, and goes on", self.address)
-            pause_s = RECONNECT_FIRST_S if loop.time() - began > STABLE_S else min(pause_s * 2, RECONNECT_MAX_S)
-            await asyncio.sleep(pause_s)
+    def _failed(self, error: Exception) -> None:
+        self.faults += 1
+        logger.error("the link to router %s failed, and goes on", self.address, exc_info=error)
 
     async def _one_session(self) -> None:
         """From connecting to the end. However that comes, the session's requests are told."""

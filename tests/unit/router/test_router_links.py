@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from grpc import aio
 
+from megatoken.reconnect import Pauses
 from megatoken.router.edge.router_session import link as edge_module
 from megatoken.router.fleet.circuit import CircuitState
 from megatoken.router.secure import channel_to
@@ -46,7 +47,7 @@ class Channels:
 
 
 async def test_a_link_to_a_worker_goes_on_after_an_unreadable_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "_BACKOFF_S", (0.01,))
+    monkeypatch.setattr(link_module, "Pauses", lambda: Pauses(0.01, 0.01))
     fleet = CoreFleet(replicas=1)
     (replica,) = fleet.replicas
     fleet.lose(replica)
@@ -103,7 +104,7 @@ async def test_a_link_that_is_closed_as_its_channel_becomes_ready_ends(turns: in
 async def test_a_link_uses_no_other_replica_at_its_address_and_tries_again(
     monkeypatch: pytest.MonkeyPatch, name: str, incarnation: int
 ) -> None:
-    monkeypatch.setattr(link_module, "_BACKOFF_S", (0.01,))
+    monkeypatch.setattr(link_module, "Pauses", lambda: Pauses(0.01, 0.01))
     fleet = CoreFleet(replicas=1)
     (replica,) = fleet.replicas
     fleet.lose(replica)
@@ -146,7 +147,7 @@ def fields(member: Any) -> dict[str, Any]:
 async def test_a_watch_goes_on_after_an_unreadable_certificate_and_a_failed_snapshot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(watch_module, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(watch_module, "FIRST_PAUSE_S", 0.01)
     channels = Channels(failures=2)
     states: list[bool] = []
     watching = asyncio.create_task(watch_membership(["127.0.0.1:9"], "r", channels, lambda _: None, states.append))
@@ -159,7 +160,7 @@ async def test_a_watch_goes_on_after_an_unreadable_certificate_and_a_failed_snap
 async def test_an_edge_link_goes_on_after_an_unreadable_certificate(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(edge_module, "RECONNECT_FIRST_S", 0.01)
+    monkeypatch.setattr(edge_module, "Pauses", lambda: Pauses(0.01, 0.01))
     opened = 0
     session_of = edge_module.ColumnSession
 
@@ -178,7 +179,7 @@ async def test_an_edge_link_goes_on_after_an_unreadable_certificate(
 
 
 async def test_an_edge_link_whose_receiver_fails_tells_the_others_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge_module, "RECONNECT_FIRST_S", 0.01)
+    monkeypatch.setattr(edge_module, "Pauses", lambda: Pauses(0.01, 0.01))
     lost: list[str] = []
 
     def fail(_: object) -> None:
