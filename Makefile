@@ -16,11 +16,17 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install
 # One line that counts, instead of pip's hundreds.
 COUNT   := awk '/^ *(Collecting|Processing|Requirement already)/ { printf "\r      %d packages seen", ++n; fflush() } /^Installing/ { printf ", installing"; fflush() } END { print "" }'
 
-.PHONY: demo test test-failed lint format setup model test-unit test-multinode chaos fuzz bench bench-plan bench-router bench-throughput proto clean
+.PHONY: help demo test test-failed lint format setup model test-unit test-multinode chaos fuzz bench bench-plan bench-router bench-throughput proto clean
 
+## help: this list.
+help:
+	@sed -n 's/^## \([a-z-]*\): /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  %-18s %s\n", $$1, $$2 }'
+
+## demo: the main job: a cluster of two real vLLM replicas on this machine, asked and measured and taken down.
 demo: setup
 	$(BIN)/python -m megatoken.cluster.demo
 
+## test: linters, types, import contracts and every test, about 25 minutes on 2 cores.
 test: setup lint
 	$(PYTEST) tests $(SHARED)
 
@@ -44,12 +50,14 @@ $(VENV)/.installed: deploy/requirements/cpu.txt deploy/requirements/dev.txt pypr
 model: $(VENV)/.installed
 	@$(BIN)/python -m megatoken.worker.models prepare
 
+## lint: ruff, mypy, import-linter.
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+## format: what ruff can mend by itself.
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -58,9 +66,11 @@ format: $(VENV)/.installed
 test-failed: $(VENV)/.installed
 	$(PYTEST) tests --last-failed --last-failed-no-failures none
 
+## test-unit: without Ray, vLLM and other processes; a minute.
 test-unit: $(VENV)/.installed
 	$(PYTEST) tests/unit tests/property tests/simulation $(SHARED)
 
+## test-multinode: several hosts as network namespaces; needs root.
 test-multinode: setup
 	$(PYTEST) tests/netns
 
@@ -72,20 +82,26 @@ chaos: setup
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz
 
+## bench: a fleet of real vLLM replicas against vLLM alone.
 bench: setup
 	$(BIN)/python -m tests.bench.serving
 
+## bench-plan: placement of 1,000 replicas over 1,000 nodes.
 bench-plan: $(VENV)/.installed
 	$(BIN)/python -m tests.bench.plan
 
+## bench-router: CPU a token and a request.
 bench-router: $(VENV)/.installed
 	$(BIN)/python -m tests.bench.router
 
+## bench-throughput: the collective's cost, and its recovery from kills.
 bench-throughput: $(VENV)/.installed
 	$(BIN)/python -m tests.bench.throughput
 
+## proto: the generated code beside each .proto.
 proto: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN))/python proto/regenerate
 
+## clean: removes the environment and what was built or measured.
 clean:
 	rm -rf $(VENV) bench-results build *.egg-info

@@ -85,3 +85,14 @@ def test_a_public_class_name_means_one_thing() -> None:
                 where.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     assert len(where) > 300
     assert not {name: places for name, places in where.items() if len(places) > 1}
+
+
+def test_each_invariant_names_tests_that_are_there() -> None:
+    text = (ROOT / "docs" / "invariants.md").read_text()
+    promises = re.split(r"^\d+\. ", text, flags=re.MULTILINE)[1:]
+    assert len(promises) >= 19
+    for promise in promises:
+        tests = re.findall(r"`(test_\w+)` \(\[([\w/.]+)\]", promise)
+        assert tests, promise
+        for name, path in tests:
+            assert f"def {name}(" in (ROOT / path).read_text(), f"{name} in {path}"
