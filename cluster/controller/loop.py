@@ -21,11 +21,11 @@ from megatoken.access.credentials import dump
 from megatoken.access.files import CredentialsFile
 from megatoken.cluster.controller.events import EventLog
 from megatoken.cluster.controller.links import Links
-from megatoken.cluster.controller.membership import Versions, content_of
 from megatoken.cluster.controller.orders import Orders
+from megatoken.cluster.controller.polls import Polls, Readable
+from megatoken.cluster.controller.publisher import Members, Publisher
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.controller.status import (
-    Readings,
     model_statuses,
     node_statuses,
     process_statuses,
@@ -57,14 +57,12 @@ from megatoken.cluster.secrets_keeper import SecretsKeeper, process_credentials
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.errors import NotFoundError, UnavailableError
 from megatoken.tls import ClientTls
-from megatoken.v1 import control_pb2, membership_pb2
+from megatoken.v1 import control_pb2
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 BUSY_WAIT_S = 0.2  # between looks while something is on its way
-POLL_S = 1.0  # between readings of queues and throughput
-RENEW_S = 1.0  # between renewals of workers' leases, which bring their loads
 TAIL_S = 5.0  # for a process to say its last lines
 STOP_GRACE_S = 5.0  # of a worker that has no request left
 INSPECT_S = 5.0  # for the nodes of replicas that hang to say what their processes do
@@ -109,13 +107,10 @@ class Controller:
         self.inventory = Inventory()
         self.devices = DeviceBook()
         self.events = EventLog(self.orders.spec.control.events_kept, time.time)
-        # In microseconds, since a controller that loses its file may be started twice within a second.
-        epoch = int(store.get("epoch") or time.time_ns() // 1000)
-        self.versions = Versions(epoch, int(store.get("version") or 0))
-        self.snapshot_changed = asyncio.Condition()
+        self.publisher = Publisher(store, self.tell)
         self.credentials = CredentialsFile(secrets.own_path)
         self.links = Links(settings.tls, self.credentials.metadata)
-        self.throughput: membership_pb2.ThroughputGroup | None = None
+        self._polls = Polls(self.links, self._readable, self._survived)
         self.closed = asyncio.Event()
         self.address = ""
         self.metrics_address = ""
@@ -150,7 +145,7 @@ class Controller:
             self._publish_snapshot()
         except Exception:  # the first tick does it again
             self._survived("publishing")
-        loops = [asyncio.create_task(loop()) for loop in (self._poll_forever, self._renew_forever)]
+        loops = [asyncio.create_task(loop()) for loop in (self._polls.read_forever, self._polls.renew_forever)]
         turns = asyncio.create_task(self._turns(backend))
         try:
             while not turns.done():
@@ -384,35 +379,13 @@ class Controller:
             return True
         return any(record.state not in ("READY", "FAILED") for record in self.records.values())
 
-    # -- publishing --
+    # -- what others see --
 
     def _publish_snapshot(self) -> None:
-        routers = [
-            membership_pb2.RouterMember(router=name, address=str(seen.facts["address"]), node=seen.node)
-            for name, seen in sorted(self.look.processes.items())
-            if name.startswith("router") and seen.facts and "address" in seen.facts
-        ]
-        inventory = self.inventory if self.inventory.nodes else Inventory()
-        offset_s = time.time() - time.monotonic()
-        content = content_of(self.fleet, self.orders.spec.models, inventory, routers, self.throughput, offset_s)
-        if not self.look.complete and self.versions.current.version:
-            content.routers.MergeFrom(self.versions.current.routers)
-        if self.versions.offer(content, self._write_version):
-            self._notify = asyncio.ensure_future(self._notify_watchers())
-
-    def _write_version(self, snapshot: membership_pb2.Snapshot) -> None:
-        self.store.put(epoch=str(snapshot.epoch), version=str(snapshot.version))
-
-    async def _notify_watchers(self) -> None:
-        async with self.snapshot_changed:
-            self.snapshot_changed.notify_all()
-
-    def set_throughput(self, group: membership_pb2.ThroughputGroup, why: str) -> None:
-        """Publishes a new throughput group at once, and first writes its number down: none is used twice."""
-        self.store.put(throughput_epoch=str(group.epoch))
-        self.throughput = group
-        self.tell(Happening("throughput.epoch", str(group.epoch), f"{len(group.members)} agents: {why}", "attendance"))
-        self._publish_snapshot()
+        members = Members(
+            self.fleet, self.orders.spec.models, self.inventory, self.look.processes, complete=self.look.complete
+        )
+        self.publisher.publish(members)
 
     def tell(self, happening: Happening) -> None:
         """Writes an event down, for followers and the log."""
@@ -421,14 +394,14 @@ class Controller:
 
     def status(self) -> control_pb2.ClusterStatus:
         """Everything there is to say, as of the last tick."""
-        now, readings = time.monotonic(), self._readings()
+        now, readings = time.monotonic(), self.links.readings()
         models = {model.name: model for model in self.orders.spec.models}
         replicas = replica_statuses(self.fleet, models, self.inventory, readings, now)
         return control_pb2.ClusterStatus(
             cluster=self.settings.cluster,
             generation=self.orders.desired.generation,
-            membership_epoch=self.versions.current.epoch,
-            membership_version=self.versions.current.version,
+            membership_epoch=self.publisher.versions.current.epoch,
+            membership_version=self.publisher.versions.current.version,
             unix_s=time.time(),
             controller=self.address,
             ray_address=self._around.ray_address,
@@ -440,37 +413,14 @@ class Controller:
             throughput=self.links.sample,
         )
 
-    def _readings(self) -> Readings:
-        return self.links.readings()
-
-    async def _renew_forever(self) -> None:
-        """Apart from all other reading: a router that does not answer must not cost a worker its lease."""
-        while True:
-            try:
-                self.links.renew(self.fleet.replicas, self._liveness_limits())
-            except Exception:
-                self._survived("renewal of leases")
-            await asyncio.sleep(RENEW_S)
-
     def _liveness_limits(self) -> LivenessLimits:
         control = self.orders.spec.control
         return LivenessLimits(control.worker_lease_s, control.hang_s, control.probe_s)
 
-    async def _poll_forever(self) -> None:
-        while True:
-            try:
-                await self._poll()
-            except Exception:  # supervises: readings are for people, and the next round reads again
-                self._survived("reading of loads")
-            await asyncio.sleep(POLL_S)
-
-    async def _poll(self) -> None:
-        routers = self._addresses("router")
-        agents = self._addresses("agent")
-        await self.links.read_routers(routers)
-        await self.links.read_throughput(agents.values())
-        workers = {replica.facts.address for replica in self.fleet.replicas if replica.facts and replica.live}
-        await self.links.keep_only({*workers, *routers.values(), *agents.values()})
+    def _readable(self) -> Readable:
+        return Readable(
+            self.fleet.replicas, self._addresses("router"), self._addresses("agent"), self._liveness_limits()
+        )
 
     def _addresses(self, kind: str) -> dict[str, str]:
         found = {}

@@ -109,7 +109,7 @@ class ControllerActor:
         controller.log_lines = lines
         server = ControlServer(controller, spec.security.server_tls)
         attendance = AttendanceServicer(
-            controller.set_throughput,
+            controller.publisher.set_throughput,
             last_epoch=int(store.get("throughput_epoch") or 0),
             on_fault=lambda: controller.on_fault("attendance"),
         )

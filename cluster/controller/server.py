@@ -181,13 +181,9 @@ class MembershipServicer(membership_pb2_grpc.MembershipServicer):
         controller = self._controller
         try:
             while not controller.closed.is_set():
-                current = controller.versions.current
-                if controller.versions.known and (current.epoch, current.version) != seen:
-                    seen = (current.epoch, current.version)
-                    yield current
-                    continue
-                async with controller.snapshot_changed:
-                    await controller.snapshot_changed.wait()
+                current = await controller.publisher.newer_than(seen)
+                seen = (current.epoch, current.version)
+                yield current
         finally:
             self._watchers -= 1
 

@@ -394,7 +394,7 @@ class Life:
         fleet, world = self.controller.fleet, self.world
         ready = sorted(replica.id for replica in fleet.replicas if replica.state is ReplicaState.READY)
         live = [replica for replica in fleet.replicas if replica.live]
-        told = sorted(member.replica for member in self.controller.versions.current.replicas)
+        told = sorted(member.replica for member in self.controller.publisher.versions.current.replicas)
         return len(ready) == len(live) == wanted and ready == world.serving() == sorted(world.held) == told
 
 

@@ -223,7 +223,7 @@ class Cluster:
 
     def serving(self) -> dict[str, str]:
         """Addresses by replica, as routers are told."""
-        return {member.replica: member.address for member in self.controller.versions.current.replicas}
+        return {member.replica: member.address for member in self.controller.publisher.versions.current.replicas}
 
     async def until(self, what: str, met: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + PATIENCE_S
@@ -384,7 +384,9 @@ async def run(scale: float) -> Outcome:
         await cluster.start()
         try:
             await cluster.ready()
-            await cluster.until("the router serves", lambda: len(cluster.controller.versions.current.routers) == 1)
+            await cluster.until(
+                "the router serves", lambda: len(cluster.controller.publisher.versions.current.routers) == 1
+            )
             traffic = Traffic(cluster, outcome)
             await traffic.learn()
             for _ in range(max(1, round(ROUNDS * scale))):

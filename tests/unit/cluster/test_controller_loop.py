@@ -113,7 +113,7 @@ class Running:
                 await asyncio.sleep(0.01)
 
     def serving(self) -> list[str]:
-        return [member.replica for member in self.controller.versions.current.replicas]
+        return [member.replica for member in self.controller.publisher.versions.current.replicas]
 
     async def stop(self) -> None:
         if self.task is not None:
@@ -185,7 +185,7 @@ async def test_an_onlooker_that_raises_does_not_end_the_loop(running: Running) -
 
 
 async def test_the_epoch_of_a_throughput_group_is_written_down_before_it_is_told(running: Running) -> None:
-    running.controller.set_throughput(membership_pb2.ThroughputGroup(epoch=7), "a test")
+    running.controller.publisher.set_throughput(membership_pb2.ThroughputGroup(epoch=7), "a test")
     assert running.store.get("throughput_epoch") == "7"
     await running.stop()
 
@@ -235,7 +235,7 @@ async def test_what_a_full_disk_does_not_take_is_neither_done_nor_told_until_it_
     running.start()
     try:
         await running.until(lambda: len(running.serving()) == 2)
-        before = running.controller.versions.current.version
+        before = running.controller.publisher.versions.current.version
 
         def full(*_: object, **__: object) -> None:
             raise sqlite3.OperationalError("database or disk is full")
@@ -245,7 +245,7 @@ async def test_what_a_full_disk_does_not_take_is_neither_done_nor_told_until_it_
             disk.setattr(running.store, "put", full)
             running.backend.replicas.pop("m-1")
             await running.until(lambda: running.faults.count("tick") >= 3)
-            assert running.controller.versions.current.version == before
+            assert running.controller.publisher.versions.current.version == before
             assert not [message for message in said if "gone" in message]
         await running.until(lambda: "m-3" in running.serving())
         assert running.serving() == ["m-2", "m-3"]
@@ -256,7 +256,7 @@ async def test_what_a_full_disk_does_not_take_is_neither_done_nor_told_until_it_
 
 async def test_a_controller_that_has_published_nothing_yet_tells_watchers_nothing(running: Running) -> None:
     """The number that the last controller left says who served then; with nobody in it, routers would serve nobody."""
-    running.controller.versions = Versions(7, 3)
+    running.controller.publisher.versions = Versions(7, 3)
     watching = MembershipServicer(running.controller).Watch(membership_pb2.WatchRequest(), None)  # type: ignore[arg-type]
     first = asyncio.ensure_future(anext(watching))
     await asyncio.sleep(0.05)
@@ -274,5 +274,5 @@ async def test_a_controller_that_lost_its_file_within_a_second_starts_a_later_ep
     epochs = []
     for life in ("before", "after"):
         (tmp_path / life).mkdir()
-        epochs.append(Running(tmp_path / life).controller.versions.current.epoch)
+        epochs.append(Running(tmp_path / life).controller.publisher.versions.current.epoch)
     assert epochs[0] < epochs[1]
