@@ -23,10 +23,10 @@ from megatoken.cluster.client.control import CommandError, ControlClient, client
 from megatoken.cluster.client.progress import Progress, wait_until_settled
 from megatoken.cluster.spec.cluster import DEFAULT_MODEL, ClusterSpec, default_spec
 from megatoken.cluster.start.bring_up import Up, bring_up
-from megatoken.cluster.start.guard import descendants
 from megatoken.cluster.view.human import number, table
 from megatoken.cluster.view.text import rates_of
 from megatoken.errors import MegatokenError
+from megatoken.process.tree import descendants
 from megatoken.router.client.client import TokenClient
 from megatoken.v1 import control_pb2
 

@@ -11,7 +11,7 @@ import time
 import uvloop
 
 from megatoken.log import setup_logging
-from megatoken.process import read_arguments, report_ready
+from megatoken.process.program import read_arguments, report_ready
 from megatoken.router.config import RouterConfig
 from megatoken.router.shell.app import RouterApp
 

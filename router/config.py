@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatoken.ranges import MAX_CHOICES
 from megatoken.router.wire import MAX_REQUEST_BYTES
 from megatoken.tls import ClientTls, ServerTls
+from megatoken.tokens.ranges import MAX_CHOICES
 
 
 class _Part(BaseModel):

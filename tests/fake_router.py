@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import grpc
 import grpc.aio
 
-from megatoken.frames import column, pack
+from megatoken.tokens.frames import column, pack
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1.tokens_pb2 import FINISH_REASON_CANCELLED, FINISH_REASON_STOP, Detail, Finish, GenerateRequest
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from megatoken.frames import U32, pack
+from megatoken.process.supervise import Faults
 from megatoken.router.config import RouterConfig
 from megatoken.router.core import recovery, upkeep
 from megatoken.router.core.request import Request
@@ -24,7 +24,7 @@ from megatoken.router.identity.api_keys import ApiKey
 from megatoken.router.identity.door import Caller
 from megatoken.router.intake.intake import on_frame
 from megatoken.router.streams.ledger import RouterLedger
-from megatoken.supervise import Faults
+from megatoken.tokens.frames import U32, pack
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 
 STOP, LENGTH, CANCELLED, ERROR = 1, 2, 3, 4

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatoken.errors import MegatokenError
-from megatoken.frames import U32, pack
+from megatoken.process.supervise import Faults
 from megatoken.router import wire
 from megatoken.router.config import RouterConfig
 from megatoken.router.core import recovery, upkeep
@@ -26,7 +26,7 @@ from megatoken.router.fleet.fleet import Endpoint, EndpointTable, Member
 from megatoken.router.identity.door import Caller
 from megatoken.router.intake.intake import on_frame
 from megatoken.router.streams.ledger import RouterLedger
-from megatoken.supervise import Faults
+from megatoken.tokens.frames import U32, pack
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from tests.router_core import raise_it
 

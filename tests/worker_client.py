@@ -8,7 +8,7 @@ from typing import Any, Self
 import grpc
 import numpy as np
 
-from megatoken.frames import token_columns
+from megatoken.tokens.frames import token_columns
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 from megatoken.errors import EngineDeadError, MegatokenError, RequestError
 from megatoken.log import log_event, setup_logging
-from megatoken.process import read_arguments, report_ready
-from megatoken.process_tag import tag_process
+from megatoken.process.program import read_arguments, report_ready
+from megatoken.process.tag import tag_process
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.engine import Engine
 
@@ -34,7 +34,7 @@ _log = logging.getLogger("worker")
 
 async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> int:
     """Serves a booted engine; returns the exit status."""
-    from megatoken.loop_lag import watch_loop
+    from megatoken.process.loop_lag import watch_loop
     from megatoken.worker.measures import WorkerMeasures
     from megatoken.worker.replica import RunningReplica
     from megatoken.worker.server import WorkerServer

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, Final
 
 from megatoken.errors import AuthError, ForbiddenError, MegatokenError, OverloadError, RequestError
-from megatoken.loop_lag import LOOP_LAG_BUCKETS_S
 from megatoken.metrics import (
     DURATION_BUCKETS_S,
     FRAME_TOKENS_BUCKETS,
@@ -17,6 +16,7 @@ from megatoken.metrics import (
     TTFT_BUCKETS_S,
     FastHistogram,
 )
+from megatoken.process.loop_lag import LOOP_LAG_BUCKETS_S
 from megatoken.v1 import tokens_pb2 as pb
 
 OUTCOME_OF_REASON: Final[dict[int, str]] = {

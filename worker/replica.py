@@ -25,7 +25,7 @@ from megatoken.errors import (
     status_number,
 )
 from megatoken.log import log_event
-from megatoken.ranges import MAX_CHOICES
+from megatoken.tokens.ranges import MAX_CHOICES
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker import totals

@@ -18,8 +18,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from megatoken.errors import RETRY_AFTER_KEY, MegatokenError, OverloadError, grpc_status
-from megatoken.fields import fields_at_most
-from megatoken.frames import MalformedFrame, column
+from megatoken.tokens.fields import fields_at_most
+from megatoken.tokens.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.leases import LeaseBook, LeaseChecks

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from megatoken.cluster.ray.child import Child, Launch
-from megatoken.process_tag import tagged_processes
+from megatoken.process.tag import tagged_processes
 
 CONTROLLER_NAME = "controller"
 REPLICA_PREFIX = "replica/"

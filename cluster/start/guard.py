@@ -11,7 +11,6 @@ it must start fast and not fail. The owner dies in its turn when the guard is ki
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import select
 import shutil
@@ -21,7 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+from megatoken.process.tree import adopt_orphans, end_all_below, reap, send
+
 OWNER_GRACE_S = 20.0  # between SIGTERM and SIGKILL
 SWEEP_S = 10.0  # limit on killing what is left
 
@@ -37,8 +37,7 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     command = [part for part in arguments.command if part != "--"]
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    adopt_orphans()
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     asked: list[int] = []
@@ -50,7 +49,7 @@ def main() -> int:
     if arguments.ready_fd is not None:
         os.close(arguments.ready_fd)
     status = watch(owner.pid, arguments.lifeline_fd, wake_read, asked)
-    sweep()
+    end_all_below(SWEEP_S)
     for path in arguments.clean:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -64,7 +63,10 @@ def watch(owner: int, lifeline: int | None, wake: int, asked: list[int]) -> int:
     watched = {wake} | ({lifeline} if lifeline is not None else set())
     kill_at_s: float | None = None
     while True:
-        status = reap(owner)
+        try:
+            status = reap(owner)
+        except ChildProcessError:
+            return 0
         if status is not None:
             return status
         left_s = None if kill_at_s is None else max(0.0, kill_at_s - time.monotonic())
@@ -80,59 +82,6 @@ def watch(owner: int, lifeline: int | None, wake: int, asked: list[int]) -> int:
         elif kill_at_s is not None and time.monotonic() >= kill_at_s:
             send(owner, signal.SIGKILL)
             kill_at_s = time.monotonic() + OWNER_GRACE_S
-
-
-def reap(owner: int) -> int | None:
-    """Collects every ended child; returns the owner's exit status once it is among them."""
-    found: int | None = None
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return found if found is not None else 0
-        if pid == 0:
-            return found
-        if pid == owner:
-            found = abs(os.waitstatus_to_exitcode(status))
-
-
-def sweep() -> None:
-    """Kills everything below this process until nothing is left."""
-    deadline = time.monotonic() + SWEEP_S
-    while time.monotonic() < deadline:
-        for pid in descendants(os.getpid()):
-            send(pid, signal.SIGKILL)
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return
-        time.sleep(0.02)
-
-
-def descendants(root: int) -> list[int]:
-    """Process ids below `root`, from /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue  # it ended meanwhile
-            children.setdefault(int(fields[1]), []).append(int(entry))
-    found, rest = [], [root]
-    while rest:
-        below = children.get(rest.pop(), [])
-        found += below
-        rest += below
-    return found
-
-
-def send(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ node and ends; the controller stays.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -22,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megatoken.cluster.decide.launches import LOOPBACK
 from megatoken.cluster.spec.cluster import ClusterSpec
-from megatoken.cluster.start.guard import descendants, send
-from megatoken.process import PR_SET_PDEATHSIG, read_arguments, report_ready
+from megatoken.process.program import read_arguments, report_ready
+from megatoken.process.tree import descendants, die_with_parent, send
 
 START_TIMEOUT_S = 120.0
 WATCH_S = 5.0
@@ -52,7 +51,7 @@ def main() -> int:
     config, ready_fd = read_arguments("megatoken.cluster.start.owner", BringUp)
     local = config.spec.ray.address == "local"
     if local:  # the guard's end must not be abrupt: Ray is shut down in order
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        die_with_parent(number=signal.SIGTERM)
     stop: list[int] = []
 
     def interrupt(number: int, _frame: object) -> None:

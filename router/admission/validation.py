@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatoken.errors import NotFoundError, RequestError
-from megatoken.frames import MalformedFrame, column
-from megatoken.ranges import check_ranges
 from megatoken.router.config import LimitsConfig
+from megatoken.tokens.frames import MalformedFrame, column
+from megatoken.tokens.ranges import check_ranges
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 

@@ -1,7 +1,7 @@
 """ColumnSession: one Session call to one router, in whole frames.
 
 For callers that serve many requests at once: submit encoded requests, get every frame as columns
-(`megatoken.frames.token_columns`), no work per token or per stream here.
+(`megatoken.tokens.frames.token_columns`), no work per token or per stream here.
 """
 
 from __future__ import annotations

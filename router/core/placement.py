@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatoken.frames import U32
 from megatoken.router.core import continuation, quarantine
 from megatoken.router.core.accounts import charge, occupy, uncharge
 from megatoken.router.core.ending import LENGTH, end, fail
@@ -15,6 +14,7 @@ from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.fleet import Endpoint, Pool
 from megatoken.router.fleet.prefix_book import cached_tokens
 from megatoken.router.streams.slots import DIRECT
+from megatoken.tokens.frames import U32
 from megatoken.v1 import tokens_pb2
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatoken.frames import U32
 from megatoken.router.core.request import Request
 from megatoken.router.streams.outbox import FrameOutbox, FramePart
+from megatoken.tokens.frames import U32
 
 
 class SessionSink:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatoken.errors import MegatokenError
+from megatoken.process.supervise import Faults
 from megatoken.router.config import RouterConfig
 from megatoken.router.core.due import Due
 from megatoken.router.core.request import Request
@@ -25,7 +26,6 @@ from megatoken.router.streams.history import TokenPages
 from megatoken.router.streams.latency import Latencies
 from megatoken.router.streams.ledger import RouterLedger
 from megatoken.router.streams.slots import SlotTable
-from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
 
 

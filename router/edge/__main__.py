@@ -21,7 +21,7 @@ from typing import Any
 
 from megatoken.errors import MegatokenError, RequestError
 from megatoken.log import setup_logging
-from megatoken.process import read_arguments, report_ready
+from megatoken.process.program import read_arguments, report_ready
 from megatoken.router.edge.config import EdgeConfig
 from megatoken.router.edge.vllm.serve_args import serve_arguments
 from megatoken.router.identity.api_keys import KeyRing

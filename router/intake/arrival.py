@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from megatoken.frames import Column, MalformedFrame, token_columns
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Endpoint
+from megatoken.tokens.frames import Column, MalformedFrame, token_columns
 from megatoken.v1.frame_columns_pb2 import Frame
 
 

@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from megatoken.frames import Column, MalformedFrame
 from megatoken.router.streams.history import TokenPages
 from megatoken.router.streams.slots import DIRECT, NOBODY, SlotTable
+from megatoken.tokens.frames import Column, MalformedFrame
 
 _ARANGE: Final = np.arange(1 << 16, dtype=np.int32)
 _MAX_ROUNDS: Final = 64  # tokens of one stream in one frame, up to which whole columns are appended round by round

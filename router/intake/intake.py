@@ -7,7 +7,6 @@ go on from what was recorded; after that, with the requests whose tokens they ar
 
 from __future__ import annotations
 
-from megatoken.frames import MalformedFrame
 from megatoken.router.core.ending import fail
 from megatoken.router.core.placement import pump
 from megatoken.router.core.recovery import frame_failed, give_up
@@ -18,6 +17,7 @@ from megatoken.router.intake.details import details_by_slot, take_lone_details
 from megatoken.router.intake.finishes import take_finish
 from megatoken.router.intake.load import take_load
 from megatoken.router.intake.tokens import take_tokens
+from megatoken.tokens.frames import MalformedFrame
 
 
 def on_frame(state: RouterState, replica: Endpoint, raw: bytes, now: float) -> None:

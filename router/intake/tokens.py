@@ -10,7 +10,6 @@ from typing import Final
 
 import numpy as np
 
-from megatoken.frames import U32, Column
 from megatoken.router.core.accounts import credit
 from megatoken.router.core.ending import fail
 from megatoken.router.core.recovery import frame_failed
@@ -23,6 +22,7 @@ from megatoken.router.intake.details import take_column_details
 from megatoken.router.intake.direct import take_direct
 from megatoken.router.intake.first_token import first_token
 from megatoken.router.streams.outbox import FramePart
+from megatoken.tokens.frames import U32, Column
 
 _SAMPLE_EVERY: Final = 64  # frames; of one call in about so many the times between tokens are measured
 

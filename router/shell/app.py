@@ -19,7 +19,8 @@ from megatoken.access.files import CredentialsFile
 from megatoken.access.opening import credentials_of, gate_of
 from megatoken.access.table import Program
 from megatoken.counters import CounterWriter
-from megatoken.loop_lag import watch_loop
+from megatoken.process.loop_lag import watch_loop
+from megatoken.process.supervise import FaultLog, Faults, every
 from megatoken.router.config import RouterConfig
 from megatoken.router.core import recovery, upkeep
 from megatoken.router.core.state import RouterState
@@ -38,7 +39,6 @@ from megatoken.router.shell.throughput import ClusterCollector, ThroughputRelay
 from megatoken.router.shell.watch import watch_membership
 from megatoken.router.shell.worker_link import WorkerLink
 from megatoken.router.streams.ledger import RouterLedger
-from megatoken.supervise import FaultLog, Faults, every
 from megatoken.tls import bind
 from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, throughput_pb2, throughput_pb2_grpc, tokens_pb2
 

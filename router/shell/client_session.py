@@ -14,8 +14,6 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from megatoken.errors import MegatokenError, RequestError
-from megatoken.fields import fields_at_most
-from megatoken.frames import MalformedFrame, column
 from megatoken.router import wire
 from megatoken.router.config import RouterConfig
 from megatoken.router.core.ending import error_finish
@@ -25,6 +23,8 @@ from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import cancel, submit
 from megatoken.router.identity.door import Caller
 from megatoken.router.secure import EOF
+from megatoken.tokens.fields import fields_at_most
+from megatoken.tokens.frames import MalformedFrame, column
 from megatoken.v1.frame_columns_pb2 import ClientFrame, Start
 
 REQUESTS_AT_ONCE: Final = 64  # taken on, or given up, before the other callers have their turn; some 70 us each

@@ -17,7 +17,6 @@ from megatoken.errors import (
     UnavailableError,
     grpc_status,
 )
-from megatoken.pieces import prompt_pieces, token_rows
 from megatoken.router.core.ending import ERROR, error_finish
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
@@ -26,6 +25,7 @@ from megatoken.router.shell.cork import Connection, Corks
 from megatoken.router.streams.outbox import MAX_FRAME_BYTES
 from megatoken.router.streams.slots import DIRECT
 from megatoken.router.wire import too_large, varint
+from megatoken.tokens.pieces import prompt_pieces, token_rows
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest, GenerateResponse
 

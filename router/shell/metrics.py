@@ -17,8 +17,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from megatoken import metrics as shared
-from megatoken.loop_lag import LOOP_LAG_BUCKETS_S
 from megatoken.metrics import FastHistogram, FastHistograms
+from megatoken.process.loop_lag import LOOP_LAG_BUCKETS_S
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.measures import ModelMeasures
@@ -185,7 +185,7 @@ def _add_histogram(family: HistogramMetricFamily, labels: list[str], histogram: 
 
 
 def loop_lag() -> FastHistograms:
-    """How late the router's event loop is; filled by megatoken.loop_lag."""
+    """How late the router's event loop is; filled by megatoken.process.loop_lag."""
     return FastHistograms(PREFIX + "loop_lag_seconds", "Lateness of the event loop, over time.", LOOP_LAG_BUCKETS_S)
 
 

@@ -14,9 +14,9 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatoken.frames import U32
-from megatoken.pieces import detail_stream, prompt_pieces, token_rows
 from megatoken.router import wire
+from megatoken.tokens.frames import U32
+from megatoken.tokens.pieces import detail_stream, prompt_pieces, token_rows
 
 U32Column = npt.NDArray[np.uint32]
 _LOOSE: Final = 64

@@ -17,9 +17,9 @@ import numpy as np
 import uvloop
 from grpc import aio
 
-from megatoken.frames import column, pack
-from megatoken.process import die_with_parent
+from megatoken.process.tree import die_with_parent
 from megatoken.router.client.columns import ColumnSession
+from megatoken.tokens.frames import column, pack
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
 
 BUCKET_US = 100

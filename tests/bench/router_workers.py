@@ -19,9 +19,9 @@ import numpy as np
 import uvloop
 from grpc import aio
 
-from megatoken.frames import U32, column
-from megatoken.process import die_with_parent
+from megatoken.process.tree import die_with_parent
 from megatoken.router import wire
+from megatoken.tokens.frames import U32, column
 from megatoken.v1 import frame_columns_pb2, tokens_pb2, worker_pb2
 
 LOAD_EVERY_S = 0.5

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from megatoken.process import die_with_parent
+from megatoken.process.tree import die_with_parent
 from megatoken.worker.engines.vllm.plugins import OWNER_VARIABLE
 
 

@@ -156,7 +156,7 @@ def _one_turn(world: World, turn: int, fuse: Fuse, outcome: Outcome, what: str) 
         asked = rng.choice(world.asked)
         asked.cancelled = True
         shell(lambda: fleet.cancel(asked.request))
-    shell(lambda: fleet.tick(TURN_S), Injected)  # the loop that calls it goes on, see proto/megatoken/supervise.py
+    shell(lambda: fleet.tick(TURN_S), Injected)  # the loop that calls it goes on, see megatoken.process.supervise
 
 
 async def publishing(outcome: Outcome, nth: int) -> None:

@@ -20,9 +20,9 @@ from typing import Any, Final, TypeAlias
 import grpc
 
 from megatoken.errors import MegatokenError
-from megatoken.frames import pack
 from megatoken.router import wire
 from megatoken.router.client.client import TokenClient
+from megatoken.tokens.frames import pack
 from megatoken.v1 import frame_columns_pb2
 from tests.chaos.outcome import Outcome
 from tests.chaos.routed import (

@@ -21,9 +21,9 @@ import grpc
 import httpx
 
 from megatoken.errors import MegatokenError
-from megatoken.frames import pack
 from megatoken.router import wire
 from megatoken.router.client.client import TokenClient
+from megatoken.tokens.frames import pack
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc
 from tests.chaos.outcome import Outcome
 from tests.chaos.routed import MODEL, Streams, one, ready, seed, start_router, start_worker

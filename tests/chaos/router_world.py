@@ -10,12 +10,12 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from megatoken.process.supervise import Faults
 from megatoken.router.core.lifecycle import RequestState
 from megatoken.router.core.request import Request
 from megatoken.router.core.sink import SessionSink
 from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.intake import on_frames
-from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
 from tests.chaos.outcome import Outcome
 from tests.router_core import CoreFleet

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from megatoken.access.lease import LeaseTerms, sign, verify
 from megatoken.cluster.spec.load import SpecError, dump_spec, load_spec
 from megatoken.errors import AuthError, ForbiddenError, RequestError
-from megatoken.frames import MalformedFrame, column
+from megatoken.process.supervise import Faults
 from megatoken.router.edge.http.dispatch import Dispatch, model_of
 from megatoken.router.edge.router_session.direct import learn
 from megatoken.router.identity.api_keys import KeyRing
@@ -31,7 +31,7 @@ from megatoken.router.identity.shown_key import secret_in
 from megatoken.router.intake.intake import on_frame
 from megatoken.router.secure import EOF
 from megatoken.router.shell.client_session import ClientSession
-from megatoken.supervise import Faults
+from megatoken.tokens.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from megatoken.worker.engines.engine import EngineFacts
 from megatoken.worker.engines.requests import check_request

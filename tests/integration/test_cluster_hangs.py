@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatoken.process_tag import tagged_processes
+from megatoken.process.tag import tagged_processes
 from megatoken.router.client.client import TokenClient
 from tests.clusters import RunningCluster, running
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from megatoken.errors import OverloadError, UnavailableError
-from megatoken.frames import pack
 from megatoken.router.edge.config import EdgeConfig
 from megatoken.router.edge.metrics import EdgeMetrics
 from megatoken.router.edge.router_session import sessions as module
 from megatoken.router.edge.router_session.link import RouterLink
 from megatoken.router.edge.router_session.sessions import Sessions
 from megatoken.router.identity.api_keys import KeyRing
+from megatoken.tokens.frames import pack
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 from megatoken.v1.tokens_pb2 import Detail, Finish
 from tests.fake_router import END, FakeRouter

@@ -16,8 +16,8 @@ from megatoken.access.credentials import ClusterSecrets, dump, new_secrets
 from megatoken.access.files import write_private
 from megatoken.access.table import Identity, Program
 from megatoken.errors import AuthError
-from megatoken.frames import pack
 from megatoken.router.client.client import TokenClient
+from megatoken.tokens.frames import pack
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
 from tests.processes import Processes, Started
 from tests.worker_client import TestSession

@@ -9,13 +9,13 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatoken.frames import MalformedFrame, pack
 from megatoken.router.edge.http.dispatch import Dispatch
 from megatoken.router.edge.http.outcomes import refusal, stop_reason
 from megatoken.router.edge.http.refusals import GuardedSend
 from megatoken.router.edge.router_session.direct import learn
 from megatoken.router.edge.router_session.session import Session
 from megatoken.router.identity.door import Door
+from megatoken.tokens.frames import MalformedFrame, pack
 from megatoken.v1.frame_columns_pb2 import Frame, GenerateRequest
 from megatoken.v1.tokens_pb2 import Detail, Finish, Logprobs
 

@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
-from megatoken import supervise
-from megatoken.supervise import FaultLog, Faults, every
+from megatoken.process import supervise
+from megatoken.process.supervise import FaultLog, Faults, every
 
 
 async def test_a_loop_goes_on_after_each_fault_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatoken.frames import Column
+from megatoken.tokens.frames import Column
 from megatoken.v1 import tokens_pb2 as pb
 
 

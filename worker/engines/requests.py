@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from megatoken.access.lease import MAX_ID_CHARACTERS
 from megatoken.errors import NotFoundError, RequestError
-from megatoken.frames import MalformedFrame, column
-from megatoken.ranges import check_ranges
+from megatoken.tokens.frames import MalformedFrame, column
+from megatoken.tokens.ranges import check_ranges
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.engines.engine import EngineFacts, EngineRequest

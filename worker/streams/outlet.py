@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from megatoken.frames import U32
-from megatoken.pieces import PIECE_BYTES
+from megatoken.tokens.frames import U32
+from megatoken.tokens.pieces import PIECE_BYTES
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.streams.part import StreamPart

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatoken.frames import U32, Column, column
-from megatoken.pieces import PIECE_BYTES, prompt_pieces, rows_of
+from megatoken.tokens.frames import U32, Column, column
+from megatoken.tokens.pieces import PIECE_BYTES, prompt_pieces, rows_of
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.streams.part import StreamPart
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatoken.access.lease import LeaseTerms
-from megatoken.frames import U32, Column
+from megatoken.tokens.frames import U32, Column
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.engines.engine import EngineRequest, EngineStep
 from megatoken.worker.streams.outlet import Outlet

@@ -17,7 +17,7 @@ from megatoken.access.table import Program
 from megatoken.errors import RequestError
 from megatoken.log import setup_logging
 from megatoken.metrics import serve_metrics
-from megatoken.process import read_arguments, report_ready
+from megatoken.process.program import read_arguments, report_ready
 from megatoken.tls import bind
 from megatoken.v1 import throughput_pb2_grpc
 from megatoken.worker.throughput.agent import Agent

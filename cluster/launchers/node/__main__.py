@@ -14,7 +14,6 @@ as `ray stop` would. `--then` runs once Ray is up: the head brings the cluster's
 from __future__ import annotations
 
 import argparse
-import ctypes
 import fcntl
 import os
 import shlex
@@ -31,8 +30,8 @@ from megatoken.cluster.launchers.node.environment import (
     node_environment,
     resolve_address,
 )
+from megatoken.process.tree import adopt_orphans, descendants, end_all_below, send
 
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 STARTED = "Ray runtime started."  # what `ray start` prints when its processes run
 PID_FILE, LOG_FILE = "node.pid", "node.log"
 STOP_S = 20.0  # for `ray start --block` to end its processes in order, before they are killed
@@ -96,7 +95,7 @@ def run(directory: Path, command: list[str], env: dict[str, str], then: str | No
     lock.write(str(os.getpid()))
     lock.flush()
     (directory / "ready").unlink(missing_ok=True)
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _interrupt)
     ray = None
@@ -139,15 +138,7 @@ def _end(ray: subprocess.Popen[bytes] | None) -> None:
             ray.wait(STOP_S)
         except subprocess.TimeoutExpired:
             pass
-    deadline = time.monotonic() + STOP_S
-    while time.monotonic() < deadline:
-        left = descendants(os.getpid())
-        if not left:
-            return
-        for pid in left:
-            _signal(pid, signal.SIGKILL)
-        _reap()
-        time.sleep(POLL_S)
+    end_all_below(STOP_S)
 
 
 def stop(directory: Path) -> int:
@@ -155,15 +146,15 @@ def stop(directory: Path) -> int:
     pid = _holder(directory)
     if not pid:
         return 0
-    _signal(pid, signal.SIGTERM)
+    send(pid, signal.SIGTERM)
     deadline = time.monotonic() + 2 * STOP_S + 5
     while time.monotonic() < deadline:
-        if not _holder(directory):
+        if not _runs(pid):  # it lets go of the lock a moment before
             return 0
         time.sleep(POLL_S)
     left = descendants(pid)
     for each in (pid, *left):
-        _signal(each, signal.SIGKILL)
+        send(each, signal.SIGKILL)
     print(f"megatoken node: {pid} did not stop in time and was killed", file=sys.stderr)
     return 1
 
@@ -182,39 +173,12 @@ def _holder(directory: Path) -> int:
     return 0
 
 
-def descendants(root: int) -> list[int]:
-    """Every living process below `root`, from /proc."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            except (OSError, ValueError):
-                continue  # it ended meanwhile
-            if state != "Z":
-                parents[int(entry.name)] = int(parent)
-    found = {root}
-    grew = True
-    while grew:
-        below = {pid for pid, parent in parents.items() if parent in found} - found
-        grew = bool(below)
-        found |= below
-    return sorted(found - {root})
-
-
-def _reap() -> None:
+def _runs(pid: int) -> bool:
+    """Whether it is there and has not ended; whoever started it may not have collected it yet."""
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _interrupt(_number: int, _frame: object) -> None:

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Final
 
 from megatoken.errors import MegatokenError, UnavailableError
-from megatoken.frames import MalformedFrame
 from megatoken.log import log_event
 from megatoken.reconnect import Pauses, keep_connected
 from megatoken.router.client.columns import ColumnSession
 from megatoken.router.wire import MAX_REQUEST_BYTES
 from megatoken.tls import ClientTls
+from megatoken.tokens.frames import MalformedFrame
 from megatoken.v1.frame_columns_pb2 import Frame
 
 CONNECT_TIMEOUT_S: Final = 2.0

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatoken.errors import UnavailableError
-from megatoken.frames import token_columns
 from megatoken.router.edge.router_session.streams import Streams
+from megatoken.tokens.frames import token_columns
 from megatoken.v1.frame_columns_pb2 import Frame, GenerateRequest
 from megatoken.v1.tokens_pb2 import FINISH_REASON_ERROR, Detail, Finish
 

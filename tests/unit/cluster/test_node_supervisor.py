@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatoken.cluster.launchers.load import launch_of
-from megatoken.cluster.launchers.node.__main__ import descendants
 from megatoken.cluster.ray.inventory import inventory_of
+from megatoken.process.tree import descendants
 
 NODE = [sys.executable, "-m", "megatoken.cluster.launchers.node"]
 # Starts a daemon that leaves its session and parent, as Ray's processes may; says the word; waits for its end.

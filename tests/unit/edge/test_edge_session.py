@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatoken.frames import MalformedFrame, pack
 from megatoken.router.edge.router_session.session import Session
+from megatoken.tokens.frames import MalformedFrame, pack
 from megatoken.v1.frame_columns_pb2 import Frame, GenerateRequest
 from megatoken.v1.tokens_pb2 import FINISH_REASON_CANCELLED, FINISH_REASON_STOP, Detail, Finish, Logprobs
 

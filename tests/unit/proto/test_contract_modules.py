@@ -8,7 +8,7 @@ import pytest
 
 from megatoken.counters import INDEX, NAMES, CounterWriter, read_counters
 from megatoken.errors import HTTP_OF_GRPC, OverloadError, RequestError, grpc_status, status_number
-from megatoken.frames import MalformedFrame, pack, token_columns
+from megatoken.tokens.frames import MalformedFrame, pack, token_columns
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 
 

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import time
 
-from megatoken.loop_lag import LOOP_LAG_BUCKETS_S, note, watch_loop
 from megatoken.metrics import FastHistogram
+from megatoken.process.loop_lag import LOOP_LAG_BUCKETS_S, note, watch_loop
 
 
 def test_a_late_firing_counts_for_those_that_were_due_meanwhile() -> None:

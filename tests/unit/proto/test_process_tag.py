@@ -10,11 +10,11 @@ import time
 import uuid
 from collections.abc import Callable
 
-from megatoken.process_tag import TaggedProcess, tagged_processes
+from megatoken.process.tag import TaggedProcess, tagged_processes
 
 PROGRAM = """
 import os, sys, time
-from megatoken.process_tag import tag_process
+from megatoken.process.tag import tag_process
 tag_process(sys.argv[1], "worker")
 child = os.fork()
 if child:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatoken.errors import RequestError
-from megatoken.ranges import MAX_SEED, RANGES, check_ranges
+from megatoken.tokens.ranges import MAX_SEED, RANGES, check_ranges
 from megatoken.v1.tokens_pb2 import SamplingParams
 
 TINY = 1e-6  # more than a float32's rounding at 2

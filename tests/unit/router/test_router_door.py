@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatoken.errors import AuthError, OverloadError, RequestError, UnavailableError
-from megatoken.frames import pack
+from megatoken.process.supervise import Faults
 from megatoken.router.core import submission
 from megatoken.router.core.request import Request
 from megatoken.router.core.submission import submit
@@ -19,7 +19,7 @@ from megatoken.router.identity.door import Caller, Door
 from megatoken.router.identity.key_limits import Usage
 from megatoken.router.measures import refusal_reason
 from megatoken.router.shell.leases import IssuedLeases
-from megatoken.supervise import Faults
+from megatoken.tokens.frames import pack
 from megatoken.v1 import frame_columns_pb2, router_pb2
 from tests.router_core import CoreFleet
 

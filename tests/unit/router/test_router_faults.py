@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatoken.process.supervise import Faults
 from megatoken.router.core import accounts, ending, placement, upkeep
 from megatoken.router.core.request import Request
 from megatoken.router.fleet.fleet import Endpoint
@@ -16,7 +17,6 @@ from megatoken.router.intake import demux, finishes, intake
 from megatoken.router.intake.intake import on_frames
 from megatoken.router.shell.request_log import log_request
 from megatoken.router.streams import outbox
-from megatoken.supervise import Faults
 from megatoken.v1 import tokens_pb2
 from tests.router_core import ERROR, CoreFleet
 

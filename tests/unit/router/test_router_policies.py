@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatoken.frames import pack
 from megatoken.router.fleet.capacity import Rates
 from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.prefix_book import MOST, block_hashes
 from megatoken.router.policies.make import make_policy
 from megatoken.router.policies.names import ALONE, SCORERS, parse_policy, policy_text
+from megatoken.tokens.frames import pack
 from tests.router_core import CoreFleet
 
 JOINED = "2*prefix + affinity + lora + site"

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from megatoken.fields import FIELDS_AT_ONCE, fields_at_most
-from megatoken.frames import pack
 from megatoken.router import wire
 from megatoken.router.config import RouterConfig
 from megatoken.router.core.state import RouterState
@@ -18,6 +16,8 @@ from megatoken.router.identity.door import Caller
 from megatoken.router.secure import EOF
 from megatoken.router.shell.client_session import CANCELS_AT_ONCE, MAX_REFUSALS, REQUESTS_AT_ONCE, ClientSession
 from megatoken.router.streams.ledger import RouterLedger
+from megatoken.tokens.fields import FIELDS_AT_ONCE, fields_at_most
+from megatoken.tokens.frames import pack
 from megatoken.v1 import tokens_pb2
 from tests.router_core import CoreFleet
 

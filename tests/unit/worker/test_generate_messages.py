@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatoken.frames import column
+from megatoken.tokens.frames import column
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import GenerateResponse
 from megatoken.worker.streams.outlet import Taken

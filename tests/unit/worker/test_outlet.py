@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatoken.frames import token_columns
+from megatoken.tokens.frames import token_columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame
 from megatoken.worker.streams.outlet import FRAME_PARTS, FRAME_TOKENS, LOOSE_FINISHES, Outlet, encode_frame

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatoken.frames import token_columns
+from megatoken.tokens.frames import token_columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame, GenerateResponse
 from megatoken.worker.streams.outlet import Outlet, encode_frame

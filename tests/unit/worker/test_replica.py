@@ -11,7 +11,7 @@ import pytest
 
 from megatoken.counters import INDEX, read_counters
 from megatoken.errors import EngineDeadError, OverloadError, RequestError
-from megatoken.frames import U32, token_columns
+from megatoken.tokens.frames import U32, token_columns
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.config import WorkerConfig

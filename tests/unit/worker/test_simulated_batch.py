@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatoken.frames import U32
+from megatoken.tokens.frames import U32
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.config import SimulatedConfig
 from megatoken.worker.engines.engine import EngineRequest

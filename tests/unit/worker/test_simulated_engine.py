@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 
-from megatoken.frames import U32
+from megatoken.tokens.frames import U32
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.config import FaultConfig, SimulatedConfig
 from megatoken.worker.engines.engine import EngineRequest, EngineStep

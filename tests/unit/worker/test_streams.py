@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatoken.frames import U32, token_columns
+from megatoken.tokens.frames import U32, token_columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame
 from megatoken.worker.engines.engine import EngineRequest, EngineStep

@@ -18,7 +18,7 @@ from typing import Any, Final
 from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
-from megatoken.process_tag import tag_process
+from megatoken.process.tag import tag_process
 from megatoken.worker.engines.ray.variables import REPLICA_VARIABLE
 
 ORDERLY_END_S: Final = 1.0

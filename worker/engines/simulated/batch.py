@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from megatoken.frames import U32, Column
+from megatoken.tokens.frames import U32, Column
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.config import SimulatedConfig
 from megatoken.worker.engines.engine import Ended, EngineRequest, EngineStep, Prefilled

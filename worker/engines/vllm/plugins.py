@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from megatoken.process import die_with_parent
+from megatoken.process.tree import die_with_parent
 
 OWNER_VARIABLE: Final = "MEGATOKEN_WORKER_PID"
 

@@ -10,7 +10,7 @@ import numpy as np
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
-from megatoken.frames import EMPTY, U32
+from megatoken.tokens.frames import EMPTY, U32
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.engines.engine import Ended, EngineLoad, EngineStep, Prefilled
 

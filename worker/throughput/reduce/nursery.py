@@ -13,7 +13,6 @@ with it.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import select
@@ -21,12 +20,12 @@ import signal
 import socket
 import sys
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from megatoken.process.tree import die_with_parent
 
 
 def main() -> None:
     """Runs until the agent closes the control socket."""
-    _die_with(os.getppid())
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the agent's to handle
     control = socket.socket(fileno=int(sys.argv[1]))
     listener = int(sys.argv[2])
@@ -71,7 +70,7 @@ def _fork(channel: int, listener: int, unneeded: tuple[socket.socket, int, int])
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        _die_with(parent)
+        die_with_parent(parent)
         unneeded[0].close()
         os.close(unneeded[1])
         os.close(unneeded[2])
@@ -84,14 +83,6 @@ def _fork(channel: int, listener: int, unneeded: tuple[socket.socket, int, int])
         print(f"reducer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         os._exit(0)  # no destructors: one of them could wait for a peer
-
-
-def _die_with(parent: int) -> None:
-    """As megatoken.process.die_with_parent, but in the first milliseconds: that module imports pydantic."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent or parent == 1:
-        os._exit(1)
 
 
 def _in_child(question: object) -> list[str]:

@@ -12,32 +12,17 @@ takes everything below it along.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from megatoken.process.tree import die_with_parent
 
 Config = TypeVar("Config", bound=pydantic.BaseModel)
-
-
-def die_with_parent() -> None:
-    """Asks the kernel to SIGKILL this process when the thread that started it ends (Linux only).
-
-    Exits at once when the parent is already gone, which closes the race between fork and this call.
-    """
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent or parent == 1:
-        os._exit(1)
 
 
 def read_arguments(program: str, config_type: type[Config]) -> tuple[Config, int | None]:

@@ -1,0 +1,1 @@
+"""What every process of ours does: start, end with its owner, look after its loops. Nothing here knows the work."""
