@@ -1,22 +1,21 @@
 """How the suite is shared out among pytest-xdist's workers; without `-n` it only orders the tests.
 
-A module's tests stay on one worker, which keeps what they share. Real engines take all cores, so their tests stay on
-one worker as well: beside them run tests that mostly wait. What takes longest comes first.
+A module's tests stay on one worker, which keeps what they share. Real engines and separate hosts take all cores and
+have deadlines, so their tests run one after another on one worker; beside them the other runs what is small.
 """
 
 from __future__ import annotations
 
 import pytest
 
-FIRST = ("engines", "tests/netns", "tests/integration", "tests/chaos", "tests/simulation")
+LARGE = "engines and hosts"
+FIRST = (LARGE, "tests/integration", "tests/chaos", "tests/simulation")
 
 
 def group_of(item: pytest.Item) -> str:
     """What runs on one worker, in order."""
-    if item.get_closest_marker("vllm"):
-        return "engines"
     module = item.nodeid.partition("::")[0]
-    return "tests/netns" if module.startswith("tests/netns/") else module
+    return LARGE if item.get_closest_marker("vllm") or module.startswith("tests/netns/") else module
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook

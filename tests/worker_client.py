@@ -32,6 +32,7 @@ class TestSession:
         self.loads: list[pb.Load] = []
         self.details: dict[int, list[pb.Detail]] = {}
         self.frames = 0
+        self.widest = 0  # streams with tokens in one frame, at most
 
     async def __aenter__(self) -> Self:
         return self
@@ -55,6 +56,7 @@ class TestSession:
             return None
         self.frames += 1
         stream, count, token = token_columns(frame)
+        self.widest = max(self.widest, len(stream))
         start = 0
         for at, number in enumerate(stream.tolist()):
             length = 1 if count is None else int(count[at])

@@ -105,7 +105,7 @@ async def test_many_streams_share_frames(channel: grpc.aio.Channel, story: list[
         await session.start(requests)
         await session.until(*requests)
     assert all(len(session.tokens[number]) == 24 for number in requests)
-    assert session.frames < 16 * 24 / 4
+    assert session.widest > 4  # a step's tokens come in one frame
     assert max(load.running for load in session.loads) > 4
 
 
