@@ -68,7 +68,7 @@ test-failed: $(VENV)/.installed
 
 ## test-unit: without Ray, vLLM and other processes; a minute.
 test-unit: $(VENV)/.installed
-	$(PYTEST) tests/unit tests/property tests/simulation $(SHARED)
+	$(PYTEST) tests/unit tests/transcripts tests/property tests/simulation $(SHARED)
 
 ## test-multinode: several hosts as network namespaces; needs root.
 test-multinode: setup

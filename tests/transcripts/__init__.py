@@ -1,0 +1,1 @@
+"""Commands in, every action and state out, as text that a person can read and review (after etcd's raft)."""
