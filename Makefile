@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 PYTEST  ?= $(VENV)/bin/python -m pytest
 
 # Most of the suite's time is waiting, so two of its workers share the cores; tests/conftest.py says what stays together.
-SHARED  := -n 2 --dist loadgroup --no-loadscope-reorder
+SHARED  := -n 2 --dist loadscope --no-loadscope-reorder
 
 TORCH   := torch==2.13.0
 BIN     := $(VENV)/bin

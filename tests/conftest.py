@@ -1,27 +1,55 @@
-"""How the suite is shared out among pytest-xdist's workers; without `-n` it only orders the tests.
+"""How the suite is shared out among pytest-xdist's workers; without `-n` this only orders the tests.
 
-A module's tests stay on one worker, which keeps what they share. Real engines and separate hosts take all cores and
-have deadlines, so their tests run one after another on one worker; beside them the other runs what is small.
+A module's tests stay on one worker, which keeps what they share. Whole clusters, real engines and separate hosts have
+deadlines and want the cores, so their modules run one after another on one worker, which has them first; beside them
+the other runs what is small.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+from typing import Any, Final
+
 import pytest
 
-LARGE = "engines and hosts"
-FIRST = (LARGE, "tests/integration", "tests/chaos", "tests/simulation")
+LARGE: Final = re.compile(r"tests/netns/|tests/integration/test_(cluster|edge_(direct|fleet|openai|process))|_vllm")
+SMALL_FIRST: Final = ("tests/integration", "tests/chaos", "tests/simulation", "tests/fuzz")
 
 
-def group_of(item: pytest.Item) -> str:
-    """What runs on one worker, in order."""
-    module = item.nodeid.partition("::")[0]
-    return LARGE if item.get_closest_marker("vllm") or module.startswith("tests/netns/") else module
+def share_of(nodeid: str) -> str:
+    """What stays on one worker: a module, or all that is large."""
+    module = nodeid.partition("::")[0]
+    return "large" if LARGE.search(module) else module
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    groups = {item: group_of(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    order = {prefix: place for place, prefix in enumerate(FIRST)}
-    items.sort(key=lambda item: next((at for name, at in order.items() if groups[item].startswith(name)), len(FIRST)))
+    """What takes longest comes first."""
+
+    def place(item: pytest.Item) -> int:
+        share = share_of(item.nodeid)
+        if share == "large":
+            return 0
+        return next((at for at, name in enumerate(SMALL_FIRST, 1) if share.startswith(name)), len(SMALL_FIRST) + 1)
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """xdist's own groups (`--dist loadgroup`) have no effect with pytest 9.2: it no longer lets node ids be changed."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Shares(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return share_of(nodeid)
+
+    return Shares(config, log)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Names what failed at once: the whole suite takes a while, and its dots name nobody."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        told = f"\n{report.when} of {report.nodeid} failed after {report.duration:.1f} s"
+        print(told, file=sys.__stderr__, flush=True)
