@@ -118,6 +118,15 @@ class RunningCluster:
         """Ids of this cluster's processes whose command line holds every word."""
         return [pid for pid in marked(self.mark) if all(word in command_line(pid) for word in words)]
 
+    def pid(self, *words: str, timeout_s: float = 10.0) -> int:
+        """The one process whose command line holds every word. A fork has its parent's until it runs its own program."""
+        deadline = time.monotonic() + timeout_s
+        while len(found := self.pids(*words)) != 1:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{words}: {[(pid, command_line(pid)) for pid in found]}")
+            time.sleep(0.02)
+        return found[0]
+
     def parent(self, pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 

@@ -142,7 +142,7 @@ async def test_scaling_under_load_fails_no_request(cluster: RunningCluster) -> N
 @pytest.mark.parametrize("victim", ["worker", "actor"])
 async def test_a_killed_replica_comes_back_under_a_new_id(cluster: RunningCluster, victim: str) -> None:
     (replica,) = cluster.ready(MODEL)
-    (worker,) = cluster.pids("-m megatoken.worker", replica)
+    worker = cluster.pid("-m megatoken.worker", replica)
     killed = worker if victim == "worker" else cluster.parent(worker)
     os.kill(killed, signal.SIGKILL)
     status = await in_thread(replaced, cluster, replica)

@@ -51,7 +51,7 @@ async def test_an_idle_engine_that_stands_still_is_found_and_replaced(tmp_path: 
 async def test_a_frozen_worker_is_replaced_and_serves_nobody_when_it_wakes(tmp_path: Path) -> None:
     with running(tmp_path, spec(decode_tokens_per_s=200, max_running=4)) as cluster:
         router = cluster.address("router")
-        (worker,) = cluster.pids("-m megatoken.worker ", f"{MODEL}-1.json")
+        worker = cluster.pid("-m megatoken.worker ", f"{MODEL}-1.json")
         async with TokenClient([router]) as client:
             stream = client.generate(MODEL, prompt=[1, 2, 3], max_tokens=400, ignore_eos=True, temperature=0.0)
             got: list[int] = []

@@ -70,7 +70,7 @@ def below(cluster: RunningCluster, root: int) -> list[int]:
 
 def test_a_killed_engine_is_replaced_under_a_new_id_and_leaves_nothing(cluster: RunningCluster) -> None:
     (replica,) = cluster.ready(MODEL)
-    (worker,) = cluster.pids("-m megatoken.worker", f"{replica}.json")
+    worker = cluster.pid("-m megatoken.worker", f"{replica}.json")
     engines = set(below(cluster, worker))
     assert engines, "the worker runs its engine in a process of its own; else this test shows nothing"
     os.kill(worker, signal.SIGKILL)
