@@ -119,7 +119,7 @@ class RunningCluster:
         return [pid for pid in marked(self.mark) if all(word in command_line(pid) for word in words)]
 
     def pid(self, *words: str, timeout_s: float = 10.0) -> int:
-        """The one process whose command line holds every word. A fork has its parent's until it runs its own program."""
+        """The one process whose command line holds every word. A fork has its parent's until its own program runs."""
         deadline = time.monotonic() + timeout_s
         while len(found := self.pids(*words)) != 1:
             if time.monotonic() > deadline:
