@@ -50,7 +50,7 @@ class ModelMeasures:
 
 
 def refusal_reason(error: MegatokenError, draining: bool) -> str:
-    """Which of REFUSALS an error at the door is."""
+    """Which of REFUSALS an error on its way in is."""
     if isinstance(error, RequestError):
         return "invalid"
     if isinstance(error, AuthError):

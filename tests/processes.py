@@ -221,7 +221,7 @@ def read_ready(reader: int, started: Started, timeout_s: float) -> dict[str, Any
 
 
 def marked(mark: str) -> list[int]:
-    """Process ids, zombies apart, whose environment holds the marker."""
+    """Process ids, orphans apart, whose environment holds the marker."""
     wanted = f"{MARKER}={mark}".encode()
     found = []
     for entry in Path("/proc").iterdir():

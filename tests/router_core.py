@@ -21,7 +21,7 @@ from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import cancel, submit
 from megatoken.router.fleet.fleet import Endpoint, EndpointTable, Member
 from megatoken.router.identity.api_keys import ApiKey
-from megatoken.router.identity.door import Caller
+from megatoken.router.identity.callers import Caller
 from megatoken.router.intake.intake import on_frame
 from megatoken.router.streams.ledger import RouterLedger
 from megatoken.tokens.frames import U32, pack

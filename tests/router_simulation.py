@@ -23,7 +23,7 @@ from megatoken.router.core.sink import SessionSink
 from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import submit
 from megatoken.router.fleet.fleet import Endpoint, EndpointTable, Member
-from megatoken.router.identity.door import Caller
+from megatoken.router.identity.callers import Caller
 from megatoken.router.intake.intake import on_frame
 from megatoken.router.streams.ledger import RouterLedger
 from megatoken.tokens.frames import U32, pack
@@ -296,7 +296,7 @@ class FixedSplit:
     def __init__(self, weights: list[float]) -> None:
         self._weights = weights
 
-    def choose(self, pool: Any, question: Any, rng: random.Random) -> Endpoint | None:
+    def choose(self, pool: Any, asked: Any, rng: random.Random) -> Endpoint | None:
         drawn: Endpoint = rng.choices(pool.replicas, self._weights)[0]
         return drawn
 

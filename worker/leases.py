@@ -51,7 +51,7 @@ class UncheckedLeases:
         return None
 
 
-class LeaseBook:
+class LeaseTable:
     """Of a worker with a gate: the leases of its replica that were used and are not over."""
 
     def __init__(

@@ -19,7 +19,7 @@ from megatoken.tls import bind
 from megatoken.v1 import tokens_pb2, worker_pb2, worker_pb2_grpc
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.fence import Fence
-from megatoken.worker.leases import LeaseBook, LeaseChecks, UncheckedLeases
+from megatoken.worker.leases import LeaseChecks, LeaseTable, UncheckedLeases
 from megatoken.worker.replica import RunningReplica
 from megatoken.worker.tokens_service import SERVICE as TOKENS
 from megatoken.worker.tokens_service import tokens_handler
@@ -96,7 +96,7 @@ def _leases_of(
     if gate is None or credentials is None:
         unchecked = UncheckedLeases()
         return lambda _context: unchecked
-    book = LeaseBook(config.replica, config.incarnation, lambda: credentials.current)
+    book = LeaseTable(config.replica, config.incarnation, lambda: credentials.current)
     return lambda context: None if Identity.ROUTER in gate.identities(context) else book
 
 

@@ -22,7 +22,7 @@ from megatoken.tokens.fields import fields_at_most
 from megatoken.tokens.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
-from megatoken.worker.leases import LeaseBook, LeaseChecks
+from megatoken.worker.leases import LeaseChecks, LeaseTable
 from megatoken.worker.replica import RunningReplica, StreamInUseError
 from megatoken.worker.streams.outlet import Outlet, Taken, encode_frame
 from megatoken.worker.streams.part import StreamPart
@@ -60,7 +60,7 @@ def tokens_handler(replica: RunningReplica, leases_of: Callable[[Any], LeaseChec
 async def serve_session(replica: RunningReplica, context: Any, outlet: Outlet) -> None:
     """Serves one Session call until the caller closed its half and its requests ended, or the call is gone."""
     # Routers are told the load and what leases used; so is everybody on a worker that cannot tell who is one.
-    replica.open(outlet, wants_load=not isinstance(outlet.leases, LeaseBook))
+    replica.open(outlet, wants_load=not isinstance(outlet.leases, LeaseTable))
     reader = asyncio.create_task(_read_session(replica, outlet, context))
     reader.add_done_callback(lambda _task: outlet.wake())
     try:

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-from megatoken.cluster.decide.fleet import Happening
+from megatoken.cluster.decide.fleet import ClusterEvent
 from megatoken.v1.control_pb2 import Event
 
 
@@ -20,20 +20,20 @@ class EventLog:
         self._grown = asyncio.Condition()
         self._closed = False
 
-    def add(self, happening: Happening) -> Event:
-        """Records one happening; followers see it after the next `publish`."""
+    def add(self, event: ClusterEvent) -> Event:
+        """Records an event; followers see it after the next `publish`."""
         self._sequence += 1
-        event = Event(
+        numbered = Event(
             sequence=self._sequence,
             unix_s=self._clock(),
-            kind=happening.kind,
-            subject=happening.subject,
-            message=happening.message,
-            cause=happening.cause,
-            fields=dict(happening.fields),
+            kind=event.kind,
+            subject=event.subject,
+            message=event.message,
+            cause=event.cause,
+            fields=dict(event.fields),
         )
-        self._events.append(event)
-        return event
+        self._events.append(numbered)
+        return numbered
 
     async def publish(self, *, closed: bool = False) -> None:
         """Wakes followers; with `closed` their streams end."""

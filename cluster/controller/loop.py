@@ -19,9 +19,9 @@ from typing import TypeVar
 
 from megatoken.access.credentials import dump
 from megatoken.access.files import CredentialsFile
+from megatoken.cluster.controller.desired_state import DesiredState
 from megatoken.cluster.controller.events import EventLog
 from megatoken.cluster.controller.links import Links
-from megatoken.cluster.controller.orders import Orders
 from megatoken.cluster.controller.polls import Polls, Readable
 from megatoken.cluster.controller.publisher import Members, Publisher
 from megatoken.cluster.controller.state import StateStore
@@ -31,12 +31,12 @@ from megatoken.cluster.controller.status import (
     process_statuses,
     replica_statuses,
 )
-from megatoken.cluster.decide.backend import Backend, Look
-from megatoken.cluster.decide.device_health import DeviceBook, judge, with_devices_out
+from megatoken.cluster.decide.backend import Backend, BackendState
+from megatoken.cluster.decide.device_health import DeviceStrikes, judge, with_devices_out
 from megatoken.cluster.decide.fleet import (
     Action,
+    ClusterEvent,
     Fleet,
-    Happening,
     Limits,
     Observation,
     Phase,
@@ -47,7 +47,7 @@ from megatoken.cluster.decide.fleet import (
     TellDrain,
     on_this_clock,
 )
-from megatoken.cluster.decide.launches import LOOPBACK, Surroundings, worker_launch
+from megatoken.cluster.decide.launches import LOOPBACK, LaunchContext, worker_launch
 from megatoken.cluster.decide.liveness import LivenessLimits
 from megatoken.cluster.decide.processes import Record, supervise, wanted_processes
 from megatoken.cluster.decide.reconciler import reconcile
@@ -100,13 +100,13 @@ class Controller:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="backend")
         self._tails = ThreadPoolExecutor(1, thread_name_prefix="tail")  # a process that does not answer delays no tick
         self._wake = asyncio.Event()
-        self.orders = Orders(store, self.tell, self._wake.set)
+        self.desired_state = DesiredState(store, self.tell, self._wake.set)
         self.fleet: Fleet = on_this_clock(store.fleet(), time.monotonic())
         self.records: Mapping[str, Record] = {}
-        self.look = Look(complete=False)
+        self.look = BackendState(complete=False)
         self.inventory = Inventory()
-        self.devices = DeviceBook()
-        self.events = EventLog(self.orders.spec.control.events_kept, time.time)
+        self.devices = DeviceStrikes()
+        self.events = EventLog(self.desired_state.spec.control.events_kept, time.time)
         self.publisher = Publisher(store, self.tell)
         self.credentials = CredentialsFile(secrets.own_path)
         self.links = Links(settings.tls, self.credentials.metadata)
@@ -115,7 +115,7 @@ class Controller:
         self.address = ""
         self.metrics_address = ""
         self._backend: Backend | None = None
-        self._around = Surroundings("", {}, "", settings.local)
+        self._context = LaunchContext("", {}, "", settings.local)
         self._drains: dict[str, asyncio.Task[None]] = {}
         self._restored = bool(self.fleet.replicas)
         self.log_lines: deque[str] = deque(maxlen=1)
@@ -132,7 +132,7 @@ class Controller:
         """Ticks until the cluster was taken down. Raises when the backend cannot be made."""
         backend = self._backend = await self._in_thread(self._make_backend)
         self._turned_s = time.monotonic()
-        self._around = Surroundings(
+        self._context = LaunchContext(
             self.address,
             self.store.ports(),
             backend.ray_address,
@@ -140,7 +140,7 @@ class Controller:
             backend.directory_of,
             self.secrets.current,
         )
-        self.tell(Happening("controller.started", "controller", "carries on" if self._restored else "starts"))
+        self.tell(ClusterEvent("controller.started", "controller", "carries on" if self._restored else "starts"))
         try:
             self._publish_snapshot()
         except Exception:  # the first tick does it again
@@ -178,7 +178,7 @@ class Controller:
         except Exception:  # the loop that supervises: whatever went wrong, the next tick looks again
             self._survived("tick")
             self._count_turn(time.monotonic() - began, False)
-            await asyncio.sleep(self.orders.spec.control.tick_s)
+            await asyncio.sleep(self.desired_state.spec.control.tick_s)
             return False
         self._count_turn(time.monotonic() - began, True)
         return down
@@ -199,26 +199,26 @@ class Controller:
         self.look = await self._in_thread(backend.look)
         now = time.monotonic()
         observation = await self._inspected(backend, self._observation())
-        plan = reconcile(self.orders.desired, self.fleet, observation, self._limits(), now)
+        plan = reconcile(self.desired_state.desired, self.fleet, observation, self._limits(), now)
         self.store.save_fleet(plan.fleet)  # a disk that takes nothing leaves all as it was, to be decided anew
         self.devices = judge(self.devices, self.fleet, plan.fleet, now)
         self.fleet = plan.fleet
-        for happening in plan.happenings:
-            self.tell(happening)
+        for event in plan.events:
+            self.tell(event)
         self._publish_snapshot()  # before anything is done: who drains or failed is told even if an action fails
         await self._keep_secrets(backend, now)
         await self._apply(backend, plan.actions)
-        self.orders.settle_updates(self.fleet)
+        self.desired_state.settle_updates(self.fleet)
         processes_left = await self._supervise(backend, now)
         self._publish_snapshot()
         await self.events.publish()
         held = any(seen.holds_something for seen in self.look.replicas.values())
         live = any(replica.live for replica in self.fleet.replicas)
-        return self.orders.stopping and self.look.complete and not (held or live or processes_left)
+        return self.desired_state.stopping and self.look.complete and not (held or live or processes_left)
 
     async def _wait(self, backend: Backend) -> None:
         """Waits for a change that Ray reports, an order, or the time of the next tick, whichever comes first."""
-        tick_s = BUSY_WAIT_S if self._moving() else self.orders.spec.control.tick_s
+        tick_s = BUSY_WAIT_S if self._moving() else self.desired_state.spec.control.tick_s
         until = time.monotonic() + tick_s
         while not self._wake.is_set() and (left_s := until - time.monotonic()) > 0:
             if await self._in_thread(lambda: backend.wait_change(min(left_s, BUSY_WAIT_S))):
@@ -226,9 +226,8 @@ class Controller:
         self._wake.clear()
 
     def _observation(self) -> Observation:
-        nodes = tuple(
-            replace(node, draining=node.id in self.orders.desired.drained_nodes) for node in self.look.inventory.nodes
-        )
+        drained = self.desired_state.desired.drained_nodes
+        nodes = tuple(replace(node, draining=node.id in drained) for node in self.look.inventory.nodes)
         self.inventory = with_devices_out(Inventory(nodes), self.devices, time.monotonic())
         now, limits, liveness = time.monotonic(), self._liveness_limits(), self.links.liveness
         replicas = {
@@ -264,7 +263,7 @@ class Controller:
         return replace(observation, replicas=found)
 
     def _limits(self) -> Limits:
-        control = self.orders.spec.control
+        control = self.desired_state.spec.control
         return Limits(
             reserve_timeout_s=control.reserve_timeout_s,
             backoff_s=control.restart_backoff_s,
@@ -279,7 +278,7 @@ class Controller:
                     if replica.id not in self._drains or self._drains[replica.id].done():
                         self._drains[replica.id] = asyncio.create_task(self.links.tell_drain(replica))
                 case RollBack(model, _):
-                    self.orders.roll_back(model)
+                    self.desired_state.roll_back(model)
         calls = [action for action in actions if isinstance(action, Reserve | Start | Release)]
         if calls:
             await self._in_thread(lambda: self._call_all(backend, calls))
@@ -299,11 +298,13 @@ class Controller:
             case Reserve(replica):
                 backend.reserve(replica)
             case Start(replica):
-                model = self.orders.model_of(replica)
+                model = self.desired_state.model_of(replica)
                 if model is not None:
                     group = backend.placement_group_id(replica.id)
                     near = self._ranks_on(replica.placement.driver_node)
-                    launch = worker_launch(replica, model, self.orders.spec, self.inventory, self._around, group, near)
+                    launch = worker_launch(
+                        replica, model, self.desired_state.spec, self.inventory, self._context, group, near
+                    )
                     backend.start_replica(replica, launch)
             case Release(replica_id):
                 backend.release(replica_id, STOP_GRACE_S)
@@ -317,8 +318,8 @@ class Controller:
         live = any(replica.live for replica in self.fleet.replicas)
         wanted = (
             ()
-            if self.orders.stopping and not live
-            else wanted_processes(self.orders.spec, self.inventory, self.fleet, self._around)
+            if self.desired_state.stopping and not live
+            else wanted_processes(self.desired_state.spec, self.inventory, self.fleet, self._context)
         )
         if not self.look.complete:
             return True
@@ -326,7 +327,7 @@ class Controller:
         self.records = decision.records
         for name, record in decision.changed:
             message = record.state + (f": {record.reason}" if record.reason else "")
-            self.tell(Happening("process.state", name, message, "observed", {"kind": record.kind}))
+            self.tell(ClusterEvent("process.state", name, message, "observed", {"kind": record.kind}))
 
         def call() -> None:
             for launch in decision.start:
@@ -336,7 +337,7 @@ class Controller:
                     self._survived("start of a process")
             for name, grace_s in decision.stop:
                 try:
-                    backend.stop_process(name, min(grace_s, STOP_GRACE_S) if self.orders.stopping else grace_s)
+                    backend.stop_process(name, min(grace_s, STOP_GRACE_S) if self.desired_state.stopping else grace_s)
                 except Exception:
                     self._survived("stop of a process")
 
@@ -347,7 +348,7 @@ class Controller:
     async def rotate_tokens(self) -> str:
         """Makes every token anew; the operator's, once all processes show theirs. Raises UnavailableError."""
         self.secrets.rotate()
-        self.tell(Happening("tokens.rotating", "cluster", "a new secret is made; the old one ends soon", "operator"))
+        self.tell(ClusterEvent("tokens.rotating", "cluster", "a new secret is made; the old one ends soon", "operator"))
         while self.secrets.current.rotating and self.secrets.current.presented:
             self._wake.set()
             await asyncio.sleep(ROTATION_POLL_S)
@@ -362,7 +363,7 @@ class Controller:
         kinds |= {name: name.partition("-")[0] for name, seen in self.look.processes.items() if seen.phase in started}
         self.secrets.advance(kinds, now)
         secrets = self.secrets.current
-        self._around = replace(self._around, secrets=secrets)
+        self._context = replace(self._context, secrets=secrets)
         untold = self.secrets.untold(kinds)
         made = {name: process_credentials(secrets, kinds[name], name) for name in untold}
         self.secrets.told([name for name, own in made.items() if own is None], secrets)
@@ -373,7 +374,7 @@ class Controller:
 
     def _moving(self) -> bool:
         """Whether something is on its way, so that the next look should come soon."""
-        if self.orders.stopping or not self.look.complete:
+        if self.desired_state.stopping or not self.look.complete:
             return True
         if any(replica.state in LIVE_STATES_MOVING for replica in self.fleet.replicas):
             return True
@@ -383,38 +384,38 @@ class Controller:
 
     def _publish_snapshot(self) -> None:
         members = Members(
-            self.fleet, self.orders.spec.models, self.inventory, self.look.processes, complete=self.look.complete
+            self.fleet, self.desired_state.spec.models, self.inventory, self.look.processes, complete=self.look.complete
         )
         self.publisher.publish(members)
 
-    def tell(self, happening: Happening) -> None:
+    def tell(self, event: ClusterEvent) -> None:
         """Writes an event down, for followers and the log."""
-        self.on_event(self.events.add(happening))
-        logger.info("%s %s: %s", happening.kind, happening.subject, happening.message)
+        self.on_event(self.events.add(event))
+        logger.info("%s %s: %s", event.kind, event.subject, event.message)
 
     def status(self) -> control_pb2.ClusterStatus:
         """Everything there is to say, as of the last tick."""
         now, readings = time.monotonic(), self.links.readings()
-        models = {model.name: model for model in self.orders.spec.models}
+        models = {model.name: model for model in self.desired_state.spec.models}
         replicas = replica_statuses(self.fleet, models, self.inventory, readings, now)
         return control_pb2.ClusterStatus(
             cluster=self.settings.cluster,
-            generation=self.orders.desired.generation,
+            generation=self.desired_state.desired.generation,
             membership_epoch=self.publisher.versions.current.epoch,
             membership_version=self.publisher.versions.current.version,
             unix_s=time.time(),
             controller=self.address,
-            ray_address=self._around.ray_address,
+            ray_address=self._context.ray_address,
             metrics_address=self.metrics_address,
-            nodes=node_statuses(self.inventory, self.fleet, self.orders.desired.drained_nodes),
-            models=model_statuses(self.fleet, self.orders.spec.models, replicas, readings, now),
+            nodes=node_statuses(self.inventory, self.fleet, self.desired_state.desired.drained_nodes),
+            models=model_statuses(self.fleet, self.desired_state.spec.models, replicas, readings, now),
             replicas=replicas,
             processes=process_statuses(self.records, self.look.processes, self.inventory),
             throughput=self.links.sample,
         )
 
     def _liveness_limits(self) -> LivenessLimits:
-        control = self.orders.spec.control
+        control = self.desired_state.spec.control
         return LivenessLimits(control.worker_lease_s, control.hang_s, control.probe_s)
 
     def _readable(self) -> Readable:

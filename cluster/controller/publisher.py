@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatoken.cluster.controller.membership import Versions, content_of
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.decide.backend import ProcessObservation
-from megatoken.cluster.decide.fleet import Fleet, Happening
+from megatoken.cluster.decide.fleet import ClusterEvent, Fleet
 from megatoken.cluster.inventory.topology import Inventory
 from megatoken.cluster.spec.model import ModelSpec
 from megatoken.v1 import membership_pb2
@@ -34,7 +34,7 @@ class Members:
 class Publisher:
     """Lives in the controller's event loop. `tell` writes an event down."""
 
-    def __init__(self, store: StateStore, tell: Callable[[Happening], None]) -> None:
+    def __init__(self, store: StateStore, tell: Callable[[ClusterEvent], None]) -> None:
         # In microseconds, since a controller that loses its file may be started twice within a second.
         epoch = int(store.get("epoch") or time.time_ns() // 1000)
         self.versions = Versions(epoch, int(store.get("version") or 0))
@@ -63,7 +63,9 @@ class Publisher:
         """Publishes a new throughput group at once, and first writes its number down: none is used twice."""
         self._store.put(throughput_epoch=str(group.epoch))
         self._group = group
-        self._tell(Happening("throughput.epoch", str(group.epoch), f"{len(group.members)} agents: {why}", "attendance"))
+        self._tell(
+            ClusterEvent("throughput.epoch", str(group.epoch), f"{len(group.members)} agents: {why}", "attendance")
+        )
         self.publish(self._members)
 
     async def newer_than(self, seen: tuple[int, int]) -> membership_pb2.Snapshot:

@@ -57,10 +57,10 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
 
     async def Apply(self, request: control_pb2.ApplyRequest, context: Context) -> control_pb2.ApplyResponse:
         async def work() -> control_pb2.ApplyResponse:
-            orders = self._controller.orders
+            desired_state = self._controller.desired_state
             async with self._applying:
                 spec = await asyncio.to_thread(load_spec, request.spec_yaml)  # a large one takes a second
-                generation, changes = orders.apply(spec, self._controller.fleet, dry_run=request.dry_run)
+                generation, changes = desired_state.apply(spec, self._controller.fleet, dry_run=request.dry_run)
             return control_pb2.ApplyResponse(generation=generation, changes=changes)
 
         return await answered(context, work)
@@ -69,7 +69,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         async def work() -> control_pb2.ScaleResponse:
             if request.replicas > MAX_REPLICAS:
                 raise RequestError("replicas", request.replicas, f"at most {MAX_REPLICAS}")
-            generation = self._controller.orders.scale(request.model, request.replicas)
+            generation = self._controller.desired_state.scale(request.model, request.replicas)
             return control_pb2.ScaleResponse(generation=generation)
 
         return await answered(context, work)
@@ -81,15 +81,15 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
             timeout_s = request.timeout_s if request.HasField("timeout_s") else None
             if timeout_s is not None and not 0 <= timeout_s <= 86_400:
                 raise RequestError("timeout_s", timeout_s, "0 to 86400")
-            orders = self._controller.orders
+            desired_state = self._controller.desired_state
             match request.WhichOneof("target"):
                 case "replica" if request.undo:
                     raise RequestError("undo", True, "nodes only: a drained replica is replaced, not taken back")
                 case "replica":
-                    replicas = orders.drain_replica(request.replica, timeout_s, self._controller.fleet)
+                    replicas = desired_state.drain_replica(request.replica, timeout_s, self._controller.fleet)
                 case "node":
                     inventory, fleet = self._controller.inventory, self._controller.fleet
-                    replicas = orders.drain_node(request.node, inventory, fleet, undo=request.undo)
+                    replicas = desired_state.drain_node(request.node, inventory, fleet, undo=request.undo)
                 case _:
                     raise RequestError("target", "", "a replica or a node")
             return control_pb2.DrainTargetResponse(replicas=replicas)
@@ -128,7 +128,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
 
     async def Shutdown(self, request: control_pb2.ShutdownRequest, context: Context) -> control_pb2.ShutdownResponse:
         timeout_s = max(0.0, min(request.drain_timeout_s, 86_400.0))
-        self._controller.orders.shut_down(timeout_s, self._controller.fleet)
+        self._controller.desired_state.shut_down(timeout_s, self._controller.fleet)
         return control_pb2.ShutdownResponse()
 
     async def RotateTokens(

@@ -41,7 +41,7 @@ class ProcessObservation:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class BackendState:
     """One look at Ray. `complete` is False when Ray did not answer."""
 
     inventory: Inventory = field(default_factory=Inventory)
@@ -86,7 +86,7 @@ class Backend(Protocol):
     def wait_change(self, wait_s: float) -> bool:
         """Waits until a process reports a change, at most about `wait_s`; says whether one did."""
 
-    def look(self) -> Look:
+    def look(self) -> BackendState:
         """What there is now. Waits for nothing but Ray's own answer."""
 
     def reserve(self, replica: Replica) -> None:

@@ -42,14 +42,14 @@ class Strikes:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceBook:
+class DeviceStrikes:
     """Strikes by device, and the revisions that are themselves to blame."""
 
     strikes: Mapping[Place, Strikes] = field(default_factory=dict)
     blamed: frozenset[Revision] = frozenset()
 
 
-def judge(book: DeviceBook, before: Fleet, after: Fleet, now: float) -> DeviceBook:
+def judge(book: DeviceStrikes, before: Fleet, after: Fleet, now: float) -> DeviceStrikes:
     """The book after one tick turned `before` into `after`."""
     strikes, blamed = dict(book.strikes), set(book.blamed)
     serving: set[Revision] = set()
@@ -69,10 +69,10 @@ def judge(book: DeviceBook, before: Fleet, after: Fleet, now: float) -> DeviceBo
             if revision not in serving and _is_to_blame(strikes, revision, len(_places(replica)), now):
                 blamed.add(revision)
                 strikes = {place: entry for place, entry in strikes.items() if entry.by != revision}
-    return DeviceBook(strikes, frozenset(blamed))
+    return DeviceStrikes(strikes, frozenset(blamed))
 
 
-def with_devices_out(inventory: Inventory, book: DeviceBook, now: float) -> Inventory:
+def with_devices_out(inventory: Inventory, book: DeviceStrikes, now: float) -> Inventory:
     """The inventory with the devices that the book leaves out marked, and why."""
     out = {place: entry for place, entry in book.strikes.items() if entry.out_until_s > now}
     if not out:

@@ -263,7 +263,7 @@ Action = Reserve | Start | TellDrain | Release | RollBack
 
 
 @dataclass(frozen=True, slots=True)
-class Happening:
+class ClusterEvent:
     """One thing that changed, for `megatoken events`."""
 
     kind: str
@@ -279,4 +279,4 @@ class Plan:
 
     fleet: Fleet
     actions: tuple[Action, ...] = ()
-    happenings: tuple[Happening, ...] = ()
+    events: tuple[ClusterEvent, ...] = ()

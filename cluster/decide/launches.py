@@ -27,7 +27,7 @@ GPU_VISIBILITY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class LaunchContext:
     """What launches depend on beside the spec."""
 
     controller: str
@@ -48,7 +48,7 @@ def worker_launch(
     model: ModelSpec,
     spec: ClusterSpec,
     inventory: Inventory,
-    around: Surroundings,
+    context: LaunchContext,
     placement_group_id: str,
     neighbours: int,
 ) -> ProcessLaunch:
@@ -63,8 +63,8 @@ def worker_launch(
         engine=model.engine,
         source=model.source,
         simulated=(model.simulated or SimulatedConfig()) if simulated else None,
-        host=_host(None, node, around),
-        counters_dir=str(_counters(node, around)),
+        host=_host(None, node, context),
+        counters_dir=str(_counters(node, context)),
         node=node.title,
         site=node.site,
         device_kind=ranks[0].kind,
@@ -81,7 +81,7 @@ def worker_launch(
         cpu_ranks=max(1, neighbours) if on_cpu else None,
         engine_args=dict(model.engine_args),
         env=dict(model.env),
-        ray_address=around.ray_address if over_ray else None,
+        ray_address=context.ray_address if over_ray else None,
         placement_group_id=placement_group_id if over_ray else None,
         start_timeout_s=model.start_timeout_s,
         lease_s=spec.control.worker_lease_s,
@@ -92,23 +92,23 @@ def worker_launch(
     if not on_cpu and len(replica.placement.nodes) == 1 and not over_ray:
         devices = ",".join(str(rank.device) for rank in ranks)
         env = {**dict.fromkeys(GPU_VISIBILITY, devices), **env}
-    return _launch(replica.id, config, node, spec, around, "worker", env)
+    return _launch(replica.id, config, node, spec, context, "worker", env)
 
 
-def router_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings) -> ProcessLaunch:
+def router_launch(name: str, node: Node, spec: ClusterSpec, context: LaunchContext) -> ProcessLaunch:
     """One router."""
     routers = spec.routers
-    host = _host(routers.host, node, around)
-    agent_host = _reachable(_host(spec.agents.host, node, around), node)
+    host = _host(routers.host, node, context)
+    agent_host = _reachable(_host(spec.agents.host, node, context), node)
     config = RouterConfig(
         router=name,
         host=host,
-        port=around.ports["routers.port"],
+        port=context.ports["routers.port"],
         reuse_port=True,
         own_port=0,
-        metrics_host=LOOPBACK if around.local else host,
-        controllers=[around.controller],
-        counters_dir=_counters(node, around),
+        metrics_host=LOOPBACK if context.local else host,
+        controllers=[context.controller],
+        counters_dir=_counters(node, context),
         node=node.title,
         site=node.site,
         policy=routers.policy,
@@ -122,20 +122,20 @@ def router_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings
         tls=spec.security.server_tls,
         worker_tls=spec.security.client_tls,
         api_keys_file=spec.security.api_keys_file,
-        throughput_agent=f"{agent_host}:{around.ports['agents.port']}" if spec.agents.enabled else None,
+        throughput_agent=f"{agent_host}:{context.ports['agents.port']}" if spec.agents.enabled else None,
     )
-    return _launch(name, config, node, spec, around, "router")
+    return _launch(name, config, node, spec, context, "router")
 
 
-def edge_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings, router_node: Node) -> ProcessLaunch:
+def edge_launch(name: str, node: Node, spec: ClusterSpec, context: LaunchContext, router_node: Node) -> ProcessLaunch:
     """One edge, in front of the router of `router_node`."""
-    router_host = _reachable(_host(spec.routers.host, router_node, around), router_node)
+    router_host = _reachable(_host(spec.routers.host, router_node, context), router_node)
     config = EdgeConfig(
         edge=name,
-        host=_host(spec.edge.host, node, around),
-        port=around.ports["edge.port"],
+        host=_host(spec.edge.host, node, context),
+        port=context.ports["edge.port"],
         reuse_port=True,
-        router=f"{router_host}:{around.ports['routers.port']}",
+        router=f"{router_host}:{context.ports['routers.port']}",
         router_tls=spec.security.client_tls,
         models=tuple(_edge_model(model) for model in spec.models if model.source),
         tls=spec.security.server_tls,
@@ -143,22 +143,22 @@ def edge_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings, 
         site=node.site,
         limits=EdgeLimits(max_requests=spec.edge.max_requests),
         access_log=spec.edge.access_log,
-        metrics_host=_host(None, node, around),  # never where clients are, even if edge.host is every address
+        metrics_host=_host(None, node, context),  # never where clients are, even if edge.host is every address
         metrics_port=0,
     )
-    return _launch(name, config, node, spec, around)
+    return _launch(name, config, node, spec, context)
 
 
-def agent_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings) -> ProcessLaunch:
+def agent_launch(name: str, node: Node, spec: ClusterSpec, context: LaunchContext) -> ProcessLaunch:
     """The throughput agent of one node."""
     agents = spec.agents
     config = AgentConfig(
         node=node.title,
         site=node.site,
-        host=_host(agents.host, node, around),
-        port=around.ports["agents.port"],
-        controllers=(around.controller,),
-        counters_dir=str(_counters(node, around)),
+        host=_host(agents.host, node, context),
+        port=context.ports["agents.port"],
+        controllers=(context.controller,),
+        counters_dir=str(_counters(node, context)),
         backend=agents.backend,
         interface=spec.network.interface,
         tick_s=agents.tick_s,
@@ -173,7 +173,7 @@ def agent_launch(name: str, node: Node, spec: ClusterSpec, around: Surroundings)
         controller_tls=spec.security.client_tls,
         log_level=spec.log_level,
     )
-    return _launch(name, config, node, spec, around, "agent")
+    return _launch(name, config, node, spec, context, "agent")
 
 
 def _launch(
@@ -181,18 +181,18 @@ def _launch(
     config: ProgramConfig,
     node: Node,
     spec: ClusterSpec,
-    around: Surroundings,
+    context: LaunchContext,
     role: str = "",
     env: Mapping[str, str] | None = None,
 ) -> ProcessLaunch:
     """`role`: of the credentials that it gets; empty: none. `env`: its own, before what every process gets."""
-    own = process_credentials(around.secrets, role, name) if around.secrets is not None and role else None
+    own = process_credentials(context.secrets, role, name) if context.secrets is not None and role else None
     return ProcessLaunch(
         name,
         config,
         node.id,
-        str(around.directory(node.id)),
-        {**_environment(spec, node, around), **(env or {})},
+        str(context.directory(node.id)),
+        {**_environment(spec, node, context), **(env or {})},
         credentials=dump(own) if own is not None else "",
     )
 
@@ -211,14 +211,14 @@ def _edge_model(model: ModelSpec) -> EdgeModel:
     )
 
 
-def _counters(node: Node, around: Surroundings) -> Path:
-    return around.directory(node.id) / "counters"
+def _counters(node: Node, context: LaunchContext) -> Path:
+    return context.directory(node.id) / "counters"
 
 
-def _host(asked: str | None, node: Node, around: Surroundings) -> str:
+def _host(asked: str | None, node: Node, context: LaunchContext) -> str:
     if asked is not None:
         return asked
-    return LOOPBACK if around.local else node.address
+    return LOOPBACK if context.local else node.address
 
 
 def _reachable(host: str, node: Node) -> str:
@@ -226,14 +226,14 @@ def _reachable(host: str, node: Node) -> str:
     return node.address if host in ("0.0.0.0", "::") else host
 
 
-def _environment(spec: ClusterSpec, node: Node, around: Surroundings) -> dict[str, str]:
+def _environment(spec: ClusterSpec, node: Node, context: LaunchContext) -> dict[str, str]:
     """For engines and agents. MEGATOKEN_NODE_ADDRESS makes the node's actor fill in addresses and interfaces."""
     env = dict(spec.network.env)
     if spec.network.interface:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
             env.setdefault(name, spec.network.interface)
-    env["MEGATOKEN_NODE_ADDRESS"] = LOOPBACK if around.local else node.address
-    env["RAY_ADDRESS"] = around.ray_address
+    env["MEGATOKEN_NODE_ADDRESS"] = LOOPBACK if context.local else node.address
+    env["RAY_ADDRESS"] = context.ray_address
     return env
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from megatoken.cluster.decide.backend import AGENT, EDGE, ROUTER, ProcessLaunch, ProcessObservation
 from megatoken.cluster.decide.fleet import Fleet, Phase
-from megatoken.cluster.decide.launches import Surroundings, agent_launch, edge_launch, router_launch
+from megatoken.cluster.decide.launches import LaunchContext, agent_launch, edge_launch, router_launch
 from megatoken.cluster.inventory.topology import Inventory, Node
 from megatoken.cluster.spec.cluster import ClusterSpec
 
@@ -63,7 +63,9 @@ class Decision:
     changed: tuple[tuple[str, Record], ...] = ()
 
 
-def wanted_processes(spec: ClusterSpec, inventory: Inventory, fleet: Fleet, around: Surroundings) -> tuple[Wanted, ...]:
+def wanted_processes(
+    spec: ClusterSpec, inventory: Inventory, fleet: Fleet, context: LaunchContext
+) -> tuple[Wanted, ...]:
     """Every router, edge and agent that should run on the nodes there are."""
     alive = [node for node in inventory.nodes if node.alive]
     head = next((node for node in alive if node.head), alive[0] if alive else None)
@@ -77,17 +79,17 @@ def wanted_processes(spec: ClusterSpec, inventory: Inventory, fleet: Fleet, arou
         for node in alive:
             if node.id in serving:
                 slot = _slot("agent", node, head, 0)
-                found.append(_wanted(slot, agent_launch(slot, node, spec, around)))
+                found.append(_wanted(slot, agent_launch(slot, node, spec, context)))
     for node in router_nodes:
         for number in range(spec.routers.count):
             slot = _slot("router", node, head, number)
-            found.append(_wanted(slot, router_launch(slot, node, spec, around)))
+            found.append(_wanted(slot, router_launch(slot, node, spec, context)))
     if any(model.source for model in spec.models):
         for node in _nodes(alive, head, spec.edge.count, per_node=spec.edge.per_node):
             near = node if node in router_nodes else head
             for number in range(spec.edge.count):
                 slot = _slot("edge", node, head, number)
-                found.append(_wanted(slot, edge_launch(slot, node, spec, around, near)))
+                found.append(_wanted(slot, edge_launch(slot, node, spec, context, near)))
     return tuple(found)
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.fleet import (
     Action,
+    ClusterEvent,
     Desired,
     Fleet,
-    Happening,
     Limits,
     ModelHealth,
     Observation,
@@ -58,7 +58,7 @@ class _Tick:
     blocked_kinds: dict[str, BlockedKind] = field(default_factory=dict)
     rollouts: dict[str, str] = field(default_factory=dict)
     actions: list[Action] = field(default_factory=list)
-    happenings: list[Happening] = field(default_factory=list)
+    events: list[ClusterEvent] = field(default_factory=list)
 
     def block(self, model: str, kind: BlockedKind, text: str) -> None:
         self.blocked[model], self.blocked_kinds[model] = text, kind
@@ -85,7 +85,7 @@ class _Tick:
         self.replicas[replica.id] = replace(replica, **changes)  # type: ignore[arg-type]
         message = f"{replica.state} -> {state}" + (f": {reason}" if reason else "")
         fields = {"model": replica.model, "from": replica.state.value, "to": state.value}
-        self.happenings.append(Happening("replica.state", replica.id, message, cause, fields))
+        self.events.append(ClusterEvent("replica.state", replica.id, message, cause, fields))
 
     def _lease_until_s(self, replica: Replica) -> float:
         """Until when a replica that cannot be reached may serve; one that never served has no lease."""
@@ -119,7 +119,7 @@ def reconcile(desired: Desired, fleet: Fleet, observation: Observation, limits: 
     _tell_blocked(tick, fleet)
     kept = _without_old_endings(tick)
     following = Fleet(kept, tick.health, tick.blocked, tick.blocked_kinds, tick.rollouts, tick.serial)
-    return Plan(following, tuple(tick.actions), tuple(tick.happenings))
+    return Plan(following, tuple(tick.actions), tuple(tick.events))
 
 
 def _advance(tick: _Tick) -> None:
@@ -192,7 +192,7 @@ def _decide(tick: _Tick) -> dict[str, RolloutStep]:
         if step.roll_back:
             tick.actions.append(RollBack(name, step.roll_back))
             tick.health.pop(name, None)  # these failures have had their effect: applied again, the spec is tried anew
-            tick.happenings.append(Happening("model.rollback", name, f"rolled back: {step.roll_back}", "update failed"))
+            tick.events.append(ClusterEvent("model.rollback", name, f"rolled back: {step.roll_back}", "update failed"))
         if step.put_off:
             tick.block(name, BlockedKind.LEASE, _lease_text(replicas, tick.now))
         if _has_failed_start(health, model, tick.now):
@@ -251,7 +251,7 @@ def _add(tick: _Tick, placement: Placement) -> None:
     nodes = (tick.observation.inventory.node(node_id) for node_id in placement.nodes)
     where = ", ".join(node.title for node in nodes if node is not None)
     fields = {"model": model.name, "nodes": where}
-    tick.happenings.append(Happening("replica.planned", replica.id, f"planned on {where}", "reconcile", fields))
+    tick.events.append(ClusterEvent("replica.planned", replica.id, f"planned on {where}", "reconcile", fields))
 
 
 def _block(
@@ -308,10 +308,10 @@ def _unknown(observation: Observation, replicas: Mapping[str, Replica]) -> list[
 def _tell_blocked(tick: _Tick, before: Fleet) -> None:
     for name, reason in tick.blocked.items():
         if name not in before.blocked:
-            tick.happenings.append(Happening("model.blocked", name, reason, "reconcile"))
+            tick.events.append(ClusterEvent("model.blocked", name, reason, "reconcile"))
     for name in before.blocked:
         if name not in tick.blocked and name in tick.models:
-            tick.happenings.append(Happening("model.unblocked", name, "nothing blocks it any more", "reconcile"))
+            tick.events.append(ClusterEvent("model.unblocked", name, "nothing blocks it any more", "reconcile"))
 
 
 def _without_old_endings(tick: _Tick) -> tuple[Replica, ...]:

@@ -6,23 +6,23 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatoken.cluster.inventory.topology import Device, Node
-from megatoken.cluster.placement.floor import Floor, Host, refusal
+from megatoken.cluster.placement.free_devices import FreeDevices, Host, refusal
 from megatoken.cluster.placement.values import BlockedKind, ReplicaRequest, TpSpan
 
 DEVICES = "devices"  # what every replica asks for, with or without constraints
 Explanation = tuple[BlockedKind, str, str]
 
 
-def explain(request: ReplicaRequest, floor: Floor) -> Explanation:
+def explain(request: ReplicaRequest, free: FreeDevices) -> Explanation:
     """Why, and what would unblock it, each a sentence, from the floor as it is after all other placements."""
-    nodes = floor.inventory.nodes
+    nodes = free.inventory.nodes
     if not nodes:
         return BlockedKind.CAPACITY, f"{_need(request)}, and the cluster has no nodes.", "Add a node."
     steps = _static(request, nodes)
     if steps:
         return steps
-    hosts = [host for host in floor.hosts if not refusal(host, request.constraints)]
-    clashing = [h for h in hosts if floor.clashes(h.node, request.model, request.constraints)]
+    hosts = [host for host in free.hosts if not refusal(host, request.constraints)]
+    clashing = [h for h in hosts if free.clashes(h.node, request.model, request.constraints)]
     hosts = [host for host in hosts if host not in clashing]
     return _capacity(request, nodes, hosts, clashing)
 

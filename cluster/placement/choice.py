@@ -15,7 +15,7 @@ import heapq
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from megatoken.cluster.placement.floor import Floor, Host, ranks_of, refusal
+from megatoken.cluster.placement.free_devices import FreeDevices, Host, ranks_of, refusal
 from megatoken.cluster.placement.values import Placement, ReplicaRequest, Separate, TpSpan
 
 Share = tuple[Host, int]  # a host, and how many TP groups go there
@@ -25,12 +25,12 @@ Key = tuple[int, ...]
 class Chooser:
     """Places replicas of one shape on a floor. Only one chooser may change a floor at a time."""
 
-    def __init__(self, shape: ReplicaRequest, floor: Floor, *, spread: bool) -> None:
+    def __init__(self, shape: ReplicaRequest, free: FreeDevices, *, spread: bool) -> None:
         self._shape = shape
-        self._floor = floor
+        self._free = free
         self._spread = spread
         self._span = shape.constraints.tp_span
-        hosts = [host for host in floor.hosts if not refusal(host, shape.constraints)]
+        hosts = [host for host in free.hosts if not refusal(host, shape.constraints)]
         self._fits = {host: self._count_fits(host) for host in hosts}
         self._single: _Tree | None = None
         if any(fits >= shape.groups for fits in self._fits.values()):
@@ -44,11 +44,11 @@ class Chooser:
             return False
         if request.model == self._shape.model:
             return True
-        if request.constraints.avoid or self._floor.avoided_on or self._wider is not None:
+        if request.constraints.avoid or self._free.avoided_on or self._wider is not None:
             return False
-        nodes = self._floor.nodes_of.get(self._shape.model, set()) | self._floor.nodes_of.get(request.model, set())
+        nodes = self._free.nodes_of.get(self._shape.model, set()) | self._free.nodes_of.get(request.model, set())
         self._shape = replace(self._shape, model=request.model)
-        self._refresh([host for node in nodes for host in self._floor.of_node(node)])
+        self._refresh([host for node in nodes for host in self._free.of_node(node)])
         return True
 
     def place(self, request: ReplicaRequest) -> Placement | None:
@@ -59,7 +59,7 @@ class Chooser:
         need, span = request.device_memory_bytes, self._span
         taken = [(host, host.take(count, request.tensor, span, need)) for host, count in shares]
         placement = Placement(request.replica, request.model, ranks_of(request, taken), request.constraints.avoid)
-        self._floor.count(placement)
+        self._free.count(placement)
         self._refresh([host for host, _ in shares])
         return placement
 
@@ -69,7 +69,7 @@ class Chooser:
             return None
         if self._wider is None:
             flat = replace(self._shape, tensor=1, pipeline=self._shape.width, data=1)
-            self._wider = Chooser(flat, self._floor, spread=self._spread)
+            self._wider = Chooser(flat, self._free, spread=self._spread)
         flat = replace(request, tensor=1, pipeline=request.width, data=1)
         placement = self._wider.place(flat)
         if placement is None:
@@ -98,7 +98,7 @@ class Chooser:
         return None
 
     def _zone_key(self, zone: _Zone) -> tuple[int, int, int, str]:
-        count = zone.models(self._floor, self._shape.model) if self._spread else 0
+        count = zone.models(self._free, self._shape.model) if self._spread else 0
         return (zone.nodes_needed(self._shape.groups), count, zone.total, zone.name)
 
     def _make_zones(self) -> list[_Zone]:
@@ -134,17 +134,17 @@ class Chooser:
         if self._shape.constraints.separate is Separate.RACK:
             domains = {host.node.failure_domain for host in hosts}
             return [host for host in self._fits if host.node.failure_domain in domains]
-        return [other for node in {host.node.id: None for host in hosts} for other in self._floor.of_node(node)]
+        return [other for node in {host.node.id: None for host in hosts} for other in self._free.of_node(node)]
 
     def _count_fits(self, host: Host) -> int:
         shape = self._shape
-        if self._floor.clashes(host.node, shape.model, shape.constraints):
+        if self._free.clashes(host.node, shape.model, shape.constraints):
             return 0
         return host.fits(shape.tensor, self._span, shape.device_memory_bytes)
 
     def standing(self, host: Host) -> int:
         """Replicas of the model on the host's node, when they are to be spread."""
-        return self._floor.on_node.get(host.node.id, _NONE)[self._shape.model] if self._spread else 0
+        return self._free.on_node.get(host.node.id, _NONE)[self._shape.model] if self._spread else 0
 
     def host_key(self, host: Host) -> Key | None:
         """The order of hosts inside one failure domain; None: it does not hold the replica."""
@@ -153,10 +153,10 @@ class Chooser:
         return (self.standing(host), host.free, host.order)
 
     def domain_count(self, domain: str) -> int:
-        return self._floor.in_domain.get(domain, _NONE)[self._shape.model] if self._spread else 0
+        return self._free.in_domain.get(domain, _NONE)[self._shape.model] if self._spread else 0
 
     def site_count(self, site: str) -> int:
-        return self._floor.in_site.get(site, _NONE)[self._shape.model] if self._spread else 0
+        return self._free.in_site.get(site, _NONE)[self._shape.model] if self._spread else 0
 
 
 _NONE: Counter[str] = Counter()  # read only: Counter's [] does not insert
@@ -251,8 +251,8 @@ class _Zone:
     def holds(self, host: Host) -> bool:
         return host.order in self._hosts
 
-    def models(self, floor: Floor, model: str) -> int:
-        table = floor.in_domain if self.level == "rack" else floor.in_site
+    def models(self, free: FreeDevices, model: str) -> int:
+        table = free.in_domain if self.level == "rack" else free.in_site
         return table.get(self._place, _NONE)[model]
 
     def put(self, host: Host, fits: int, standing: int) -> None:

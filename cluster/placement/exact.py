@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatoken.cluster.placement.floor import Floor, Host, ranks_of, refusal
+from megatoken.cluster.placement.free_devices import FreeDevices, Host, ranks_of, refusal
 from megatoken.cluster.placement.values import Placement, ReplicaRequest, Separate, TpSpan
 
 MAX_STEPS = 8_000  # about a quarter of a second at worst; the reconciler pays it each tick while something is blocked
@@ -26,20 +26,20 @@ class _Cell:
     devices: int
 
 
-def search_exact(requests: Sequence[ReplicaRequest], floor: Floor) -> dict[str, Placement] | None:
+def search_exact(requests: Sequence[ReplicaRequest], free: FreeDevices) -> dict[str, Placement] | None:
     """A placement for every request, or None when there is none, or none was found within the bounds."""
-    cells = [_Cell(host, domain, len(free)) for host in floor.hosts for domain, free in sorted(host.cells.items())]
+    cells = [_Cell(host, domain, len(free)) for host in free.hosts for domain, free in sorted(host.cells.items())]
     groups = sum(request.groups for request in requests)
     devices = sum(request.width for request in requests)
     if not cells or groups > MAX_GROUPS or len(cells) > MAX_CELLS or devices > sum(cell.devices for cell in cells):
         return None
     if not _enough_groups(requests, cells):
         return None
-    one_cell_each = all(len(host.cells) == 1 for host in floor.hosts)
+    one_cell_each = all(len(host.cells) == 1 for host in free.hosts)
     spans = {request.constraints.tp_span for request in requests if request.tensor > 1}
     if TpSpan.ANY in spans or (TpSpan.NODE in spans and not one_cell_each):
         return None
-    search = _Search(requests, floor, cells)
+    search = _Search(requests, free, cells)
     return search.placements() if search.replica(0, 0) else None
 
 
@@ -60,26 +60,26 @@ def _enough_groups(requests: Sequence[ReplicaRequest], cells: Sequence[_Cell]) -
 class _Search:
     """Depth first over replicas, then over a replica's groups; failed states at replica borders are remembered."""
 
-    def __init__(self, requests: Sequence[ReplicaRequest], floor: Floor, cells: list[_Cell]) -> None:
+    def __init__(self, requests: Sequence[ReplicaRequest], free: FreeDevices, cells: list[_Cell]) -> None:
         self._requests = requests
         self._cells = cells
         self._free = [cell.devices for cell in cells]
         self._chosen: list[list[int]] = [[] for _ in requests]
         self._steps = 0
         self._failed: set[tuple[object, ...]] = set()
-        self._allowed = [self._allowed_cells(request, floor) for request in requests]
-        self._avoided = {node: Counter(models) for node, models in floor.avoided_on.items()}
-        self._on_node = {node: Counter(models) for node, models in floor.on_node.items()}
-        self._in_domain = {domain: Counter(models) for domain, models in floor.in_domain.items()}
+        self._allowed = [self._allowed_cells(request, free) for request in requests]
+        self._avoided = {node: Counter(models) for node, models in free.avoided_on.items()}
+        self._on_node = {node: Counter(models) for node, models in free.on_node.items()}
+        self._in_domain = {domain: Counter(models) for domain, models in free.in_domain.items()}
         self._occupancy_matters = any(r.constraints.avoid or r.constraints.separate != "none" for r in requests)
 
-    def _allowed_cells(self, request: ReplicaRequest, floor: Floor) -> list[int]:
+    def _allowed_cells(self, request: ReplicaRequest, free: FreeDevices) -> list[int]:
         need = request.device_memory_bytes
         return [
             number
             for number, cell in enumerate(self._cells)
             if not refusal(cell.host, request.constraints)
-            and not floor.clashes(cell.host.node, request.model, request.constraints)
+            and not free.clashes(cell.host.node, request.model, request.constraints)
             and len(cell.host.usable(need)[cell.domain]) == cell.devices
         ]
 

@@ -27,7 +27,7 @@ from megatoken.cluster.inventory.topology import Inventory
 from megatoken.cluster.placement.blocked import explain
 from megatoken.cluster.placement.choice import Chooser
 from megatoken.cluster.placement.exact import search_exact
-from megatoken.cluster.placement.floor import Floor
+from megatoken.cluster.placement.free_devices import FreeDevices
 from megatoken.cluster.placement.values import (
     Blocked,
     BlockedKind,
@@ -64,22 +64,22 @@ def place(
     O((nodes + replicas) log nodes) for each shape of replica.
     """
     _require_valid(requests, existing)
-    floor = Floor(inventory, existing)
-    order = _widest_first(requests, floor)
+    free = FreeDevices(inventory, existing)
+    order = _widest_first(requests, free)
     for spread in (True, False):
-        found = _greedy(order, Floor(inventory, existing), spread=spread)
+        found = _greedy(order, FreeDevices(inventory, existing), spread=spread)
         if len(found) == len(requests):
             return tuple(found[request.replica] for request in requests)
-    exact = search_exact(order, floor)
+    exact = search_exact(order, free)
     if exact is not None:
         return tuple(exact[request.replica] for request in requests)
-    return _partial(requests, order, Floor(inventory, existing), existing)
+    return _partial(requests, order, FreeDevices(inventory, existing), existing)
 
 
 def _partial(
     requests: Sequence[ReplicaRequest],
     order: Sequence[ReplicaRequest],
-    floor: Floor,
+    free: FreeDevices,
     existing: Sequence[Placement],
 ) -> tuple[Outcome, ...]:
     """Not everything fits: the first replica of each model, wide ones first, and then the rest."""
@@ -89,8 +89,8 @@ def _partial(
         if request.model not in running:
             first.setdefault(request.model, request.replica)
     chosen = set(first.values())
-    found = _greedy([request for request in order if request.replica in chosen], floor, spread=True)
-    found |= _greedy([request for request in order if request.replica not in chosen], floor, spread=True)
+    found = _greedy([request for request in order if request.replica in chosen], free, spread=True)
+    found |= _greedy([request for request in order if request.replica not in chosen], free, spread=True)
     reasons: dict[ReplicaRequest, tuple[BlockedKind, str, str]] = {}
     outcomes: list[Outcome] = []
     for request in requests:
@@ -98,29 +98,29 @@ def _partial(
         if placement is None:
             like = replace(request, replica="")
             if like not in reasons:
-                reasons[like] = explain(request, floor)
+                reasons[like] = explain(request, free)
             outcomes.append(Blocked(request.replica, request.model, *reasons[like]))
         else:
             outcomes.append(placement)
     return tuple(outcomes)
 
 
-def _greedy(order: Iterable[ReplicaRequest], floor: Floor, *, spread: bool) -> dict[str, Placement]:
+def _greedy(order: Iterable[ReplicaRequest], free: FreeDevices, *, spread: bool) -> dict[str, Placement]:
     """Places one by one on `floor`, which it uses up; those that find no place are left out."""
     found: dict[str, Placement] = {}
     chooser: Chooser | None = None
     for request in order:
         if chooser is None or not chooser.turn_to(request):
-            chooser = Chooser(request, floor, spread=spread)
+            chooser = Chooser(request, free, spread=spread)
         placement = chooser.place(request)
         if placement is not None:
             found[request.replica] = placement
     return found
 
 
-def _widest_first(requests: Sequence[ReplicaRequest], floor: Floor) -> list[ReplicaRequest]:
+def _widest_first(requests: Sequence[ReplicaRequest], free: FreeDevices) -> list[ReplicaRequest]:
     """Widest TP group, then widest replica, then the one with the fewest devices to choose from; like beside like."""
-    choice = {rules: (floor.eligible_devices(rules), repr(rules)) for rules in {r.constraints for r in requests}}
+    choice = {rules: (free.eligible_devices(rules), repr(rules)) for rules in {r.constraints for r in requests}}
 
     def key(request: ReplicaRequest) -> tuple[int, int, tuple[int, str], int, int, str]:
         rules = choice[request.constraints]

@@ -14,7 +14,7 @@ from megatoken.cluster.decide.request import request_for
 from megatoken.cluster.inventory.model_memory import parallel_problems, tensor_sizes
 from megatoken.cluster.inventory.model_shape import ModelShape
 from megatoken.cluster.inventory.topology import CPU_KIND, Device, Inventory, Node
-from megatoken.cluster.placement.floor import Floor, refusal
+from megatoken.cluster.placement.free_devices import FreeDevices, refusal
 from megatoken.cluster.placement.place import (
     Blocked,
     BlockedKind,
@@ -153,7 +153,7 @@ def _unused(inventory: Inventory, placements: Sequence[Placement]) -> tuple[tupl
 def _alternatives(model: ModelSpec, shape: ModelShape, inventory: Inventory) -> list[Alternative]:
     """Every split that fits, for each kind of device alone, the fastest first."""
     rules = request_for(model, "").constraints
-    hosts = [host for host in Floor(inventory).hosts if not refusal(host, rules)]
+    hosts = [host for host in FreeDevices(inventory).hosts if not refusal(host, rules)]
     found: list[Alternative] = []
     for kind in sorted({host.kind for host in hosts}):
         of_kind = [host for host in hosts if host.kind == kind]
@@ -213,7 +213,7 @@ def _most_replicas(like: ReplicaRequest, inventory: Inventory) -> int:
     That count is exact where replicas may stand together and no TP group leaves its node; else they are placed.
     """
     rules = like.constraints
-    hosts = [host for host in Floor(inventory).hosts if not refusal(host, rules)]
+    hosts = [host for host in FreeDevices(inventory).hosts if not refusal(host, rules)]
     if rules.separate is not Separate.NONE or rules.tp_span is TpSpan.ANY:
         most = min(sum(host.free for host in hosts) // like.width, MAX_TRIED)
         outcomes = place([replace(like, replica=str(number)) for number in range(most)], inventory)

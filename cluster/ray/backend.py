@@ -20,7 +20,7 @@ from ray.util import list_named_actors, placement_group, placement_group_table, 
 from ray.util.placement_group import get_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from megatoken.cluster.decide.backend import Look, ProcessLaunch, ProcessObservation
+from megatoken.cluster.decide.backend import BackendState, ProcessLaunch, ProcessObservation
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
 from megatoken.cluster.decide.liveness import PartSeen
@@ -85,7 +85,7 @@ class RayBackend:
     def wait_change(self, wait_s: float) -> bool:
         return self._collect(wait_s)
 
-    def look(self) -> Look:
+    def look(self) -> BackendState:
         self._collect(0.0)
         self._finish_stops()
         try:
@@ -93,7 +93,7 @@ class RayBackend:
             groups = self._group_states()
         except (RayError, RuntimeError, ConnectionError, TimeoutError) as error:
             logger.warning("Ray did not answer: %s", error)
-            return Look(self._inventory, {}, {}, complete=False)
+            return BackendState(self._inventory, {}, {}, complete=False)
         replicas: dict[str, ReplicaObservation] = {}
         processes: dict[str, ProcessObservation] = {}
         for name, handle in self._handles.items():
@@ -103,7 +103,7 @@ class RayBackend:
         ids = {name.removeprefix(REPLICA_PREFIX) for name in self._handles if name.startswith(REPLICA_PREFIX)}
         for replica_id in ids | groups.keys():
             replicas[replica_id] = self._replica(replica_id, groups.get(replica_id, Reservation.NONE))
-        return Look(self._inventory, replicas, processes)
+        return BackendState(self._inventory, replicas, processes)
 
     def _replica(self, replica_id: str, reservation: Reservation) -> ReplicaObservation:
         handle = self._handles.get(REPLICA_PREFIX + replica_id)

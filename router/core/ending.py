@@ -37,7 +37,7 @@ def generated_by(state: RouterState, request: Request) -> int:
 def end(state: RouterState, request: Request, finish: tokens_pb2.Finish, now: float) -> None:
     """Finishes a request in whatever state it is. `finish` has what is particular; the rest is filled in here.
 
-    A slot that the worker still knows becomes a zombie if the request's own state is RUNNING; the caller who got the
+    A slot that the worker still knows becomes an orphan if the request's own state is RUNNING; the caller who got the
     worker's Finish frees it before (request.slot = -1 after keeping the count in finish.generated_tokens).
     """
     if request.state is RequestState.QUEUED or request.state is RequestState.RESUMING:
@@ -89,7 +89,7 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
     state.live_bytes -= len(request.raw)
     request.raw = request.carried = request.replayed = b""
     request.held_details.clear()
-    for account in (_leave_door, _forget, _settle_accounts):
+    for account in (_leave_caller, _forget, _settle_accounts):
         try:
             account(state, request, finish, now)
         except Exception as error:
@@ -108,9 +108,9 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
             state.faults.caught("request log", error)
 
 
-def _leave_door(state: RouterState, request: Request, finish: tokens_pb2.Finish, _now: float) -> None:
+def _leave_caller(state: RouterState, request: Request, finish: tokens_pb2.Finish, _now: float) -> None:
     """Gives its key back the request's place, and what it was charged too much."""
-    state.door.leave(request.caller, request.cost_tokens, request.prompt_tokens + finish.generated_tokens)
+    state.callers.leave(request.caller, request.cost_tokens, request.prompt_tokens + finish.generated_tokens)
 
 
 def _forget(state: RouterState, request: Request, _finish: tokens_pb2.Finish, _now: float) -> None:

@@ -10,16 +10,16 @@ from megatoken.router.core.ending import LENGTH, end, fail
 from megatoken.router.core.lifecycle import RequestEvent
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.fleet import Endpoint, Pool
-from megatoken.router.fleet.prefix_book import cached_tokens
+from megatoken.router.fleet.prefix_index import cached_tokens
+from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.streams.slots import DIRECT
 from megatoken.tokens.frames import U32
 from megatoken.v1 import tokens_pb2
 
 
-def question_of(request: Request) -> Question:
-    return Question(
+def routing_request(request: Request) -> RoutingRequest:
+    return RoutingRequest(
         request.prompt_tokens,
         request.expected_tokens,
         request.affinity,
@@ -30,19 +30,19 @@ def question_of(request: Request) -> Question:
     )
 
 
-def pump(state: RouterState, pool: Pool, now: float) -> None:
+def place_waiting(state: RouterState, pool: Pool, now: float) -> None:
     """Places as many waiting requests of the model as there is room for.
 
     Called wherever room may have come, by code that has others to serve as well: a fault of ours ends here, and those
     that wait are tried again at the next tick at the latest.
     """
     try:
-        _place_waiting(state, pool, now)
+        _place_all(state, pool, now)
     except Exception as error:
         state.faults.caught("placement", error)
 
 
-def _place_waiting(state: RouterState, pool: Pool, now: float) -> None:
+def _place_all(state: RouterState, pool: Pool, now: float) -> None:
     if pool.queue.suspects or pool.has_wards:
         _try_suspects(state, pool, now)
     while pool.queue.length and pool.open:
@@ -50,7 +50,7 @@ def _place_waiting(state: RouterState, pool: Pool, now: float) -> None:
         if request is None:
             return
         try:
-            replica = pool.policy.choose(pool, question_of(request), state.rng)
+            replica = pool.policy.choose(pool, routing_request(request), state.rng)
             if replica is None:
                 return
         except Exception as error:  # it would stand before all others for good

@@ -6,7 +6,7 @@ from megatoken.errors import UnavailableError
 from megatoken.router.core.accounts import uncharge
 from megatoken.router.core.ending import end, error_finish, fail
 from megatoken.router.core.lifecycle import RequestEvent, RequestState
-from megatoken.router.core.placement import pump
+from megatoken.router.core.placement import place_waiting
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.circuit import CircuitState
@@ -18,7 +18,7 @@ def lose(
 ) -> None:
     """The request's replica has it no more. Queues it for another one, first in line, or ends it with UNAVAILABLE.
 
-    known_to_worker: the worker may still send for the slot (it was moved, not lost): it becomes a zombie.
+    known_to_worker: the worker may still send for the slot (it was moved, not lost): it becomes an orphan.
     died: the replica died or hangs, for which the request may be the cause while it had no token there; see quarantine.
     """
     if request.state is not RequestState.RUNNING:
@@ -50,7 +50,7 @@ def lose(
         request.pool.queue.push_suspect(request)
     else:
         request.pool.queue.push_front(request)
-    pump(state, request.pool, now)
+    place_waiting(state, request.pool, now)
 
 
 def _take_back(state: RouterState, request: Request, now: float, known_to_worker: bool) -> None:
@@ -144,7 +144,7 @@ def probed(state: RouterState, replica: Endpoint, now: float, *, well: bool) -> 
     else:
         replica.circuit.failed(now)
     state.fleet.refresh(replica, now)
-    pump(state, replica.pool, now)
+    place_waiting(state, replica.pool, now)
 
 
 def connect(state: RouterState, replica: Endpoint, now: float) -> None:
@@ -153,7 +153,7 @@ def connect(state: RouterState, replica: Endpoint, now: float) -> None:
     replica.alive_s = now
     replica.engine_steps = -1
     state.fleet.refresh(replica, now)
-    pump(state, replica.pool, now)
+    place_waiting(state, replica.pool, now)
 
 
 def move_all(state: RouterState, replica: Endpoint, reason: str, now: float) -> None:

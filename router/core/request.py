@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from megatoken.router.core.lifecycle import LIFECYCLE, RequestEvent, RequestState
-from megatoken.router.identity.door import Caller
+from megatoken.router.identity.callers import Caller
 
 if TYPE_CHECKING:
     from megatoken.router.fleet.fleet import Endpoint, Pool

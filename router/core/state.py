@@ -19,7 +19,7 @@ from megatoken.router.core.request import Request
 from megatoken.router.core.retry_budget import RetryBudget
 from megatoken.router.core.sink import SessionSink
 from megatoken.router.fleet.fleet import Endpoint, EndpointTable, Policy
-from megatoken.router.identity.door import Door
+from megatoken.router.identity.callers import CallerRegistry
 from megatoken.router.measures import ModelMeasures, refusal_reason
 from megatoken.router.policies.make import make_policy
 from megatoken.router.streams.history import TokenPages
@@ -35,7 +35,7 @@ class RouterState:
     ledger: RouterLedger
     rng: random.Random
     fleet: EndpointTable
-    door: Door = field(default_factory=Door)
+    callers: CallerRegistry = field(default_factory=CallerRegistry)
     slots: SlotTable = field(default_factory=SlotTable)
     pages: TokenPages = field(init=False)
     sinks: list[SessionSink | None] = field(default_factory=list)
@@ -65,7 +65,7 @@ class RouterState:
         return make_policy(name or self.config.policy)
 
     def count_refusal(self, model: str, error: MegatokenError) -> None:
-        """A request was turned away at the door."""
+        """A request was turned away on its way in."""
         pool = self.fleet.pools.get(model)
         measures = pool.measures if pool is not None else self.nowhere
         measures.refusals[refusal_reason(error, self.draining)] += 1

@@ -10,11 +10,11 @@ from megatoken.router.admission.validation import check_priority, check_request,
 from megatoken.router.core import continuation
 from megatoken.router.core.ending import CANCELLED, end, fail
 from megatoken.router.core.lifecycle import RequestState
-from megatoken.router.core.placement import pump
+from megatoken.router.core.placement import place_waiting
 from megatoken.router.core.request import Request, Sink
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.prefix_book import block_hashes
-from megatoken.router.identity.door import Caller
+from megatoken.router.fleet.prefix_index import block_hashes
+from megatoken.router.identity.callers import Caller
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 
@@ -63,7 +63,7 @@ def submit(
             request.pool.queue.push(request, 1.0 if request.caller.key is None else request.caller.key.weight)
         except Exception as error:  # its caller is charged, and nothing else would ever look at it again
             fail(state, request, "submission", error, now)
-    pump(state, requests[0].pool, now)
+    place_waiting(state, requests[0].pool, now)
     return requests
 
 
@@ -81,7 +81,7 @@ def _admit(
     """Charges the caller last of all, so that nothing that fails on the way has to be given back."""
     if state.draining:
         raise DrainingError("the router is draining; open a new session")
-    caller = state.door.admit(caller, message.model)
+    caller = state.callers.admit(caller, message.model)
     pool = pool_of(state.fleet, message.model)
     prompt_tokens, max_tokens = check_request(message, pool, state.config.limits)
     check_priority(message, caller.highest_priority)
@@ -130,13 +130,13 @@ def _admit(
         )
         for choice in range(choices)
     ]
-    state.door.enter(caller, choices, cost, now, size_bytes)
+    state.callers.enter(caller, choices, cost, now, size_bytes)
     if own is not None:
         try:
             own(requests)
         except BaseException:
             for request in requests:
-                state.door.leave(caller, request.cost_tokens, 0)
+                state.callers.leave(caller, request.cost_tokens, 0)
             raise
     return requests
 
@@ -159,4 +159,4 @@ def cancel(state: RouterState, request: Request, now: float) -> None:
         end(state, request, tokens_pb2.Finish(reason=CANCELLED), now)
     except Exception as error:  # the session has others to serve
         fail(state, request, "end", error, now)
-    pump(state, pool, now)
+    place_waiting(state, pool, now)

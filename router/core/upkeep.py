@@ -8,14 +8,14 @@ from megatoken.errors import DeadlineError, MegatokenError, UnavailableError
 from megatoken.router.core.ending import end, error_finish, fail
 from megatoken.router.core.held import flush_held
 from megatoken.router.core.lifecycle import RequestState
-from megatoken.router.core.placement import pump
+from megatoken.router.core.placement import place_waiting
 from megatoken.router.core.recovery import move_all
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.fleet.outliers import slow_replicas
 
-ZOMBIE_S: Final = 120.0  # an engine aborts within a step; a step that includes a long prefill takes seconds
+ORPHAN_S: Final = 120.0  # an engine aborts within a step; a step that includes a long prefill takes seconds
 
 
 def flush_due(state: RouterState, now: float) -> None:
@@ -39,7 +39,7 @@ def tick(state: RouterState, now: float, unix_s: float) -> None:
     for pool in state.fleet.pools.values():
         try:
             pool.gauge()
-            pump(state, pool, now)
+            place_waiting(state, pool, now)
         except Exception as error:
             state.faults.caught("upkeep", error)
     _waits(state, now)
@@ -62,10 +62,10 @@ def _watch(state: RouterState, replica: Endpoint, now: float, unix_s: float) -> 
 
 def slow_tick(state: RouterState, now: float) -> None:
     """Called about once a second: leaves out replicas much slower than their kind, and those that confirm no end."""
-    for index in set(state.slots.replica[state.slots.zombies(now - ZOMBIE_S)].tolist()):
+    for index in set(state.slots.replica[state.slots.orphans(now - ORPHAN_S)].tolist()):
         replica = state.fleet.replicas[index]
         if replica is not None and replica.link is not None:
-            replica.link.cut(f"it did not confirm the end of a cancelled stream within {ZOMBIE_S:.0f} s")
+            replica.link.cut(f"it did not confirm the end of a cancelled stream within {ORPHAN_S:.0f} s")
     for pool in state.fleet.pools.values():
         for replica in slow_replicas(pool, state.config.breaker, now):
             replica.ejected_until_s = now + state.config.breaker.max_open_s
@@ -77,7 +77,7 @@ def _deadlines(state: RouterState, now: float) -> None:
     for request in state.deadlines.pop_until(now):
         late_s = now - request.arrived_s
         _end(state, request, DeadlineError(f"not done after {late_s:.3f} s, its deadline"), now)
-        pump(state, request.pool, now)
+        place_waiting(state, request.pool, now)
 
 
 def _waits(state: RouterState, now: float) -> None:

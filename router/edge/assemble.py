@@ -15,7 +15,7 @@ from megatoken.router.edge.metrics import EdgeMetrics
 from megatoken.router.edge.router_session.sessions import Sessions
 from megatoken.router.edge.vllm.layer import ModelApp, build_model_app
 from megatoken.router.identity.api_keys import KeyRing
-from megatoken.router.identity.door import Door
+from megatoken.router.identity.callers import CallerRegistry
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ async def assemble(config: EdgeConfig, keys: KeyRing | None = None) -> Edge:
     dispatch = Dispatch(
         apps={name: model for model in models for name in (*model.model.names, *model.model.loras)},
         is_healthy=lambda: sessions.connected,
-        door=Door(keys),
+        callers=CallerRegistry(keys),
         max_body_bytes=config.limits.max_body_bytes,
     )
     server = None

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from megatoken.router.config import AdmissionConfig, BreakerConfig
 from megatoken.router.fleet.affinity_seeds import seed_of
 from megatoken.router.fleet.capacity import Capacity, Rates
-from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.circuit import Circuit
 from megatoken.router.fleet.fair_queue import FairQueue, Queued
-from megatoken.router.fleet.prefix_book import PrefixBook
+from megatoken.router.fleet.prefix_index import PrefixIndex
+from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.measures import ModelMeasures
 
 
@@ -118,7 +118,7 @@ class Policy(Protocol):
     name: str  # as a spec writes it
     wants_prefix: bool  # asks for Question.prefix_hashes
 
-    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Endpoint | None:
+    def choose(self, pool: Pool, asked: RoutingRequest, rng: random.Random) -> Endpoint | None:
         """One of pool.open, or None when there is none."""
 
 
@@ -138,7 +138,7 @@ class Pool:
     outputs_seen: int = 0
     _made: float = 0.0
     _allowed: float = 0.0
-    prefixes: PrefixBook[Endpoint] = field(default_factory=PrefixBook)
+    prefixes: PrefixIndex[Endpoint] = field(default_factory=PrefixIndex)
     seeds: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))  # of replicas, in their order
     adapters: dict[str, list[Endpoint]] = field(default_factory=dict)  # replicas by adapter that they state
     has_wards: bool = False  # a replica may be a ward, see quarantine

@@ -29,9 +29,9 @@ class Sorted:
     parts: list[tuple[int, Column, Column | None, Column]] = field(default_factory=list)  # sink, stream, count, token
     direct: list[tuple[int, bytes]] = field(default_factory=list)  # slot, packed tokens
     first: list[int] = field(default_factory=list)  # slots whose first token this is
-    slots: Index = field(default_factory=lambda: np.empty(0, np.intp))  # entries taken, by slot; zombies are left out
+    slots: Index = field(default_factory=lambda: np.empty(0, np.intp))  # entries taken, by slot; orphans are left out
     counts: Column | None = None  # of these entries
-    tokens: int = 0  # all that came for streams of their replicas, zombies included
+    tokens: int = 0  # all that came for streams of their replicas, orphans included
     foreign: int = 0  # for streams that their sender does not have: dropped
 
 

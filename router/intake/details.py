@@ -15,7 +15,7 @@ from megatoken.v1.frame_columns_pb2 import Frame
 
 
 def details_by_slot(state: RouterState, replica: Endpoint, frame: Frame) -> dict[int, list[bytes]]:
-    """A frame's details by slot, with the client's stream numbers; those of zombies are dropped."""
+    """A frame's details by slot, with the client's stream numbers; those of orphans are dropped."""
     found: dict[int, list[bytes]] = {}
     for detail in frame.detail:
         slot = detail.stream

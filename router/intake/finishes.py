@@ -25,7 +25,7 @@ def take_finish(state: RouterState, replica: Endpoint, finish: tokens_pb2.Finish
     if slot >= state.slots.size or int(state.slots.replica[slot]) != replica.index:
         return  # it ended twice, or never was
     request: Request | None = state.slots.owner[slot]
-    if request is None:  # a zombie: cancelled, or gone on elsewhere
+    if request is None:  # an orphan: cancelled, or gone on elsewhere
         state.slots.free(slot)
         return
     try:

@@ -8,7 +8,7 @@ go on from what was recorded; after that, with the requests whose tokens they ar
 from __future__ import annotations
 
 from megatoken.router.core.ending import fail
-from megatoken.router.core.placement import pump
+from megatoken.router.core.placement import place_waiting
 from megatoken.router.core.recovery import frame_failed, give_up
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Endpoint, Pool
@@ -103,4 +103,4 @@ def _take_group(state: RouterState, group: list[Arrived], now: float) -> None:
                 state.faults.caught("load", error)
             pools[id(replica.pool)] = replica.pool
     for pool in pools.values():
-        pump(state, pool, now)
+        place_waiting(state, pool, now)

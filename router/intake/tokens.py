@@ -97,7 +97,7 @@ def _account(state: RouterState, frames: list[Arrived], found: Sorted, entries: 
     """Counts what came: for the ledger, and off each replica's outstanding tokens."""
     state.ledger.add("generated_tokens", found.tokens)
     state.ledger.foreign_tokens += found.foreign
-    if len(found.slots) == entries:  # no zombie, nothing foreign: each frame's own length is right
+    if len(found.slots) == entries:  # no orphan, nothing foreign: each frame's own length is right
         for arrived in frames:
             _count(arrived.replica, len(arrived.token), len(arrived.token))
         return

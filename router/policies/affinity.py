@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from megatoken.router.fleet.affinity_seeds import seed_of
-from megatoken.router.fleet.choice import Question
+from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.policies.joined import Scored
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def _mixed(words: Any) -> Any:
 class Affinity:
     wants_prefix = False
 
-    def score(self, pool: Pool, question: Question, rng: random.Random) -> Scored | None:
-        kept = home(pool, question.affinity) if question.affinity else None
+    def score(self, pool: Pool, asked: RoutingRequest, rng: random.Random) -> Scored | None:
+        kept = home(pool, asked.affinity) if asked.affinity else None
         if kept is None:
             return None
         return Scored((kept,), lambda replica: 0.0 if replica is kept else SPILL_S)

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from megatoken.router.fleet.choice import Question
+from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.policies.least_tokens import not_avoided, two_of, work_s
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Scored(NamedTuple):
 class Scorer(Protocol):
     wants_prefix: bool
 
-    def score(self, pool: Pool, question: Question, rng: random.Random) -> Scored | None:
+    def score(self, pool: Pool, asked: RoutingRequest, rng: random.Random) -> Scored | None:
         """None: this request is all the same to it."""
 
 
@@ -43,7 +43,7 @@ class Joined:
         self.wants_prefix = any(scorer.wants_prefix for _, scorer in scorers)
         self._scorers = scorers
 
-    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Endpoint | None:
+    def choose(self, pool: Pool, asked: RoutingRequest, rng: random.Random) -> Endpoint | None:
         places = pool.open
         if not places:
             return None
@@ -51,15 +51,15 @@ class Joined:
             first = int(rng.random() * len(places))  # of equals the first is picked: that must not always be the same
             drawn = places[first:] + places[:first]
         else:
-            drawn = list(two_of(not_avoided(places, question), rng))
+            drawn = list(two_of(not_avoided(places, asked), rng))
         terms: list[tuple[float, Callable[[Endpoint], float]]] = []
         for weight, scorer in self._scorers:
-            scored = scorer.score(pool, question, rng)
+            scored = scorer.score(pool, asked, rng)
             if scored is not None:
                 drawn += scored.worth_a_look
                 terms.append((weight, scored.seconds))
 
         def total_s(replica: Endpoint) -> float:
-            return work_s(replica, question) + sum(weight * seconds(replica) for weight, seconds in terms)
+            return work_s(replica, asked) + sum(weight * seconds(replica) for weight, seconds in terms)
 
-        return min(not_avoided(drawn, question), key=total_s)
+        return min(not_avoided(drawn, asked), key=total_s)

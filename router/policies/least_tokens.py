@@ -12,25 +12,25 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatoken.router.fleet.choice import Question
+from megatoken.router.fleet.routing_request import RoutingRequest
 
 if TYPE_CHECKING:
     from megatoken.router.fleet.fleet import Endpoint, Pool
 
 
-def work_s(replica: Endpoint, question: Question) -> float:
+def work_s(replica: Endpoint, asked: RoutingRequest) -> float:
     """Seconds until the replica would be through with what it has and this request; lower is better."""
     capacity = replica.capacity
-    return (replica.decode_outstanding + question.expected_tokens) / capacity.decode_tokens_per_s + (
-        replica.prompt_outstanding + question.prompt_tokens
+    return (replica.decode_outstanding + asked.expected_tokens) / capacity.decode_tokens_per_s + (
+        replica.prompt_outstanding + asked.prompt_tokens
     ) / capacity.prefill_tokens_per_s
 
 
-def not_avoided(places: Sequence[Endpoint], question: Question) -> Sequence[Endpoint]:
+def not_avoided(places: Sequence[Endpoint], asked: RoutingRequest) -> Sequence[Endpoint]:
     """Those that have not lost the request before, where there are any."""
-    if not question.avoid:
+    if not asked.avoid:
         return places
-    return [replica for replica in places if replica.index not in question.avoid] or places
+    return [replica for replica in places if replica.index not in asked.avoid] or places
 
 
 def two_of(places: Sequence[Endpoint], rng: random.Random) -> Sequence[Endpoint]:
@@ -47,9 +47,9 @@ class LeastTokens:
     name = "least_tokens"
     wants_prefix = False
 
-    def choose(self, pool: Pool, question: Question, rng: random.Random) -> Endpoint | None:
-        drawn = two_of(not_avoided(pool.open, question), rng)
+    def choose(self, pool: Pool, asked: RoutingRequest, rng: random.Random) -> Endpoint | None:
+        drawn = two_of(not_avoided(pool.open, asked), rng)
         if len(drawn) < 2:
             return drawn[0] if drawn else None
         a, b = drawn
-        return a if work_s(a, question) <= work_s(b, question) else b
+        return a if work_s(a, asked) <= work_s(b, asked) else b

@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Final
 
-from megatoken.router.fleet.choice import Question
-from megatoken.router.fleet.prefix_book import cached_tokens
+from megatoken.router.fleet.prefix_index import cached_tokens
+from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.policies.joined import Scored
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ _HOLDERS: Final = 8  # replicas looked at that hold the prefix
 class Prefix:
     wants_prefix = True
 
-    def score(self, pool: Pool, question: Question, rng: random.Random) -> Scored | None:
-        if not question.prefix_hashes:
+    def score(self, pool: Pool, asked: RoutingRequest, rng: random.Random) -> Scored | None:
+        if not asked.prefix_hashes:
             return None
 
         def seconds(replica: Endpoint) -> float:
-            saved = min(cached_tokens(replica, question.prefix_hashes), question.prompt_tokens - 1)
+            saved = min(cached_tokens(replica, asked.prefix_hashes), asked.prompt_tokens - 1)
             return -saved / replica.capacity.prefill_tokens_per_s
 
-        return Scored(pool.prefixes.holders(question.prefix_hashes, _HOLDERS), seconds)
+        return Scored(pool.prefixes.holders(asked.prefix_hashes, _HOLDERS), seconds)

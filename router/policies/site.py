@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Final
 
-from megatoken.router.fleet.choice import Question
+from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.policies.joined import Scored
 from megatoken.router.policies.least_tokens import two_of
 
@@ -22,9 +22,9 @@ NEAR_S: Final = 0.02
 class Site:
     wants_prefix = False
 
-    def score(self, pool: Pool, question: Question, rng: random.Random) -> Scored | None:
+    def score(self, pool: Pool, asked: RoutingRequest, rng: random.Random) -> Scored | None:
         def seconds(replica: Endpoint) -> float:
-            near = NEAR_S if question.site and replica.member.site == question.site else 0.0
+            near = NEAR_S if asked.site and replica.member.site == asked.site else 0.0
             return replica.rtt_s - near
 
         return Scored(two_of(pool.open, rng), seconds)  # of four one is near more often than of two

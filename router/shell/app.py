@@ -26,7 +26,7 @@ from megatoken.router.core import recovery, upkeep
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Endpoint, EndpointTable
 from megatoken.router.identity.api_keys import KeyRing
-from megatoken.router.identity.door import Door
+from megatoken.router.identity.callers import CallerRegistry
 from megatoken.router.secure import channel_to
 from megatoken.router.shell.health import RouterHealth
 from megatoken.router.shell.inbox import Inbox
@@ -65,7 +65,7 @@ class RouterApp:
             config, RouterLedger(writer), random.Random(incarnation), EndpointTable(config.admission, config.breaker)
         )
         self.keys = KeyRing(config.api_keys_file) if config.api_keys_file is not None else None
-        self.state.door = Door(self.keys)
+        self.state.callers = CallerRegistry(self.keys)
         self.state.faults = Faults(FaultLog())
         self._credentials = credentials_of(config.credentials_file)
         self.leases = IssuedLeases(self.state, _signer(self._credentials))
@@ -76,10 +76,10 @@ class RouterApp:
             config.host,
             unguarded=config.unguarded,
             certificates=config.tls is not None and config.tls.client_ca_file is not None,
-            is_client=self.state.door.identify,
+            is_client=self.state.callers.identify,
         )
         # Where there is a gate it has asked for the key already, and let in those who need none.
-        self._ask_key = self.state.door.identify if self._gate is None else lambda _metadata: None
+        self._ask_key = self.state.callers.identify if self._gate is None else lambda _metadata: None
         self.throughput = ThroughputRelay(self._ask_key)
         if config.request_log:
             self.state.on_finished = log_request

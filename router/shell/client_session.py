@@ -21,7 +21,7 @@ from megatoken.router.core.request import Request
 from megatoken.router.core.sink import SessionSink
 from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import cancel, submit
-from megatoken.router.identity.door import Caller
+from megatoken.router.identity.callers import Caller
 from megatoken.router.secure import EOF
 from megatoken.tokens.fields import fields_at_most
 from megatoken.tokens.frames import MalformedFrame, column

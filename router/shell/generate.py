@@ -176,7 +176,7 @@ def submit_call(state: RouterState, sink: GenerateSink, raw: bytes, context: Any
             raise too_large(len(raw), state.config.limits.max_request_bytes)
         now = time.monotonic()
         left_s = context.time_remaining()
-        caller = state.door.identify(context.invocation_metadata())
+        caller = state.callers.identify(context.invocation_metadata())
         deadline_s = float("inf") if left_s is None else now + left_s
         submit(state, sink, DIRECT, 0, message, caller, deadline_s, now, sink.own)
     except MegatokenError as error:

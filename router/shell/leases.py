@@ -25,9 +25,9 @@ from megatoken.router.admission.admission import retry_after_s
 from megatoken.router.admission.validation import pool_of
 from megatoken.router.core.accounts import charge_lease, uncharge_lease
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.choice import Question
 from megatoken.router.fleet.fleet import Endpoint
-from megatoken.router.identity.door import Caller
+from megatoken.router.fleet.routing_request import RoutingRequest
+from megatoken.router.identity.callers import Caller
 from megatoken.v1 import router_pb2, tokens_pb2
 
 MAX_KEYS: Final = 8192  # of replicas, derived and kept
@@ -86,7 +86,7 @@ class IssuedLeases:
         state = self._state
         if state.draining:
             raise DrainingError("the router is draining; ask another")
-        caller = state.door.admit(caller, request.model)
+        caller = state.callers.admit(caller, request.model)
         if len(request.request_id) > MAX_ID_CHARACTERS:
             raise RequestError("request_id", request.request_id, f"at most {MAX_ID_CHARACTERS} characters")
         pool = pool_of(state.fleet, request.model)
@@ -101,10 +101,10 @@ class IssuedLeases:
             raise UnavailableError(f"model: {pool.model!r} has no replica now")
         most_tokens = request.max_tokens or (context and context - request.prompt_tokens) or 256
         expected = pool.expected_output(most_tokens)
-        question = Question(
+        asked = RoutingRequest(
             request.prompt_tokens, expected, request.affinity, request.lora, request.site, tuple(request.prefix_hashes)
         )
-        replica = pool.policy.choose(pool, question, state.rng) if not pool.queue.length else None
+        replica = pool.policy.choose(pool, asked, state.rng) if not pool.queue.length else None
         if replica is None:
             raise OverloadError(f"no replica of {pool.model!r} has room", retry_after_s(pool))
         ttl_s = state.config.leases.ttl_s
@@ -121,7 +121,7 @@ class IssuedLeases:
         )
         text = self._signer(terms) if self._signer is not None else terms.lease_id
         cost = request.prompt_tokens + expected
-        state.door.enter(caller, 1, cost, now)
+        state.callers.enter(caller, 1, cost, now)
         name = terms.lease_id
         self._live[name] = Lease(replica, caller, cost, request.prompt_tokens, expected, most_tokens, now + ttl_s)
         heapq.heappush(self._ends, (now + ttl_s, name))
@@ -193,4 +193,4 @@ class IssuedLeases:
         return lease
 
     def _settle(self, lease: Lease, used_tokens: int | None) -> None:
-        self._state.door.leave(lease.caller, lease.tokens, lease.tokens if used_tokens is None else used_tokens)
+        self._state.callers.leave(lease.caller, lease.tokens, lease.tokens if used_tokens is None else used_tokens)

@@ -27,7 +27,7 @@ def tokens_handler(state: RouterState, config: RouterConfig) -> Any:
 
     async def session(_: object, context: Any) -> None:
         try:
-            caller = state.door.identify(context.invocation_metadata())
+            caller = state.callers.identify(context.invocation_metadata())
         except MegatokenError as error:
             await refuse(context, error)
             return
@@ -61,7 +61,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
     async def Assign(self, request: router_pb2.AssignRequest, context: Any) -> router_pb2.AssignResponse:
         try:
-            caller = self._state.door.identify(context.invocation_metadata())
+            caller = self._state.callers.identify(context.invocation_metadata())
             return self._leases.assign(request, caller, time.monotonic())
         except MegatokenError as error:
             self._state.count_refusal(request.model, error)

@@ -2,7 +2,7 @@
 
 A slot's number is the stream number that the router uses towards the worker. It is taken when a request is placed and
 freed when the worker says that it ended, or its session is gone. Between a cancel and the worker's word the slot is
-a zombie: it belongs to nobody, and what still arrives for it is dropped.
+an orphan: it belongs to nobody, and what still arrives for it is dropped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-NOBODY: Final = -1  # sink of a zombie, and of a free slot
+NOBODY: Final = -1  # sink of an orphan, and of a free slot
 DIRECT: Final = -2  # tokens go to the request's own object, one by one (Generate, held delivery, replay)
 
 Int32 = npt.NDArray[np.int32]
@@ -20,7 +20,7 @@ Slots = npt.NDArray[np.integer[Any]]
 
 
 class SlotTable:
-    """Columns by slot. `owner[slot]` is the request object of a live slot, None for a zombie or a free one.
+    """Columns by slot. `owner[slot]` is the request object of a live slot, None for an orphan or a free one.
 
     sink: index of the client session that gets the tokens, or NOBODY or DIRECT. stream: the client's number.
     replica: index of the replica that has it, -1 when free. generated: tokens so far, earlier replicas included.
@@ -41,7 +41,7 @@ class SlotTable:
 
     @property
     def taken(self) -> int:
-        """Slots in use, zombies included."""
+        """Slots in use, orphans included."""
         return self.size - len(self._free)
 
     def take(self, replica: int, sink: int, stream: int, owner: object, now: float) -> int:
@@ -72,12 +72,12 @@ class SlotTable:
         self.owner[slot] = None
         self._free.append(slot)
 
-    def zombies(self, before_s: float) -> Slots:
+    def orphans(self, before_s: float) -> Slots:
         """Orphans since before that time."""
         return np.flatnonzero((self.replica >= 0) & (self.sink == NOBODY) & (self.last_s < before_s))
 
     def of_replica(self, replica: int) -> list[int]:
-        """Every slot that the replica has, zombies included."""
+        """Every slot that the replica has, orphans included."""
         found: list[int] = np.flatnonzero(self.replica == replica).tolist()
         return found
 

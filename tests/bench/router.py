@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatoken.router.fleet.choice import Question
+from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.policies.make import make_policy
 from tests.processes import Processes, Started
 from tests.router_core import CoreFleet
@@ -217,7 +217,7 @@ def bench_choose(_: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for size in (10, 1000):
         fleet = CoreFleet(replicas=size, max_running=256)
-        policy, rng, asked = make_policy("least_tokens"), random.Random(1), Question(128, 256)
+        policy, rng, asked = make_policy("least_tokens"), random.Random(1), RoutingRequest(128, 256)
         times = []
         for _ in range(20_000):
             began = time.perf_counter_ns()

@@ -33,7 +33,7 @@ from megatoken.cluster.controller.loop import Controller, Settings
 from megatoken.cluster.controller.main import bind_patiently
 from megatoken.cluster.controller.server import ControlServer, MembershipServicer
 from megatoken.cluster.controller.state import StateStore
-from megatoken.cluster.decide.backend import Look, ProcessLaunch, ProcessObservation
+from megatoken.cluster.decide.backend import BackendState, ProcessLaunch, ProcessObservation
 from megatoken.cluster.decide.fleet import Fleet, Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
 from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
@@ -238,13 +238,13 @@ class World:
             self.wrong.append(f"two snapshots were told as {number}")
         self.newest = max(self.newest, number)
 
-    def look(self) -> Look:
+    def look(self) -> BackendState:
         if self.rng.random() < INCOMPLETE:
-            return Look(self.inventory, {}, {}, complete=False)
+            return BackendState(self.inventory, {}, {}, complete=False)
         processes = {
             name: ProcessObservation(Phase.SERVING, {"address": "127.0.0.1:1"}, "", "n0") for name in self.processes
         }
-        return Look(self.inventory, {name: self._seen(held) for name, held in self.held.items()}, processes)
+        return BackendState(self.inventory, {name: self._seen(held) for name, held in self.held.items()}, processes)
 
     def _seen(self, held: Held) -> ReplicaObservation:
         if held.worker is None:
@@ -272,7 +272,7 @@ class KillableBackend:
         time.sleep(min(wait_s, 0.02))
         return True
 
-    def look(self) -> Look:
+    def look(self) -> BackendState:
         return self._world.look()
 
     def reserve(self, replica: Replica) -> None:
@@ -461,10 +461,10 @@ class Run:
         await self.step(None, 2)
         await self.world.crash()
         await self.step(None, 2)
-        await self.step(lambda life: ignore(life.controller.orders.scale(MODEL, 3)), 3)
+        await self.step(lambda life: ignore(life.controller.desired_state.scale(MODEL, 3)), 3)
         if harm is not None:
             await harm(self, self.directory)
-        await self.step(lambda life: ignore(life.controller.orders.scale(MODEL, 2)), 2)
+        await self.step(lambda life: ignore(life.controller.desired_state.scale(MODEL, 2)), 2)
         await self.step(rotate, 2)
 
     async def _check_owners(self) -> None:
@@ -510,7 +510,7 @@ async def disk_full(run: Run, _directory: Path) -> None:
     run.life.store.full = True
     await run.world.crash()
     with contextlib.suppress(sqlite3.OperationalError):
-        run.life.controller.orders.scale(MODEL, 2)
+        run.life.controller.desired_state.scale(MODEL, 2)
     await asyncio.sleep(DISK_FULL_S)
     run.life.store.full = False
     await run.step(None, 3)

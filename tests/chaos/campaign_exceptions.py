@@ -32,7 +32,7 @@ ABOUT = "an exception at the n-th call inside the router's core and the controll
 
 TARGETS: Final[dict[str, Callable[..., Any]]] = {
     "on_frames": intake.on_frames,
-    "pump": placement.pump,
+    "place_waiting": placement.place_waiting,
     "tick": upkeep.tick,
     "settle": ending.settle,
     "placement": placement.place,

@@ -29,7 +29,7 @@ from megatoken.cluster.controller.loop import Controller, Settings
 from megatoken.cluster.controller.ports import find_ports
 from megatoken.cluster.controller.server import ControlServer
 from megatoken.cluster.controller.state import StateStore
-from megatoken.cluster.decide.backend import Look, ProcessLaunch, ProcessObservation
+from megatoken.cluster.decide.backend import BackendState, ProcessLaunch, ProcessObservation
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
 from megatoken.cluster.decide.liveness import PartSeen
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
@@ -108,14 +108,14 @@ class Nodes:
         time.sleep(min(wait_s, 0.05))
         return True
 
-    def look(self) -> Look:
+    def look(self) -> BackendState:
         replicas = {name: self._seen(name, replica) for name, replica in self.reserved.items()}
         processes = {}
         for name, running in list(self.running.items()):
             if running.replica is None:
                 state = running.child.state()
                 processes[name] = ProcessObservation(Phase(state.phase), state.facts, state.reason, running.node)
-        return Look(self.inventory(), replicas, processes)
+        return BackendState(self.inventory(), replicas, processes)
 
     def _seen(self, name: str, replica: Replica) -> ReplicaObservation:
         running = self.running.get(name)

@@ -26,7 +26,7 @@ from megatoken.process.supervise import Faults
 from megatoken.router.edge.http.dispatch import Dispatch, model_of
 from megatoken.router.edge.router_session.direct import learn
 from megatoken.router.identity.api_keys import KeyRing
-from megatoken.router.identity.door import Caller, Door
+from megatoken.router.identity.callers import Caller, CallerRegistry
 from megatoken.router.identity.shown_key import secret_in
 from megatoken.router.intake.intake import on_frame
 from megatoken.router.secure import EOF
@@ -180,7 +180,7 @@ def bodies(data: bytes) -> None:
         sent.append(message)
 
     one, other = _Echo(), _Echo()
-    app = Dispatch({"m": one, "n": other}, lambda: True, Door(), max_body_bytes=2048)
+    app = Dispatch({"m": one, "n": other}, lambda: True, CallerRegistry(), max_body_bytes=2048)
     scope = {
         "type": "http",
         "method": "POST",

@@ -133,7 +133,7 @@ async def test_a_frozen_agent_costs_one_sample_at_most_and_comes_back(agents: Ag
 async def test_a_frozen_or_killed_reducer_is_replaced(agents: Agents) -> None:
     pids = agents.running["n1"].left()
     reducer = max(pids)  # forked last
-    assert "nursery" in Path(f"/proc/{reducer}/cmdline").read_bytes().decode()
+    assert "forkserver" in Path(f"/proc/{reducer}/cmdline").read_bytes().decode()
     for number in (signal.SIGKILL, signal.SIGSTOP):
         reducer = max(agents.running["n1"].left())
         waiting = asyncio.create_task(recovered(agents, "n2", 3))
@@ -145,12 +145,12 @@ async def test_a_frozen_or_killed_reducer_is_replaced(agents: Agents) -> None:
         assert reducer not in agents.running["n1"].left()
 
 
-async def test_a_killed_nursery_is_started_again(agents: Agents) -> None:
-    nursery = next(pid for pid in agents.running["n1"].left() if parent(pid) == agents.running["n1"].pid)
-    os.kill(nursery, signal.SIGKILL)
+async def test_a_killed_fork_server_is_started_again(agents: Agents) -> None:
+    forkserver = next(pid for pid in agents.running["n1"].left() if parent(pid) == agents.running["n1"].pid)
+    os.kill(forkserver, signal.SIGKILL)
     await agents.until("n2", lambda s: s.complete and s.ranks == 2)
     await agents.until_ranks(NODES, 60)
-    assert nursery not in agents.running["n1"].left()
+    assert forkserver not in agents.running["n1"].left()
 
 
 def parent(pid: int) -> int:

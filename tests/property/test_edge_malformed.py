@@ -14,7 +14,7 @@ from megatoken.router.edge.http.outcomes import refusal, stop_reason
 from megatoken.router.edge.http.refusals import GuardedSend
 from megatoken.router.edge.router_session.direct import learn
 from megatoken.router.edge.router_session.session import Session
-from megatoken.router.identity.door import Door
+from megatoken.router.identity.callers import CallerRegistry
 from megatoken.tokens.frames import MalformedFrame, pack
 from megatoken.v1.frame_columns_pb2 import Frame, GenerateRequest
 from megatoken.v1.tokens_pb2 import Detail, Finish, Logprobs
@@ -142,7 +142,7 @@ def test_any_request_gets_exactly_one_whole_answer(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    app = Dispatch({"m": Echo(), "n": Echo()}, lambda: True, Door(), max_body_bytes=100)
+    app = Dispatch({"m": Echo(), "n": Echo()}, lambda: True, CallerRegistry(), max_body_bytes=100)
     asyncio.run(app({"type": "http", "method": method, "path": path, "headers": headers}, receive, send))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[0]["status"] in (200, 404, 413)

@@ -19,10 +19,10 @@ import numpy as np
 
 from megatoken.counters import INDEX
 from megatoken.worker.throughput.decide import epochs as e
-from megatoken.worker.throughput.decide.books import Books
 from megatoken.worker.throughput.decide.group import Attended, Attendee, Group, GroupPolicy, Groups, Stance
 from megatoken.worker.throughput.decide.layout import Greeting, Layout, greeting_of
 from megatoken.worker.throughput.decide.ledger import WIDTH, NodeLedger, Totals, Writer
+from megatoken.worker.throughput.decide.rates import ClusterRates
 
 TICK_S, DEADLINE_S, FORM_S, ATTEND_S, POLL_S = 1.0, 1.0, 2.0, 0.5, 0.1
 GENERATED = INDEX["generated_tokens"]
@@ -72,7 +72,7 @@ class SimAgent:
 
     def __init__(self, world: World, name: str, node: Node) -> None:
         self.world, self.name, self.node = world, name, node
-        self.epochs, self.ledger, self.books = e.Epochs(TICK_S), NodeLedger(), Books({})
+        self.epochs, self.ledger, self.rates = e.Epochs(TICK_S), NodeLedger(), ClusterRates({})
         self.own = Greeting(name, node.name, "", f"ledger-{node.name}")
         self.alive, self.frozen = True, False
         self.missed: list[Callable[[], None]] = []  # what the kernel kept while it was frozen
@@ -106,7 +106,7 @@ class SimAgent:
                 self._meet(epoch, None, FORM_S, lambda _: self.take(e.Connected(epoch)))
             case e.Greet(epoch):
                 self.greeted = greeting_of(self.own, self._sums(), None)
-                known = self.books.departed(Layout.of([]))
+                known = self.rates.departed(Layout.of([]))
                 self._meet(epoch, (self.greeted, known), FORM_S, lambda met: self._met(epoch, met))
             case e.Reduce(epoch):
                 sums = self._sums()
@@ -142,14 +142,14 @@ class SimAgent:
         self.layout = Layout.of(greetings)
         present = {greeting.ledger for greeting in greetings}
         for _, known in met.values():
-            self.books.learn([item for item in known if item[0].ledger not in present], self.world.now)
-        self.books.arrange(self.layout)
+            self.rates.learn([item for item in known if item[0].ledger not in present], self.world.now)
+        self.rates.arrange(self.layout)
         self.take(e.Greeted(epoch))
 
     def _summed(self, epoch: int, met: dict[str, Any]) -> None:
         vector = np.sum([met[agent] for agent in self.group.agents], axis=0)
         cells, news = self.layout.decode(vector)
-        self.books.update(cells, self.world.now)
+        self.rates.update(cells, self.world.now)
         self.take(e.ReduceDone(epoch, news > 0))
 
     def broke(self, epoch: int, reason: str) -> None:
@@ -386,7 +386,7 @@ class World:
     def check_sample(self, agent: SimAgent, epoch: int, tick: int) -> None:
         """Held at every complete sample of every agent."""
         where = f"seed {self.seed}, {self.now:.3f} s, {agent.name}, epoch {epoch} tick {tick}"
-        total = int(agent.books.cluster().workers[GENERATED])
+        total = int(agent.rates.cluster().workers[GENERATED])
         truth = sum(node.generated() for node in self.nodes.values())
         if total > truth:
             raise Violation(f"{where}: {total} tokens, but only {truth} were made")

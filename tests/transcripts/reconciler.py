@@ -104,7 +104,7 @@ class ReconcilerScript:
         self._now += float(times[0]) if times else 1.0
         observation = Observation(self._inventory, dict(self._seen), "blind" not in command.words)
         plan = reconcile(self._desired, self._fleet, observation, LIMITS, self._now)
-        lines = [f"{happening.subject}: {happening.message}" for happening in plan.happenings]
+        lines = [f"{event.subject}: {event.message}" for event in plan.events]
         lines += [f"=> {told(action)}" for action in plan.actions]
         for name, why in sorted(plan.fleet.blocked.items()):
             if self._fleet.blocked.get(name) != why:

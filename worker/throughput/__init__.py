@@ -3,6 +3,6 @@
     python -m megatoken.worker.throughput --config FILE --ready-fd N
 
 Reading order: ledger (what this node counted) -> layout (the vector that is reduced) -> epochs (when, with whom) ->
-reducer (the process group) -> books (what the cluster counted, and how fast) -> agent (the shell that joins them).
+reducer (the process group) -> rates (what the cluster counted, and how fast) -> agent (the shell that joins them).
 group is the controller's half: who is in the next epoch.
 """

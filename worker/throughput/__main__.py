@@ -23,7 +23,7 @@ from megatoken.v1 import throughput_pb2_grpc
 from megatoken.worker.throughput.agent import Agent
 from megatoken.worker.throughput.config import AgentConfig
 from megatoken.worker.throughput.metrics import AgentCollector, AgentMetrics
-from megatoken.worker.throughput.reduce.client import Nursery, ReduceFailure, choose_backends
+from megatoken.worker.throughput.reduce.client import ForkServer, ReduceFailure, choose_backends
 
 STORE_BACKLOG = 1024  # every rank of a forming group may knock before the store serves
 PROGRAM = "megatoken.worker.throughput"
@@ -46,12 +46,12 @@ async def serve(config: AgentConfig, ready_fd: int | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     listener = listen(config)
-    nursery = Nursery(listener)
+    forkserver = ForkServer(listener)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
-        await nursery.start()
-        stack.push_async_callback(nursery.stop)
-        backends = choose_backends(config.backend, nursery.backends)
+        await forkserver.start()
+        stack.push_async_callback(forkserver.stop)
+        backends = choose_backends(config.backend, forkserver.backends)
         credentials = credentials_of(config.credentials_file)
         mutual = config.tls is not None and config.tls.client_ca_file is not None
         gate = gate_of(Program.AGENT, credentials, config.host, unguarded=config.unguarded, certificates=mutual)
@@ -62,14 +62,14 @@ async def serve(config: AgentConfig, ready_fd: int | None) -> None:
         store_address = f"{host}:{listener.getsockname()[1]}"
         metrics = AgentMetrics()
         present = credentials.metadata if credentials is not None else None
-        agent = Agent(config, nursery, backends, f"{host}:{port}", store_address, metrics, present)
+        agent = Agent(config, forkserver, backends, f"{host}:{port}", store_address, metrics, present)
         metrics.registry.register(AgentCollector(agent.rows, agent.throughput_state))
         metrics_address = None
         if config.metrics_port is not None:
             exporter = serve_metrics(metrics.registry, config.host, config.metrics_port)
             stack.callback(exporter.close)
             metrics_address = f"{host}:{exporter.port}"
-        throughput_pb2_grpc.add_ThroughputServicer_to_server(agent.board, server)
+        throughput_pb2_grpc.add_ThroughputServicer_to_server(agent.samples, server)
         checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
         await checks.set("", health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)

@@ -16,11 +16,9 @@ from typing import Any, Final
 from megatoken.access.channel import Present
 from megatoken.log import log_event
 from megatoken.v1 import membership_pb2, throughput_pb2
-from megatoken.worker.throughput.board import Board, Outcome
 from megatoken.worker.throughput.config import AgentConfig
 from megatoken.worker.throughput.controller_link import ControllerLink
 from megatoken.worker.throughput.counter_files import CounterFiles, ledger_id
-from megatoken.worker.throughput.decide.books import Books, RateRow
 from megatoken.worker.throughput.decide.epochs import (
     Abandon,
     Broke,
@@ -52,14 +50,16 @@ from megatoken.worker.throughput.decide.layout import (
     unpack_departed,
 )
 from megatoken.worker.throughput.decide.ledger import NodeLedger, NodeSums
+from megatoken.worker.throughput.decide.rates import ClusterRates, RateRow
 from megatoken.worker.throughput.metrics import AgentMetrics
 from megatoken.worker.throughput.reachability import unreachable
-from megatoken.worker.throughput.reduce.client import NoAnswer, Nursery, ReduceFailure, Reducer
+from megatoken.worker.throughput.reduce.client import ForkServer, NoAnswer, ReduceFailure, Reducer
+from megatoken.worker.throughput.sample_servicer import Outcome, SampleServicer
 
 SLACK_S: Final = 0.25  # the reducer's own deadline comes first: it knows more about what went wrong
 CONNECT_SLACK_S: Final = 3.0  # a fork and a native error take long on a starved machine; the next epoch ends the wait
 CLOCK_JUMP_S: Final = 0.5
-NURSERY_CHECK_S: Final = 0.5
+FORKSERVER_CHECK_S: Final = 0.5
 LINKS_CHECK_S: Final = 1.0
 ROWS_TIMEOUT_S: Final = 2.0
 STANCES: Final = {
@@ -83,7 +83,7 @@ class Agent:
     def __init__(
         self,
         config: AgentConfig,
-        nursery: Nursery,
+        forkserver: ForkServer,
         backends: tuple[str, ...],
         address: str,
         store_address: str,
@@ -92,15 +92,15 @@ class Agent:
     ) -> None:
         directory = Path(config.counters_path)
         self._loop = asyncio.get_running_loop()
-        self._config, self._nursery, self._backends, self.metrics = config, nursery, backends, metrics
+        self._config, self._forkserver, self._backends, self.metrics = config, forkserver, backends, metrics
         self._member = membership_pb2.ThroughputMember(
             agent=config.agent, node=config.node, site=config.site, address=address, store_address=store_address
         )
         self._own = Greeting(config.agent, config.node, config.site, ledger_id(directory))
         self._files, self._ledger = CounterFiles(directory), NodeLedger()
         self._serving: frozenset[str] | None = None
-        self.books = Books(config.standalone_rates)
-        self.board = Board(self.books)
+        self.rates = ClusterRates(config.standalone_rates)
+        self.samples = SampleServicer(self.rates)
         self._epochs = Epochs(config.tick_s)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._group = membership_pb2.ThroughputGroup()
@@ -133,11 +133,11 @@ class Agent:
         """Until cancelled, or until a fault of ours ends one of its loops; leaves no reducer behind."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                for loop in (self._handle_events, self._link.run, self._keep_nursery, self._try_links):
+                for loop in (self._handle_events, self._link.run, self._keep_forkserver, self._try_links):
                     tasks.create_task(loop())
         finally:
             self._abandon()
-            await self._nursery.stop()
+            await self._forkserver.stop()
 
     async def _handle_events(self) -> None:
         while True:
@@ -147,30 +147,30 @@ class Agent:
             for instruction in self._epochs.handle(event):
                 self._do(instruction)
 
-    async def _keep_nursery(self) -> None:
-        """Starts the nursery again when it died. Meanwhile the agent attends with no backend, and so in no group."""
+    async def _keep_forkserver(self) -> None:
+        """Starts the fork server again when it died. Meanwhile the agent attends with no backend: it is in no group."""
         while True:
-            await asyncio.sleep(NURSERY_CHECK_S)
-            if not self._nursery.alive:
-                log_event(logger, "nursery.restart", "the process that forks reducers ended", level=logging.ERROR)
+            await asyncio.sleep(FORKSERVER_CHECK_S)
+            if not self._forkserver.alive:
+                log_event(logger, "forkserver.restart", "the process that forks reducers ended", level=logging.ERROR)
                 self._link.hurry()
                 try:
-                    await self._nursery.start()
+                    await self._forkserver.start()
                 except ReduceFailure as failure:
                     self.metrics.error(failure.reason)
-                    log_event(logger, "nursery.failed", str(failure), level=logging.ERROR)
+                    log_event(logger, "forkserver.failed", str(failure), level=logging.ERROR)
                 self._link.hurry()
 
     def throughput_state(self) -> tuple[int, int, bool, float | None]:
         """(epoch, ranks, complete, monotonic seconds of the last whole sample), for the metrics."""
-        outcome = self.board.outcome
+        outcome = self.samples.outcome
         return outcome.epoch, outcome.ranks, outcome.complete, self.last_complete_s
 
     def rows(self) -> list[RateRow]:
-        """Every row, for the metrics server's threads: made on the loop, which alone changes the books."""
+        """Every row, for the metrics server's threads: made on the loop, which alone changes the rates."""
 
         async def made() -> list[RateRow]:
-            return self.books.rows()
+            return self.rates.rows()
 
         return asyncio.run_coroutine_threadsafe(made(), self._loop).result(ROWS_TIMEOUT_S)
 
@@ -197,7 +197,7 @@ class Agent:
         if reply.refused and reply.refused != self._refused:
             log_event(logger, "agent.refused", reply.refused, level=logging.ERROR)
             self.metrics.error(ERRORS.get(reply.refusal, "other"))
-            self.board.retract(reply.refused)
+            self.samples.retract(reply.refused)
         self._refused = reply.refused
 
     def _attendance(self) -> throughput_pb2.Attendance:
@@ -209,7 +209,7 @@ class Agent:
             state=throughput_pb2.ATTENDANCE_STATE_TICKING if greeting_again else STANCES[state],
             problem=self._problem[0],
             suspects=self._problem[1],
-            backends=self._backends if self._nursery.alive else (),  # nothing to reduce with: not in a group
+            backends=self._backends if self._forkserver.alive else (),  # nothing to reduce with: not in a group
             wire_version=WIRE_VERSION,
             # A restarted controller learns the group from rank 0 and checks it against the others' epochs.
             members=[member.agent for member in self._group.members] if self._rank == 0 else (),
@@ -270,7 +270,7 @@ class Agent:
 
     async def _connect(self, order: Connect) -> None:
         group, config = self._group, self._config
-        self._reducer = await self._nursery.fork()
+        self._reducer = await self._forkserver.fork()
         host, _, port = group.members[0].store_address.rpartition(":")
         facts = {
             "epoch": order.epoch,
@@ -294,9 +294,9 @@ class Agent:
         self._greeted = greeting_of(self._own, self._read_counters(), self._serving)
         blobs = await reducer.gather(self._greeted.pack(), timeout_s)
         layout = Layout.of([Greeting.unpack(blob) for blob in blobs])
-        for blob in await reducer.gather(pack_departed(self.books.departed(layout)), timeout_s):
-            self.books.learn(unpack_departed(blob), time.monotonic())
-        self.books.arrange(layout)
+        for blob in await reducer.gather(pack_departed(self.rates.departed(layout)), timeout_s):
+            self.rates.learn(unpack_departed(blob), time.monotonic())
+        self.rates.arrange(layout)
         self._layout = layout
         self._events.put_nowait(Greeted(epoch))
 
@@ -309,7 +309,7 @@ class Agent:
         vector = layout.encode(self._rank, sums, ours != self._greeted)
         reduced = await reducer.reduce(vector, self._config.deadline_s, SLACK_S)
         cells, news = layout.decode(reduced.sums)
-        self.books.update(cells, time.monotonic())
+        self.rates.update(cells, time.monotonic())
         self._collective_s = reduced.seconds
         self._events.put_nowait(ReduceDone(epoch, news > 0))
 
@@ -317,7 +317,7 @@ class Agent:
         """Names who could not be reached before the failure is reported."""
         self.metrics.error(failure.reason)
         if isinstance(failure, NoAnswer) and self._epochs.state is EpochState.FORMING:
-            self._nursery.abort()  # frozen, or waiting for a child that cannot die; `_keep_nursery` makes another
+            self._forkserver.abort()  # frozen, or waiting for a child that cannot die; `_keep_forkserver` makes another
         suspects = set(failure.suspects)
         addresses = [member.store_address for member in self._group.members]
         suspects |= await unreachable(addresses, self._rank)
@@ -367,7 +367,7 @@ class Agent:
         self.last_complete_s = now
         ranks = len(self._group.members)
         backend = self._group.backend or "gloo"
-        self.board.post(Outcome(epoch, tick, unix_s, True, "", ranks, self._collective_s, backend))
+        self.samples.post(Outcome(epoch, tick, unix_s, True, "", ranks, self._collective_s, backend))
 
     def _publish_incomplete(self, epoch: int, tick: int, reason: str) -> None:
         self.metrics.incomplete()
@@ -376,7 +376,7 @@ class Agent:
             why += "; no controller answers"
         ranks = len(self._group.members)
         unix_s = self._stamp(time.monotonic())
-        self.board.post(Outcome(epoch, tick, unix_s, False, why, ranks, 0.0, self._group.backend or "gloo"))
+        self.samples.post(Outcome(epoch, tick, unix_s, False, why, ranks, 0.0, self._group.backend or "gloo"))
 
     def _stamp(self, now: float) -> float:
         """The wall clock, for people; nothing is computed from it. A jump is counted and named."""

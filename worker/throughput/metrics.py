@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from megatoken.counters import INDEX
 from megatoken.metrics import COLLECTIVE_BUCKETS_S, FastHistograms, new_registry
-from megatoken.worker.throughput.decide.books import RateRow
+from megatoken.worker.throughput.decide.rates import RateRow
 
 WINDOW_NAMES = {1: "1s", 10: "10s", 60: "1m", 300: "5m"}
 TOKENS = {"generated": "generated_tokens", "prompt": "prompt_tokens", "cached": "cached_tokens"}

@@ -16,7 +16,7 @@ from megatoken.access.table import Identity, Program, callers_of_route
 from megatoken.errors import AuthError
 from megatoken.router.edge.http.exchange import EXCHANGE, Exchange
 from megatoken.router.edge.http.refusals import GuardedSend
-from megatoken.router.identity.door import Caller, Door
+from megatoken.router.identity.callers import Caller, CallerRegistry
 from megatoken.router.identity.shown_key import secret_in
 
 Scope = MutableMapping[str, Any]
@@ -54,14 +54,14 @@ class Dispatch:
         self,
         apps: Mapping[str, Served],
         is_healthy: Callable[[], bool],
-        door: Door,
+        callers: CallerRegistry,
         max_body_bytes: int,
     ) -> None:
         self._apps = apps
         self._default = next(iter(apps.values()))
         self._single = len({id(app) for app in apps.values()}) == 1
         self._is_healthy = is_healthy
-        self._door = door
+        self._callers = callers
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,7 +82,7 @@ class Dispatch:
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         shown = credentials(scope)
         try:
-            caller = self._door.identify(shown)
+            caller = self._callers.identify(shown)
             secret = "" if caller.key is None else secret_in(shown)
             path = scope["path"]
             if path == MODELS_PATH or path.startswith(MODELS_PATH + "/"):
@@ -109,7 +109,7 @@ class Dispatch:
                 await answer(send, 404, error_body(404, "NotFoundError", message, "model"))
                 return
             served = self._default
-        self._door.admit(caller, served.name)
+        self._callers.admit(caller, served.name)
         EXCHANGE.set(Exchange(send, secret, traceparent(scope)))
         await served.app(scope, replay(body, receive), send)
 
@@ -136,7 +136,7 @@ def model_of(body: bytes) -> str | None:
 
 
 def credentials(scope: Scope) -> list[tuple[str, str]]:
-    """The headers that may carry a key, as the door reads gRPC metadata."""
+    """The headers that may carry a key, as the router reads gRPC metadata."""
     return [(name.decode(), value.decode("latin-1")) for name, value in scope["headers"] if name in KEY_HEADERS]
 
 

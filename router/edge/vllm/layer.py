@@ -24,9 +24,9 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from megatoken.errors import RequestError
 from megatoken.router.edge.config import EdgeConfig, EdgeModel
 from megatoken.router.edge.router_session.sessions import Sessions
+from megatoken.router.edge.vllm.direct_writes import EdgeLLM, weave_app
 from megatoken.router.edge.vllm.engine_core import TASKS, RouterEngineCore
 from megatoken.router.edge.vllm.serve_args import serve_arguments
-from megatoken.router.edge.vllm.weave import EdgeLLM, weave_app
 
 AT_THE_WORKERS = "at-the-workers"  # an adapter's path, which the edge does not know and vLLM asks for
 

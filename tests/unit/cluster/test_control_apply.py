@@ -11,7 +11,7 @@ from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.v1 import control_pb2
 
 
-class Orders:
+class DesiredState:
     def __init__(self) -> None:
         self.applied: list[int] = []
 
@@ -26,8 +26,8 @@ def request(models: int) -> control_pb2.ApplyRequest:
 
 
 async def test_the_loop_goes_on_while_a_large_spec_is_read() -> None:
-    orders, turns = Orders(), 0
-    controller: Any = SimpleNamespace(orders=orders, fleet=None)
+    desired_state, turns = DesiredState(), 0
+    controller: Any = SimpleNamespace(desired_state=desired_state, fleet=None)
     context: Any = None
 
     async def others() -> None:
@@ -40,5 +40,5 @@ async def test_the_loop_goes_on_while_a_large_spec_is_read() -> None:
     servicer = ControlServicer(controller)
     await asyncio.gather(*(servicer.Apply(request(models), context) for models in (2000, 1, 3)))
     ticking.cancel()
-    assert orders.applied == [2000, 1, 3]
+    assert desired_state.applied == [2000, 1, 3]
     assert turns >= 5

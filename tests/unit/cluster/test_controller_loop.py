@@ -15,7 +15,7 @@ from megatoken.cluster.controller.loop import Controller, Settings
 from megatoken.cluster.controller.membership import Versions
 from megatoken.cluster.controller.server import MembershipServicer
 from megatoken.cluster.controller.state import StateStore
-from megatoken.cluster.decide.backend import Look, ProcessLaunch, ProcessObservation
+from megatoken.cluster.decide.backend import BackendState, ProcessLaunch, ProcessObservation
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
 from megatoken.cluster.secrets_keeper import SecretsKeeper
@@ -51,9 +51,9 @@ class Backend:
         time.sleep(min(wait_s, 0.01))
         return True
 
-    def look(self) -> Look:
+    def look(self) -> BackendState:
         processes: Mapping[str, ProcessObservation] = {}
-        return Look(NODES, dict(self.replicas), processes)
+        return BackendState(NODES, dict(self.replicas), processes)
 
     def reserve(self, replica: Replica) -> None:
         self._may("reserve", replica.id)
@@ -218,7 +218,7 @@ async def test_a_controller_whose_ticks_stand_still_ends_so_that_it_is_started_a
     assert running.task is not None
     assert not running.task.done(), "ticks end, so it lives"
     hold = threading.Event()
-    monkeypatch.setattr(running.backend, "look", lambda: hold.wait(30) or Look())
+    monkeypatch.setattr(running.backend, "look", lambda: hold.wait(30) or BackendState())
     try:
         with pytest.raises(RuntimeError, match="a call of Ray does not return"):
             await asyncio.wait_for(running.task, 10)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatoken.cluster.decide.device_health import PAUSE_S, SETTLED_S, DeviceBook, judge, with_devices_out
+from megatoken.cluster.decide.device_health import PAUSE_S, SETTLED_S, DeviceStrikes, judge, with_devices_out
 from megatoken.cluster.decide.exit_cause import BY_ITSELF, ExitCause
 from megatoken.cluster.decide.fleet import Fleet, Replica
 from megatoken.cluster.decide.replica import ReplicaState
@@ -21,19 +21,19 @@ def replica(number: int, *devices: int, state: ReplicaState = ReplicaState.START
 
 
 def die(
-    book: DeviceBook,
+    book: DeviceStrikes,
     now: float,
     *devices: int,
     cause: ExitCause = ExitCause.PROGRAM_ENDED,
     beside: tuple[Replica, ...] = (),
-) -> DeviceBook:
+) -> DeviceStrikes:
     """One replica on these devices fails."""
     one = replica(1, *devices)
     failed = replace(one, state=ReplicaState.FAILED, reason=BOOM, exit_cause=cause)
     return judge(book, Fleet((one, *beside)), Fleet((failed, *beside)), now)
 
 
-def out(book: DeviceBook, now: float) -> list[int]:
+def out(book: DeviceStrikes, now: float) -> list[int]:
     return [device.index for device in with_devices_out(NODES, book, now).nodes[0].devices if not device.healthy]
 
 
@@ -41,7 +41,7 @@ SERVING = replica(9, 7, state=ReplicaState.READY)
 
 
 def test_three_strikes_put_one_device_out_and_say_why() -> None:
-    book = DeviceBook()
+    book = DeviceStrikes()
     for strike in range(3):
         assert out(book, 10.0) == []
         book = die(book, 10.0 + strike, 3, beside=(SERVING,))
@@ -51,7 +51,7 @@ def test_three_strikes_put_one_device_out_and_say_why() -> None:
 
 
 def test_it_comes_back_and_one_more_strike_doubles_the_pause() -> None:
-    book = DeviceBook()
+    book = DeviceStrikes()
     for _ in range(3):
         book = die(book, 0.0, 3, beside=(SERVING,))
     assert out(book, PAUSE_S + 1) == []
@@ -61,7 +61,7 @@ def test_it_comes_back_and_one_more_strike_doubles_the_pause() -> None:
 
 
 def test_a_replica_that_serves_there_long_enough_clears_it() -> None:
-    book = die(die(DeviceBook(), 0.0, 3), 0.0, 3)
+    book = die(die(DeviceStrikes(), 0.0, 3), 0.0, 3)
     well = Fleet((replica(2, 3, state=ReplicaState.READY),))
     assert judge(book, well, well, SETTLED_S - 1).strikes
     assert not judge(book, well, well, SETTLED_S).strikes
@@ -69,18 +69,18 @@ def test_a_replica_that_serves_there_long_enough_clears_it() -> None:
 
 @pytest.mark.parametrize("cause", ExitCause)
 def test_the_cause_alone_says_what_is_a_strike(cause: ExitCause) -> None:
-    assert bool(die(DeviceBook(), 0.0, 3, cause=cause).strikes) == (cause in BY_ITSELF)
+    assert bool(die(DeviceStrikes(), 0.0, 3, cause=cause).strikes) == (cause in BY_ITSELF)
 
 
 def test_a_wide_replica_strikes_all_its_devices() -> None:
-    book = DeviceBook()
+    book = DeviceStrikes()
     for _ in range(3):
         book = die(book, 0.0, 0, 1, beside=(SERVING,))
     assert out(book, 1.0) == [0, 1]
 
 
 def test_a_model_that_fails_wherever_it_is_put_takes_no_device_down_with_it() -> None:
-    book = DeviceBook()
+    book = DeviceStrikes()
     for device in (0, 1):
         for _ in range(3):
             book = die(book, 0.0, device)
@@ -94,7 +94,7 @@ def test_a_model_that_fails_wherever_it_is_put_takes_no_device_down_with_it() ->
 
 
 def test_devices_are_to_blame_while_the_same_revision_serves_elsewhere() -> None:
-    book = DeviceBook()
+    book = DeviceStrikes()
     for device in (0, 1, 2):
         for _ in range(3):
             book = die(book, 0.0, device, beside=(SERVING,))

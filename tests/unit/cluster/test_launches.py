@@ -12,7 +12,7 @@ from megatoken.access.credentials import Credentials, new_secrets
 from megatoken.access.table import Identity
 from megatoken.cluster.decide.backend import ProcessLaunch
 from megatoken.cluster.decide.fleet import Replica
-from megatoken.cluster.decide.launches import Surroundings, agent_launch, edge_launch, router_launch, worker_launch
+from megatoken.cluster.decide.launches import LaunchContext, agent_launch, edge_launch, router_launch, worker_launch
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
 from megatoken.cluster.placement.place import Placement, Rank
 from megatoken.cluster.spec.cluster import ClusterSpec
@@ -30,9 +30,9 @@ Config = TypeVar("Config", bound=BaseModel)
 TLS = {"cert_file": "/c.pem", "key_file": "/k.pem", "ca_file": "/a.pem"}
 
 
-def around(local: bool = True) -> Surroundings:
+def context(local: bool = True) -> LaunchContext:
     controller = "127.0.0.1:7700" if local else "10.0.0.1:7700"
-    return Surroundings(controller, PORTS, "10.0.0.1:6379", local, Path("/run").joinpath)
+    return LaunchContext(controller, PORTS, "10.0.0.1:6379", local, Path("/run").joinpath)
 
 
 def spec(tls: bool = False, mutual: bool = False, **model: Any) -> ClusterSpec:
@@ -45,7 +45,7 @@ def spec(tls: bool = False, mutual: bool = False, **model: Any) -> ClusterSpec:
 def worker(wanted: ClusterSpec, *ranks: Rank, local: bool = True) -> tuple[WorkerConfig, dict[str, str]]:
     model = wanted.models[0]
     replica = Replica("m-1", "m", model.revision, 1, Placement("m-1", "m", ranks), 0.0)
-    launch = worker_launch(replica, model, wanted, NODES, around(local), "ab" * 14, len(ranks))
+    launch = worker_launch(replica, model, wanted, NODES, context(local), "ab" * 14, len(ranks))
     return as_read(launch, WorkerConfig), dict(launch.env)
 
 
@@ -58,9 +58,9 @@ def as_read(launch: ProcessLaunch, program: type[Config]) -> Config:
 def test_every_program_accepts_what_it_is_given(tls: bool, mutual: bool) -> None:
     wanted = spec(tls, mutual)
     config, _ = worker(wanted, Rank(0, HEAD.id, 0, "cpu"))
-    router = as_read(router_launch("r", HEAD, wanted, around()), RouterConfig)
-    edge = as_read(edge_launch("e", HEAD, wanted, around(), HEAD), EdgeConfig)
-    agent = as_read(agent_launch("a", HEAD, wanted, around()), AgentConfig)
+    router = as_read(router_launch("r", HEAD, wanted, context()), RouterConfig)
+    edge = as_read(edge_launch("e", HEAD, wanted, context(), HEAD), EdgeConfig)
+    agent = as_read(agent_launch("a", HEAD, wanted, context()), AgentConfig)
     assert {config.counters_dir, str(router.counters_dir), agent.counters_dir} == {f"/run/{HEAD.id}/counters"}
     assert (config.tls is None, router.tls is None, edge.tls is None) == (not tls,) * 3
     assert config.lease_s == wanted.control.worker_lease_s
@@ -77,7 +77,7 @@ def test_every_program_accepts_what_it_is_given(tls: bool, mutual: bool) -> None
 def test_an_agent_has_tls_on_every_hop(mutual: bool) -> None:
     wanted = load_spec(f"security: {{tls: {{cert_file: /c.pem, key_file: /k.pem, ca_file: /a.pem, mutual: {mutual}}}}}")
     assert wanted.agents.enabled, "agents are on by default, and TLS does not change that"
-    agent = as_read(agent_launch("agent-0", HEAD, wanted, around()), AgentConfig)
+    agent = as_read(agent_launch("agent-0", HEAD, wanted, context()), AgentConfig)
     assert agent.tls is not None
     assert agent.controller_tls is not None
     assert (agent.tls.client_ca_file is not None) == (agent.controller_tls.cert_file is not None) == mutual
@@ -85,22 +85,22 @@ def test_an_agent_has_tls_on_every_hop(mutual: bool) -> None:
 
 def test_each_process_gets_credentials_of_its_own_and_no_secret_in_its_config() -> None:
     secrets = new_secrets()
-    surroundings = replace(around(), secrets=secrets)
+    rotated = replace(context(), secrets=secrets)
     wanted = spec()
     replica = Replica(
         "m-1", "m", wanted.models[0].revision, 1, Placement("m-1", "m", (Rank(0, HEAD.id, 0, "cpu"),)), 0.0
     )
     launches = {
-        Identity.WORKER: worker_launch(replica, wanted.models[0], wanted, NODES, surroundings, "", 1),
-        Identity.ROUTER: router_launch("router-0", HEAD, wanted, surroundings),
-        Identity.AGENT: agent_launch("agent-0", HEAD, wanted, surroundings),
+        Identity.WORKER: worker_launch(replica, wanted.models[0], wanted, NODES, rotated, "", 1),
+        Identity.ROUTER: router_launch("router-0", HEAD, wanted, rotated),
+        Identity.AGENT: agent_launch("agent-0", HEAD, wanted, rotated),
     }
     for identity, launch in launches.items():
         own = Credentials.model_validate_json(launch.credentials)
         assert own.token == secrets.token(identity)
         assert own.token not in json.dumps(launch.settings)
         assert own.token not in repr(launch)
-    assert edge_launch("edge-0", HEAD, wanted, surroundings, HEAD).credentials == "", "it shows its callers' keys"
+    assert edge_launch("edge-0", HEAD, wanted, rotated, HEAD).credentials == "", "it shows its callers' keys"
 
 
 def test_one_device_runs_without_ray_and_several_in_their_placement_group() -> None:
@@ -115,7 +115,7 @@ def test_ranks_that_share_a_nodes_cores_take_a_share_each() -> None:
     def threads(neighbours: int, **model: Any) -> int:
         wanted = spec(**model)
         replica = Replica("m-1", "m", "r", 1, Placement("m-1", "m", (Rank(0, HEAD.id, 0, "cpu"),)), 0.0)
-        launch = worker_launch(replica, wanted.models[0], wanted, NODES, around(), "", neighbours)
+        launch = worker_launch(replica, wanted.models[0], wanted, NODES, context(), "", neighbours)
         assert launch.program == "megatoken.worker"
         return as_read(launch, WorkerConfig).threads(cores=8)
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from megatoken.cluster.controller.orders import Orders
+from megatoken.cluster.controller.desired_state import DesiredState
 from megatoken.cluster.controller.state import StateStore
-from megatoken.cluster.decide.fleet import Fleet, Happening, Replica
+from megatoken.cluster.decide.fleet import ClusterEvent, Fleet, Replica
 from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Inventory, Node
 from megatoken.cluster.placement.place import Placement, Rank
@@ -32,10 +32,10 @@ class Told:
     def __init__(self, directory: Path) -> None:
         store = StateStore(directory / "state.sqlite")
         store.put_spec(spec(), {})
-        self.happenings: list[Happening] = []
+        self.events: list[ClusterEvent] = []
         self.woken = 0
         self.store = store
-        self.orders = Orders(store, self.happenings.append, self._wake)
+        self.desired_state = DesiredState(store, self.events.append, self._wake)
 
     def _wake(self) -> None:
         self.woken += 1
@@ -47,76 +47,76 @@ def told(tmp_path: Path) -> Told:
 
 
 def test_scale_wakes_the_loop_and_survives_a_restart(told: Told) -> None:
-    assert told.orders.scale("m", 5) == 2
+    assert told.desired_state.scale("m", 5) == 2
     assert told.woken == 1
-    assert told.orders.scale("m", 5) == 2  # nothing changes
-    again = Orders(told.store, told.happenings.append, lambda: None)
+    assert told.desired_state.scale("m", 5) == 2  # nothing changes
+    again = DesiredState(told.store, told.events.append, lambda: None)
     assert again.desired.models[0].replicas == 5
     with pytest.raises(NotFoundError, match="one of: m"):
-        told.orders.scale("n", 1)
+        told.desired_state.scale("n", 1)
 
 
 def test_a_dry_run_and_an_equal_spec_change_nothing(told: Told) -> None:
     changed = spec(replicas=4, max_running=7)
-    _, changes = told.orders.apply(changed, Fleet(), dry_run=True)
+    _, changes = told.desired_state.apply(changed, Fleet(), dry_run=True)
     assert changes == [
         "model m: max_running changes; replicas are exchanged, 1 extra at most",
         "model m: 1 -> 4 replicas",
     ]
-    assert told.orders.apply(spec(), Fleet(), dry_run=False) == (1, [])
+    assert told.desired_state.apply(spec(), Fleet(), dry_run=False) == (1, [])
     assert told.woken == 0
 
 
 def test_what_needs_a_new_cluster_is_refused(told: Told) -> None:
     with pytest.raises(SpecError, match="control: cannot be changed while the cluster runs"):
-        told.orders.apply(ClusterSpec.model_validate({"control": {"port": 1}}), Fleet(), dry_run=False)
-    assert told.orders.desired.generation == 1
+        told.desired_state.apply(ClusterSpec.model_validate({"control": {"port": 1}}), Fleet(), dry_run=False)
+    assert told.desired_state.desired.generation == 1
 
 
 def test_an_update_of_a_working_model_can_be_rolled_back_and_one_that_never_worked_cannot(told: Told) -> None:
-    before = told.orders.spec.models[0]
-    told.orders.apply(spec(max_running=7), Fleet(), dry_run=False)
-    assert told.orders.desired.previous == {}
-    told.orders.apply(spec(), fleet_of("x"), dry_run=False)
-    told.orders.apply(spec(max_running=8), fleet_of(before.revision), dry_run=False)
-    assert told.orders.desired.previous == {"m": before}
-    told.orders.apply(spec(max_running=9), fleet_of(before.revision), dry_run=False)
-    assert told.orders.desired.previous == {"m": before}  # 8 was never seen to work
-    told.orders.scale("m", 3)
-    told.orders.roll_back("m")
-    assert told.orders.spec.models[0] == before.model_copy(update={"replicas": 3})
-    assert told.orders.desired.previous == {}
+    before = told.desired_state.spec.models[0]
+    told.desired_state.apply(spec(max_running=7), Fleet(), dry_run=False)
+    assert told.desired_state.desired.previous == {}
+    told.desired_state.apply(spec(), fleet_of("x"), dry_run=False)
+    told.desired_state.apply(spec(max_running=8), fleet_of(before.revision), dry_run=False)
+    assert told.desired_state.desired.previous == {"m": before}
+    told.desired_state.apply(spec(max_running=9), fleet_of(before.revision), dry_run=False)
+    assert told.desired_state.desired.previous == {"m": before}  # 8 was never seen to work
+    told.desired_state.scale("m", 3)
+    told.desired_state.roll_back("m")
+    assert told.desired_state.spec.models[0] == before.model_copy(update={"replicas": 3})
+    assert told.desired_state.desired.previous == {}
 
 
 def test_an_update_is_over_when_every_replica_runs_it(told: Told) -> None:
-    before = told.orders.spec.models[0]
-    told.orders.apply(spec(max_running=8), fleet_of(before.revision), dry_run=False)
-    told.orders.settle_updates(fleet_of(before.revision))
-    assert told.orders.desired.previous
-    told.orders.settle_updates(fleet_of(told.orders.spec.models[0].revision))
-    assert not told.orders.desired.previous
-    assert told.happenings[-1].kind == "model.updated"
+    before = told.desired_state.spec.models[0]
+    told.desired_state.apply(spec(max_running=8), fleet_of(before.revision), dry_run=False)
+    told.desired_state.settle_updates(fleet_of(before.revision))
+    assert told.desired_state.desired.previous
+    told.desired_state.settle_updates(fleet_of(told.desired_state.spec.models[0].revision))
+    assert not told.desired_state.desired.previous
+    assert told.events[-1].kind == "model.updated"
 
 
 def test_drains(told: Told) -> None:
     fleet = fleet_of("r")
-    assert told.orders.drain_replica("m-1", None, fleet) == ["m-1"]
-    assert told.orders.desired.drain_requests == {"m-1": 60.0}
+    assert told.desired_state.drain_replica("m-1", None, fleet) == ["m-1"]
+    assert told.desired_state.desired.drain_requests == {"m-1": 60.0}
     with pytest.raises(NotFoundError, match="one of: m-1"):
-        told.orders.drain_replica("m-9", None, fleet)
+        told.desired_state.drain_replica("m-9", None, fleet)
     for name in ("x", "10.0.0.1", "aaaaaaaa1"):
-        assert told.orders.drain_node(name, NODES, fleet, undo=False) == ["m-1"]
-    assert told.orders.desired.drained_nodes == {"aaaaaaaa1"}
-    assert told.orders.drain_node("x", NODES, fleet, undo=True) == []
-    assert told.orders.desired.drained_nodes == frozenset()
+        assert told.desired_state.drain_node(name, NODES, fleet, undo=False) == ["m-1"]
+    assert told.desired_state.desired.drained_nodes == {"aaaaaaaa1"}
+    assert told.desired_state.drain_node("x", NODES, fleet, undo=True) == []
+    assert told.desired_state.desired.drained_nodes == frozenset()
     with pytest.raises(RequestError, match="several nodes"):
-        told.orders.drain_node("aaaaaaaa", NODES, fleet, undo=False)
+        told.desired_state.drain_node("aaaaaaaa", NODES, fleet, undo=False)
     with pytest.raises(NotFoundError, match="one of: x, y"):
-        told.orders.drain_node("z", NODES, fleet, undo=False)
+        told.desired_state.drain_node("z", NODES, fleet, undo=False)
 
 
 def test_a_shutdown_is_remembered(told: Told) -> None:
-    told.orders.shut_down(3.0, fleet_of("r"))
-    again = Orders(told.store, told.happenings.append, lambda: None)
+    told.desired_state.shut_down(3.0, fleet_of("r"))
+    again = DesiredState(told.store, told.events.append, lambda: None)
     assert again.desired.stopping
     assert again.desired.drain_requests == {"m-1": 3.0}

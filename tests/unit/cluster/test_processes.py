@@ -5,19 +5,19 @@ from typing import Any
 
 from megatoken.cluster.decide.backend import ProcessObservation
 from megatoken.cluster.decide.fleet import Fleet, Phase
-from megatoken.cluster.decide.launches import Surroundings
+from megatoken.cluster.decide.launches import LaunchContext
 from megatoken.cluster.decide.processes import BACKOFF_MAX_S, Decision, Record, Wanted, supervise, wanted_processes
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
 from megatoken.cluster.spec.cluster import ClusterSpec
 
-AROUND = Surroundings("127.0.0.1:7700", {"routers.port": 1, "edge.port": 2, "agents.port": 3}, "10.0.0.0:6379", True)
+AROUND = LaunchContext("127.0.0.1:7700", {"routers.port": 1, "edge.port": 2, "agents.port": 3}, "10.0.0.0:6379", True)
 HEAD = Node("aaaaaaaaaaaa", "10.0.0.0", (Device("cpu", 0),), name="head", head=True)
 OTHER = Node("bbbbbbbbbbbb", "10.0.0.1", (Device("cpu", 0),), name="other")
 SERVES = ProcessObservation(Phase.SERVING, {"address": "127.0.0.1:1"})
 
 
-def wanted(nodes: tuple[Node, ...] = (HEAD,), around: Surroundings = AROUND, **spec: Any) -> tuple[Wanted, ...]:
-    return wanted_processes(ClusterSpec.model_validate(spec), Inventory(nodes), Fleet(), around)
+def wanted(nodes: tuple[Node, ...] = (HEAD,), context: LaunchContext = AROUND, **spec: Any) -> tuple[Wanted, ...]:
+    return wanted_processes(ClusterSpec.model_validate(spec), Inventory(nodes), Fleet(), context)
 
 
 def slots(found: tuple[Wanted, ...]) -> list[str]:
@@ -54,7 +54,7 @@ def test_a_name_changes_with_the_configuration_and_only_with_it() -> None:
 def test_hosts_are_loopback_on_one_machine_and_the_nodes_own_elsewhere() -> None:
     (router,) = wanted(agents={"enabled": False})
     assert router.launch.config.host == "127.0.0.1"
-    (router,) = wanted(agents={"enabled": False}, around=replace(AROUND, local=False), ray={"address": "auto"})
+    (router,) = wanted(agents={"enabled": False}, context=replace(AROUND, local=False), ray={"address": "auto"})
     assert router.launch.config.host == "10.0.0.0"
     (router,) = wanted(agents={"enabled": False}, routers={"host": "0.0.0.0"})
     assert router.launch.config.host == "0.0.0.0"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatoken.counters import INDEX
-from megatoken.worker.throughput.decide.books import Books, RateRow
 from megatoken.worker.throughput.decide.layout import Cell, Departed, Greeting, Layout, ReplicaFacts
 from megatoken.worker.throughput.decide.ledger import WIDTH, NodeSums, Totals, Writer
+from megatoken.worker.throughput.decide.rates import ClusterRates, RateRow
 
 TOKENS = INDEX["generated_tokens"]
 
@@ -34,7 +34,7 @@ class Cluster:
     """Feeds Books as an agent would."""
 
     def __init__(self, rates: dict[str, float] | None = None) -> None:
-        self.books = Books(rates or {})
+        self.rates = ClusterRates(rates or {})
         self.now = 1000.0
         self.layout = Layout.of([])
         self.ranks: list[int] = []
@@ -42,8 +42,8 @@ class Cluster:
     def arrange(self, *greetings: Greeting, departed: list[Departed] | None = None) -> None:
         self.layout = Layout.of(greetings)
         self.ranks = [int(g.agent.split("-")[1]) for g in greetings]
-        self.books.learn(departed or [], self.now)
-        self.books.arrange(self.layout)
+        self.rates.learn(departed or [], self.now)
+        self.rates.arrange(self.layout)
 
     def tick(self, after_s: float, *tokens: int) -> None:
         self.now += after_s
@@ -52,10 +52,10 @@ class Cluster:
             writer = Writer("worker", f"r{rank}", 1, "m")
             sums = NodeSums(made(count), {"m": made(count)}, {f"r{rank}": (writer, made(count))})
             vector += self.layout.encode(place, sums, False)
-        self.books.update(self.layout.decode(vector)[0], self.now)
+        self.rates.update(self.layout.decode(vector)[0], self.now)
 
     def row(self, kind: str, name: str) -> RateRow:
-        return next(row for row in self.books.rows() if (row.kind, row.name) == (kind, name))
+        return next(row for row in self.rates.rows() if (row.kind, row.name) == (kind, name))
 
     def rate(self, kind: str = "cluster", name: str = "cluster", window: int = 0) -> float:
         return self.row(kind, name).rates[window].generated
@@ -146,7 +146,7 @@ def test_a_newcomer_learns_of_nodes_that_left_and_nothing_goes_backwards() -> No
     old.arrange(greeting(0), greeting(1))
     old.tick(1.0, 500, 7)
     layout = Layout.of([greeting(1), greeting(2)])
-    known = old.books.departed(layout)
+    known = old.rates.departed(layout)
     assert {cell.kind for cell, _ in known} == {"routers", "model"}
     new = Cluster()
     new.arrange(greeting(1), greeting(2), departed=known)
@@ -181,7 +181,7 @@ def test_sites_are_summed_where_they_are_declared() -> None:
     cluster.arrange(greeting(0, site="paris"), greeting(1, site="oslo"), greeting(2, site="oslo"))
     cluster.tick(1.0, 1, 2, 4)
     assert cluster.row("site", "oslo").workers[TOKENS] == 6
-    assert [row.name for row in cluster.books.rows() if row.kind == "site"] == ["oslo", "paris"]
+    assert [row.name for row in cluster.rates.rows() if row.kind == "site"] == ["oslo", "paris"]
 
 
 def test_efficiency_is_the_rate_over_what_the_replicas_make_alone() -> None:
@@ -212,7 +212,7 @@ def test_simulated_replicas_are_named_so() -> None:
 
 def test_before_the_second_tick_every_rate_is_zero() -> None:
     cluster = Cluster()
-    assert cluster.books.cluster().workers.tolist() == [0] * WIDTH
+    assert cluster.rates.cluster().workers.tolist() == [0] * WIDTH
     cluster.arrange(greeting(0))
     assert cluster.rate() == 0.0
     cluster.tick(1.0, 5)
@@ -224,7 +224,7 @@ def test_history_is_bounded_whatever_the_tick() -> None:
     cluster.arrange(greeting(0))
     for step in range(5000):
         cluster.tick(0.05, step)
-    points = len(cluster.books._fine) + len(cluster.books._coarse)
+    points = len(cluster.rates._fine) + len(cluster.rates._coarse)
     assert points < 350
     assert cluster.rate(window=3) == pytest.approx(20, rel=0.01)
 
@@ -235,10 +235,10 @@ def test_cells_of_a_thousand_nodes_update_in_milliseconds() -> None:
     cluster = Cluster()
     cluster.arrange(*(greeting(rank) for rank in range(1000)))
     cells = np.ones((len(cluster.layout.cells), WIDTH), np.int64)
-    cluster.books.update(cells, 1.0)
+    cluster.rates.update(cells, 1.0)
     started = time.process_time()
     for step in range(10):
-        cluster.books.update(cells * step, 2.0 + step)
+        cluster.rates.update(cells * step, 2.0 + step)
     assert (time.process_time() - started) / 10 < 0.05
 
 

@@ -14,7 +14,7 @@ from megatoken.router.edge.http.dispatch import Dispatch, model_of
 from megatoken.router.edge.http.exchange import EXCHANGE
 from megatoken.router.edge.http.refusals import GuardedSend
 from megatoken.router.identity.api_keys import KeyRing
-from megatoken.router.identity.door import Door
+from megatoken.router.identity.callers import CallerRegistry
 
 Message = MutableMapping[str, Any]
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -76,7 +76,7 @@ def dispatch(
     made = Dispatch(
         apps={app.name: app for app in apps},
         is_healthy=lambda: healthy,
-        door=Door(keys),
+        callers=CallerRegistry(keys),
         max_body_bytes=limit,
     )
     return made, apps

@@ -15,7 +15,7 @@ from megatoken.router.core import submission
 from megatoken.router.core.request import Request
 from megatoken.router.core.submission import submit
 from megatoken.router.identity.api_keys import ApiKey, KeyRing
-from megatoken.router.identity.door import Caller, Door
+from megatoken.router.identity.callers import Caller, CallerRegistry
 from megatoken.router.identity.key_limits import Usage
 from megatoken.router.measures import refusal_reason
 from megatoken.router.shell.leases import IssuedLeases
@@ -39,34 +39,34 @@ def bearer(secret: str) -> tuple[tuple[str, str], ...]:
 def test_a_key_is_known_by_its_hash_and_a_withdrawn_one_stops_at_once(tmp_path: Path) -> None:
     path = write_keys(tmp_path / "keys", {"name": "a", "sha256": HASH, "models": ["m"]})
     ring = KeyRing(path)
-    door = Door(ring)
-    caller = door.identify(bearer("secret-1"))
+    callers = CallerRegistry(ring)
+    caller = callers.identify(bearer("secret-1"))
     assert caller.tenant == "a"
-    assert door.identify((("x-api-key", "secret-1"),)).tenant == "a"
+    assert callers.identify((("x-api-key", "secret-1"),)).tenant == "a"
     for metadata in (None, (), bearer("secret-2"), bearer("")):
         with pytest.raises(AuthError) as caught:
-            door.identify(metadata)
+            callers.identify(metadata)
         assert "secret" not in str(caught.value)
-    door.admit(caller, "m")
+    callers.admit(caller, "m")
     with pytest.raises(AuthError, match="not allowed 'other'"):
-        door.admit(caller, "other")
+        callers.admit(caller, "other")
     write_keys(path, {"name": "b", "sha256": HASH}, {"name": "c", "sha256": "0" * 64})
     ring.refresh()
     with pytest.raises(AuthError, match="not known any more"):
-        door.admit(caller, "m")
-    assert door.identify(bearer("secret-1")).tenant == "b"
+        callers.admit(caller, "m")
+    assert callers.identify(bearer("secret-1")).tenant == "b"
 
 
 @pytest.mark.parametrize("names", [("authorization", "x-api-key"), ("x-api-key", "authorization")])
 def test_two_keys_that_differ_are_no_key(tmp_path: Path, names: tuple[str, str]) -> None:
-    door = Door(KeyRing(write_keys(tmp_path / "keys", {"name": "a", "sha256": HASH})))
+    callers = CallerRegistry(KeyRing(write_keys(tmp_path / "keys", {"name": "a", "sha256": HASH})))
     shown = {"authorization": "Bearer secret-1", "x-api-key": "made-up"}
     with pytest.raises(AuthError, match="more than one API key") as caught:
-        door.identify([(name, shown[name]) for name in names])
+        callers.identify([(name, shown[name]) for name in names])
     assert "secret-1" not in str(caught.value)
     assert "made-up" not in str(caught.value)
     twice = (("authorization", "bearer  secret-1"), ("x-api-key", " secret-1 "), ("authorization", "Basic abc"))
-    assert door.identify(twice).tenant == "a"
+    assert callers.identify(twice).tenant == "a"
 
 
 def test_a_key_file_that_does_not_read_leaves_the_last_keys_in_force(tmp_path: Path) -> None:

@@ -155,8 +155,8 @@ def test_a_request_that_no_policy_can_choose_for_ends_and_lets_the_others_pass(m
     faults = quiet(fleet)
     choose = fleet.pool.policy.choose
 
-    def picky(pool: Any, question: Any, rng: Any) -> Any:
-        return choose(pool, question, rng) if question.affinity != "bad" else 1 / 0
+    def picky(pool: Any, asked: Any, rng: Any) -> Any:
+        return choose(pool, asked, rng) if asked.affinity != "bad" else 1 / 0
 
     monkeypatch.setattr(type(fleet.pool.policy), "choose", lambda _self, *rest: picky(*rest))
     bad, good = fleet.submit(affinity="bad"), fleet.submit()
@@ -227,7 +227,7 @@ def test_a_group_of_frames_that_cannot_be_taken_leaves_no_gap_and_the_rest_of_th
 def test_a_fault_while_requests_are_placed_keeps_no_frame_from_being_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet, a, b = two()
     faults = quiet(fleet)
-    once(monkeypatch, placement, "_place_waiting")
+    once(monkeypatch, placement, "_place_all")
     end = tokens_pb2.Finish(stream=a.slot, reason=tokens_pb2.FINISH_REASON_STOP)
     on_frames(fleet.state, [frame(a, 1, finish=[end]), frame(b, 1), frame(b, 2)], fleet.now)
     assert fleet.received(b) == [1, 2]
@@ -293,7 +293,7 @@ def test_a_request_is_in_the_ledger_though_its_key_cannot_be_settled(monkeypatch
     fleet = CoreFleet()
     faults = quiet(fleet)
     request = fleet.submit(key=LONE, tenant="lone")
-    once(monkeypatch, fleet.state.door, "leave")
+    once(monkeypatch, fleet.state.callers, "leave")
     fleet.finish(request)
     assert faults.counts == {"accounts": 1}
     assert fleet.state.ledger["requests_finished"] == 1

@@ -12,7 +12,7 @@ from megatoken.access.lease import lease_id, verify
 from megatoken.access.table import Identity, Program
 from megatoken.errors import OverloadError, RequestError
 from megatoken.router.identity.api_keys import ApiKey
-from megatoken.router.identity.door import Caller
+from megatoken.router.identity.callers import Caller
 from megatoken.router.intake.intake import on_frame
 from megatoken.router.shell.leases import IssuedLeases, LeaseSigner
 from megatoken.v1 import frame_columns_pb2, router_pb2, tokens_pb2
@@ -42,7 +42,7 @@ def report(fleet: CoreFleet, name: str, prompt_tokens: int, generated_tokens: in
 
 def left(fleet: CoreFleet) -> float:
     """Tokens that the key may still use now."""
-    tokens = fleet.state.door._usage["a"].tokens
+    tokens = fleet.state.callers._usage["a"].tokens
     assert tokens is not None
     return tokens.level
 
@@ -69,7 +69,7 @@ def test_a_report_settles_a_lease_once(released: bool) -> None:
         report(fleet, lease.lease, 100, 40)
     leases.release(lease.lease, False, 102.0)
     assert (left(fleet), fleet.pool.output_share, len(leases)) == (860, 0.1, 0)
-    assert fleet.state.door._usage["a"].live == 0
+    assert fleet.state.callers._usage["a"].live == 0
     assert leases.ended == {"released": 1, "expired": 0, "failed": 0}
     fleet.check_idle()
 
@@ -103,18 +103,18 @@ def test_a_lease_without_a_report_stays_charged_and_lets_go_at_its_end(released:
     if released:
         leases.release(lease.lease, False, 101.0)
     leases.expire(109.0)
-    assert fleet.state.door._usage["a"].live == 1
+    assert fleet.state.callers._usage["a"].live == 1
     if gone:
         fleet.state.fleet.remove(fleet.replicas[0])
     leases.expire(109.5 if gone else 110.0)
-    assert (fleet.state.door._usage["a"].live, left(fleet), len(leases)) == (0, 500, 0)
+    assert (fleet.state.callers._usage["a"].live, left(fleet), len(leases)) == (0, 500, 0)
 
 
 def test_released_leases_that_nobody_reports_are_bounded() -> None:
     fleet, leases = world(leases={"max_leases": 3})
     for _ in range(10):
         leases.release(leases.assign(ASK, caller(concurrency=4), 100.0).lease, False, 100.0)
-    assert fleet.state.door._usage["a"].live == 3
+    assert fleet.state.callers._usage["a"].live == 3
 
 
 def test_a_lease_is_signed_for_its_replica_and_names_its_request() -> None:

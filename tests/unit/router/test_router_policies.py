@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatoken.router.fleet.capacity import Rates
-from megatoken.router.fleet.choice import Question
-from megatoken.router.fleet.prefix_book import MOST, block_hashes
+from megatoken.router.fleet.prefix_index import MOST, block_hashes
+from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.policies.make import make_policy
 from megatoken.router.policies.names import ALONE, SCORERS, parse_policy, policy_text
 from megatoken.tokens.frames import pack
@@ -41,10 +41,10 @@ def fleet_of(**columns: list[Any]) -> CoreFleet:
     return fleet
 
 
-def chosen(fleet: CoreFleet, policy: str, times: int = 400, **question: Any) -> Counter[str]:
+def chosen(fleet: CoreFleet, policy: str, times: int = 400, **asked: Any) -> Counter[str]:
     rng = random.Random(3)
     made = make_policy(policy)
-    asked = Question(**{"prompt_tokens": 100, "expected_tokens": 100, **question})
+    asked = RoutingRequest(**{"prompt_tokens": 100, "expected_tokens": 100, **asked})
     found = Counter()
     for _ in range(times):
         replica = made.choose(fleet.pool, asked, rng)
@@ -102,7 +102,7 @@ def test_a_replica_that_joins_takes_its_share_of_keys_and_moves_no_other() -> No
     def homes(fleet: CoreFleet) -> dict[str, str]:
         rng, policy = random.Random(1), make_policy("affinity")
         keys = [f"chat-{i}" for i in range(4000)]
-        replicas = {key: policy.choose(fleet.pool, Question(10, 10, affinity=key), rng) for key in keys}
+        replicas = {key: policy.choose(fleet.pool, RoutingRequest(10, 10, affinity=key), rng) for key in keys}
         return {key: replica.name for key, replica in replicas.items() if replica is not None}
 
     fleet = fleet_of(outstanding=[0] * 4)
@@ -156,7 +156,7 @@ def test_a_single_popular_prompt_does_not_melt_one_replica() -> None:
     hashes = tuple(range(1, 9))
     fleet = fleet_of(prefixes=[hashes, (), (), ()], outstanding=[0] * 4)
     made, rng = make_policy("prefix"), random.Random(5)
-    asked = Question(1024, 200, prefix_hashes=hashes)
+    asked = RoutingRequest(1024, 200, prefix_hashes=hashes)
     for _ in range(200):
         replica = made.choose(fleet.pool, asked, rng)
         assert replica is not None
@@ -222,7 +222,7 @@ def test_a_choice_costs_the_same_with_a_thousand_replicas_as_with_ten(policy: st
     def cost_s(size: int) -> float:
         fleet = fleet_of(outstanding=[i % 7 * 100 for i in range(size)])
         made, rng = make_policy(policy), random.Random(1)
-        asked = Question(100, 100, affinity="k", lora="a", prefix_hashes=(1, 2, 3))
+        asked = RoutingRequest(100, 100, affinity="k", lora="a", prefix_hashes=(1, 2, 3))
         best = float("inf")
         for _ in range(5):
             began = time.perf_counter()

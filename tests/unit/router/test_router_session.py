@@ -12,7 +12,7 @@ from megatoken.router import wire
 from megatoken.router.config import RouterConfig
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import EndpointTable
-from megatoken.router.identity.door import Caller
+from megatoken.router.identity.callers import Caller
 from megatoken.router.secure import EOF
 from megatoken.router.shell.client_session import CANCELS_AT_ONCE, MAX_REFUSALS, REQUESTS_AT_ONCE, ClientSession
 from megatoken.router.streams.ledger import RouterLedger

@@ -14,7 +14,7 @@ from megatoken.errors import ForbiddenError, OverloadError, RequestError
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.engines.engine import Ended
-from megatoken.worker.leases import LeaseBook, UncheckedLeases
+from megatoken.worker.leases import LeaseTable, UncheckedLeases
 from megatoken.worker.streams.outlet import FRAME_USAGE, WAITING_USAGE, Outlet, encode_frame
 from tests.unit.worker.test_replica import World
 
@@ -29,9 +29,9 @@ class Clock:
         return self.now_s
 
 
-def book(clock: Clock | None = None, incarnation: int = 7, most: int = 100) -> LeaseBook:
+def book(clock: Clock | None = None, incarnation: int = 7, most: int = 100) -> LeaseTable:
     credentials = Credentials(token="t", accepted={}, lease_keys=(KEY,))
-    return LeaseBook("r0", incarnation, lambda: credentials, clock or Clock(), most)
+    return LeaseTable("r0", incarnation, lambda: credentials, clock or Clock(), most)
 
 
 def lease(name: str = "a", incarnation: int = 7, until_s: int = 1010, key: str = KEY) -> str:

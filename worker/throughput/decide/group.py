@@ -174,20 +174,20 @@ class Groups:
         present = self._present(now)
         lost = [member for member in self.group.members if member.agent not in present]
         failed = self._must_reform(present, now)
-        accused = self._accused(present) if failed else []
-        for attendee in [*lost, *(present[agent].said.attendee for agent in accused)]:
+        unreachable = self._unreachable(present) if failed else []
+        for attendee in [*lost, *(present[agent].said.attendee for agent in unreachable)]:
             self._strike(attendee.node, now)
         joiners = self._joiners(present, now)
         if not (lost or failed or (joiners and self._may_join(joiners, now))):
             return None
-        stays = [a for a in self.group.agents if a in present and a not in accused]
+        stays = [a for a in self.group.agents if a in present and a not in unreachable]
         members = [present[agent].said.attendee for agent in (*stays, *joiners)]
         if not members:
             return None
-        if failed and not accused and not lost and not self._retry_due(now):
+        if failed and not unreachable and not lost and not self._retry_due(now):
             return None
         self._fruitless = self._fruitless + 1 if failed and not self._worked else 0
-        return self._publish(members, _why(lost, accused, joiners, self._complaint() if failed else ""), now)
+        return self._publish(members, _why(lost, unreachable, joiners, self._complaint() if failed else ""), now)
 
     def refusals(self) -> dict[str, Refused]:
         """Agents that attend and can be in no group now, with the reason."""
@@ -256,7 +256,7 @@ class Groups:
         everyone = len(here) == len(members) and all(known.said.state is Stance.FAILED for known in here)
         return everyone or now - self._failed_s >= self.policy.settle_s
 
-    def _accused(self, present: dict[str, _Present]) -> list[str]:
+    def _unreachable(self, present: dict[str, _Present]) -> list[str]:
         """The fewest members, greedily, without whom no report of an unreachable peer remains."""
         agents = [agent for agent in self.group.agents if agent in present]
         edges = {
@@ -367,13 +367,13 @@ def common_backend(attendees: Iterable[Attendee]) -> str:
     return max(count, key=lambda name: (count[name], name.startswith("nccl"), name == "gloo", name))
 
 
-def _why(lost: list[Attendee], accused: list[str], joiners: list[str], complaint: str) -> str:
+def _why(lost: list[Attendee], unreachable: list[str], joiners: list[str], complaint: str) -> str:
     parts = []
     if lost:
         parts.append("lost " + ", ".join(member.node for member in lost[:8]))
-    if accused:
-        parts.append("left out, not reached by others: " + ", ".join(accused[:8]))
-    if complaint and not accused:
+    if unreachable:
+        parts.append("left out, not reached by others: " + ", ".join(unreachable[:8]))
+    if complaint and not unreachable:
         parts.append(f"the group failed ({complaint})")
     if joiners:
         parts.append(f"{len(joiners)} joined")

@@ -1,4 +1,4 @@
-"""The agent's side of the nursery and its reducers: starts, asks with a deadline, kills. Imports no torch."""
+"""The agent's side of the fork server and its reducers: starts, asks with a deadline, kills. Imports no torch."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Reducer:
     """One epoch's process group, in a process of its own. One call at a time."""
 
     def __init__(
-        self, nursery: Nursery, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, forkserver: ForkServer, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self._nursery, self._number, self._reader, self._writer = nursery, number, reader, writer
+        self._forkserver, self._number, self._reader, self._writer = forkserver, number, reader, writer
 
     async def connect(self, facts: dict[str, Any], timeout_s: float) -> None:
         """Joins the ranks of an epoch (process_group.ProcessGroup has the facts)."""
@@ -67,9 +67,9 @@ class Reducer:
         return ReducedVector(np.frombuffer(answer, np.int64, offset=SECONDS.size), seconds)
 
     def kill(self) -> None:
-        """Ends the process and everything it held. The nursery does it before it forks another."""
+        """Ends the process and everything it held. The fork server does it before it forks another."""
         self._writer.transport.abort()
-        self._nursery.kill(self._number)
+        self._forkserver.kill(self._number)
 
     async def _ask(self, kind: bytes, payload: bytes, timeout_s: float, what: str) -> bytes:
         try:
@@ -88,7 +88,7 @@ class Reducer:
         return answer
 
 
-class Nursery:
+class ForkServer:
     """The forking process. `start` may be called again after it died."""
 
     def __init__(self, store_listener: socket.socket) -> None:
@@ -113,13 +113,13 @@ class Nursery:
         command = [
             sys.executable,
             "-m",
-            "megatoken.worker.throughput.reduce.nursery",
+            "megatoken.worker.throughput.reduce.forkserver",
             str(theirs.fileno()),
             str(listener),
         ]
         # A lost peer is normal here: no native stack on stderr, whose symbols cost seconds to look up.
         environment = {"TORCH_CPP_LOG_LEVEL": "FATAL", "TORCH_DISABLE_ADDR2LINE": "1", **os.environ}
-        # From this thread, which lives as long as the agent: the nursery dies with the thread that started it.
+        # From this thread, which lives as long as the agent: the fork server dies with the thread that started it.
         self._process = subprocess.Popen(  # noqa: ASYNC220  milliseconds; asyncio would use another thread
             command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), listener), env=environment
         )
@@ -137,7 +137,7 @@ class Nursery:
         self.backends, self.torch_version = tuple(facts["backends"]), facts["torch"]
 
     async def fork(self) -> Reducer:
-        """A fresh reducer. Raises ReduceFailure when the nursery is gone."""
+        """A fresh reducer. Raises ReduceFailure when the fork server is gone."""
         if self._control is None or not self.alive:
             raise ReduceFailure("the process that forks reducers ended", "other")
         number = next(self._numbers)
@@ -168,7 +168,7 @@ class Nursery:
             self._process.kill()
 
     async def stop(self) -> None:
-        """Ends the nursery and every reducer, and waits."""
+        """Ends the fork server and every reducer, and waits."""
         self.backends = ()
         if self._control is not None:
             self._control.close()

@@ -27,7 +27,7 @@ SECONDS: Final = struct.Struct("=d")
 
 
 def serve(channel: socket.socket, store_listener: int) -> None:
-    """Answers the agent until it closes the channel. Runs in a fresh child of the nursery."""
+    """Answers the agent until it closes the channel. Runs in a fresh child of the fork server."""
     from megatoken.worker.throughput.reduce.process_group import CollectiveError, ProcessGroup
 
     group: ProcessGroup | None = None

@@ -1,4 +1,4 @@
-"""The door: who calls, may they, and how much. Without a keys file everyone may, as one anonymous tenant."""
+"""Who calls, may they, and how much. Without a keys file everyone may, as one anonymous tenant."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Caller:
         return 0 if self.key is None else self.key.highest_priority
 
 
-class Door:
+class CallerRegistry:
     """One for the process. Keys that were withdrawn stop working for running sessions too: each request looks again."""
 
     def __init__(self, keys: KeyRing | None = None) -> None:

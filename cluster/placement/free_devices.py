@@ -79,7 +79,7 @@ def _few_cells(cells: list[list[int]], count: int) -> list[int]:
     return sorted(group)
 
 
-class Floor:
+class FreeDevices:
     """Free devices, and which models stand where. Hosts are ordered by node id, then kind."""
 
     def __init__(self, inventory: Inventory, existing: Sequence[Placement] = ()) -> None:

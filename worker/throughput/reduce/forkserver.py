@@ -1,9 +1,9 @@
 """A clean parent that has imported torch once and forks a reducer for each epoch.
 
-    python -m megatoken.worker.throughput.reduce.nursery CONTROL_FD STORE_LISTENER_FD
+    python -m megatoken.worker.throughput.reduce.forkserver CONTROL_FD STORE_LISTENER_FD
 
 Importing torch takes seconds of CPU, forking a process that has it takes milliseconds, so a new epoch costs no import.
-The nursery itself never makes a group, a thread or a device context: what it forks starts clean. It is single-threaded
+The fork server itself never makes a group, a thread or a device context: what it forks starts clean. It has one thread
 and obeys one line at a time:
   F <n>   and a socket beside it (SCM_RIGHTS): fork reducer n on that socket
   K <n>   kill reducer n and wait until it is gone

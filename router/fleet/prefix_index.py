@@ -50,7 +50,7 @@ def cached_tokens(replica: Holder, hashes: tuple[int, ...]) -> int:
     return low * BLOCK
 
 
-class PrefixBook(Generic[Held]):
+class PrefixIndex(Generic[Held]):
     """One for a model. `replica.prefixes` keeps each replica's blocks, the oldest first."""
 
     def __init__(self) -> None:

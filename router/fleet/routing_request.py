@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class RoutingRequest:
     """What a policy may know of the request."""
 
     prompt_tokens: int

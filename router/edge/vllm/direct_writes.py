@@ -69,10 +69,10 @@ class EdgeLLM(AsyncLLM):
         return generation
 
 
-def weave(original: Callable[..., Chunks], serving: Any) -> Callable[..., Chunks]:
+def with_direct_writes(original: Callable[..., Chunks], serving: Any) -> Callable[..., Chunks]:
     """A stream generator of vLLM's serving layer, with direct writes for the requests that allow them."""
 
-    async def woven(request: Any, *args: Any, **kwargs: Any) -> Chunks:
+    async def written(request: Any, *args: Any, **kwargs: Any) -> Chunks:
         exchange = EXCHANGE.get()
         chunks = original(request, *args, **kwargs)
         generation = only_text(request, serving, exchange)
@@ -91,7 +91,7 @@ def weave(original: Callable[..., Chunks], serving: Any) -> Callable[..., Chunks
             else:
                 yield chunk
 
-    return woven
+    return written
 
 
 def only_text(request: Any, serving: Any, exchange: Exchange | None) -> Generation | None:
@@ -116,5 +116,5 @@ def weave_app(state: Any, args: Any) -> None:
     if args.middleware or getattr(args, "sse_keep_alive_interval", 0):
         return
     chat, completion = state.openai_serving_chat, state.openai_serving_completion
-    chat.chat_completion_stream_generator = weave(chat.chat_completion_stream_generator, chat)
-    completion.completion_stream_generator = weave(completion.completion_stream_generator, completion)
+    chat.chat_completion_stream_generator = with_direct_writes(chat.chat_completion_stream_generator, chat)
+    completion.completion_stream_generator = with_direct_writes(completion.completion_stream_generator, completion)

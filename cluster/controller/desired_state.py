@@ -1,6 +1,6 @@
-"""What was asked for, and how orders change it: apply, scale, drain, shut down, roll back.
+"""What was asked for, and how commands change it: apply, scale, drain, shut down, roll back.
 
-Keeps the desired state in the state file and in memory; the control loop reads `desired` every tick. Wrong orders raise
+Keeps the desired state in the state file and in memory; the control loop reads `desired` every tick. Wrong ones raise
 one of megatoken.errors and change nothing. Lives in the controller's event loop.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from megatoken.cluster.controller.state import StateStore
-from megatoken.cluster.decide.fleet import Desired, Fleet, Happening, Replica
+from megatoken.cluster.decide.fleet import ClusterEvent, Desired, Fleet, Replica
 from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Inventory, Node
 from megatoken.cluster.planning.check import shape_of
@@ -24,10 +24,10 @@ NODE_ID_CHARS = 6  # of a node id are enough to mean it
 DRAIN_WITHOUT_MODEL_S = 30.0
 
 
-class Orders:
+class DesiredState:
     """The desired state of one cluster. `tell` writes an event down; `changed` wakes the control loop."""
 
-    def __init__(self, store: StateStore, tell: Callable[[Happening], None], changed: Callable[[], None]) -> None:
+    def __init__(self, store: StateStore, tell: Callable[[ClusterEvent], None], changed: Callable[[], None]) -> None:
         spec = store.spec()
         if spec is None:
             raise ValueError("the state file holds no spec")
@@ -41,7 +41,9 @@ class Orders:
         changes = changes_between(self.spec, spec)
         if not dry_run and changes:
             self._take(spec, previous_specs(self.spec, spec, self.desired.previous, settled_models(self.spec, fleet)))
-            self._tell(Happening("spec.applied", f"generation {self.desired.generation}", "; ".join(changes), "apply"))
+            self._tell(
+                ClusterEvent("spec.applied", f"generation {self.desired.generation}", "; ".join(changes), "apply")
+            )
         return self.desired.generation, changes
 
     def scale(self, model: str, replicas: int) -> int:
@@ -52,7 +54,7 @@ class Orders:
             raise NotFoundError("model", model, f"one of: {known}")
         if replicas != before.replicas:
             self._take(self.spec.with_replicas(model, replicas), {})
-            self._tell(Happening("model.scaled", model, f"{before.replicas} -> {replicas} replicas", "scale"))
+            self._tell(ClusterEvent("model.scaled", model, f"{before.replicas} -> {replicas} replicas", "scale"))
         return self.desired.generation
 
     def drain_replica(self, replica_id: str, timeout_s: float | None, fleet: Fleet) -> list[str]:
@@ -65,7 +67,7 @@ class Orders:
         default_s = model.drain_timeout_s if model else DRAIN_WITHOUT_MODEL_S
         self._store.drain_replica(replica_id, default_s if timeout_s is None else timeout_s)
         self._refresh()
-        self._tell(Happening("replica.drain", replica_id, "drain asked for", "drain"))
+        self._tell(ClusterEvent("replica.drain", replica_id, "drain asked for", "drain"))
         return [replica_id]
 
     def drain_node(self, name: str, inventory: Inventory, fleet: Fleet, *, undo: bool) -> list[str]:
@@ -73,7 +75,7 @@ class Orders:
         node = find_node(name, inventory)
         self._store.drain_node(node.id, undo=undo)
         self._refresh()
-        self._tell(Happening("node.drain", node.title, "back in service" if undo else "drain asked for", "drain"))
+        self._tell(ClusterEvent("node.drain", node.title, "back in service" if undo else "drain asked for", "drain"))
         return [] if undo else [r.id for r in fleet.replicas if r.live and node.id in r.placement.nodes]
 
     def shut_down(self, drain_timeout_s: float, fleet: Fleet) -> None:
@@ -85,7 +87,7 @@ class Orders:
         self._store.put(stopping="1")
         self._refresh()
         message = f"drains, at most {drain_timeout_s:.0f} s"
-        self._tell(Happening("cluster.stopping", self.spec.cluster, message, "down"))
+        self._tell(ClusterEvent("cluster.stopping", self.spec.cluster, message, "down"))
 
     def roll_back(self, model: str) -> None:
         """Puts a model's previous spec back, with as many replicas as are wanted now."""
@@ -101,7 +103,7 @@ class Orders:
             self._store.forget_previous(done)
             self._refresh()
             for name in sorted(done):
-                self._tell(Happening("model.updated", name, "every replica runs the new spec", "reconcile"))
+                self._tell(ClusterEvent("model.updated", name, "every replica runs the new spec", "reconcile"))
 
     def model_of(self, replica: Replica) -> ModelSpec | None:
         """The spec a replica was made from: the wanted one, or the one it is being updated from."""

@@ -15,8 +15,8 @@ import grpc
 
 from megatoken.counters import NAMES
 from megatoken.v1 import throughput_pb2, throughput_pb2_grpc
-from megatoken.worker.throughput.decide.books import Books, RateRow
 from megatoken.worker.throughput.decide.ledger import Totals
+from megatoken.worker.throughput.decide.rates import ClusterRates, RateRow
 
 MAX_WATCHERS: Final = 256
 
@@ -35,17 +35,17 @@ class Outcome:
     backend: str = ""
 
 
-class Board(throughput_pb2_grpc.ThroughputServicer):
-    """Holds the outcome and serves it with the books' rows."""
+class SampleServicer(throughput_pb2_grpc.ThroughputServicer):
+    """Holds the outcome and serves it with the rates' rows."""
 
-    def __init__(self, books: Books) -> None:
-        self._books = books
+    def __init__(self, rates: ClusterRates) -> None:
+        self._rates = rates
         self.outcome = Outcome()
         self._rows: list[throughput_pb2.ThroughputRow] | None = None
         self._watchers: set[asyncio.Event] = set()
 
     def post(self, outcome: Outcome) -> None:
-        """A tick ended. The books were updated before, when it is complete."""
+        """A tick ended. The rates were updated before, when it is complete."""
         self.outcome = outcome
         if outcome.complete:
             self._rows = None
@@ -59,7 +59,7 @@ class Board(throughput_pb2_grpc.ThroughputServicer):
     def sample(self) -> throughput_pb2.ThroughputSample:
         """The latest sample with every row."""
         if self._rows is None:
-            self._rows = [row_message(row) for row in self._books.rows()]
+            self._rows = [row_message(row) for row in self._rates.rows()]
         outcome = self.outcome
         return throughput_pb2.ThroughputSample(
             epoch=outcome.epoch,

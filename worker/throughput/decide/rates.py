@@ -67,7 +67,7 @@ class _Group:
     engine: str = ""
 
 
-class Books:
+class ClusterRates:
     """All totals that this agent knows of."""
 
     def __init__(self, standalone_rates: Mapping[str, float]) -> None:
