@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import pydantic
@@ -78,7 +78,15 @@ def _check_depth(text: str) -> None:
 
 
 class _StrictLoader(_Loader):  # type: ignore[misc]
-    """Refuses a key given twice, where plain YAML silently keeps the last, and aliases that stand for too much."""
+    """Refuses a key given twice, where plain YAML silently keeps the last, and aliases that stand for too much.
+
+    What looks like a date is text: no field of a spec is one, and a name or a label may well look so.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+    }
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
@@ -88,6 +96,13 @@ class _StrictLoader(_Loader):  # type: ignore[misc]
                 text = f"{number} values once its aliases are written out is not allowed; at most {MAX_VALUES}"
                 raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
         return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:  # a day that is in no calendar, a number of ten thousand digits
+            text = f"{_shown(node.value)} is not allowed; {error}"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

@@ -206,3 +206,22 @@ def test_a_spec_over_the_limit_is_refused_by_its_bytes() -> None:
 
 def test_half_a_surrogate_pair_is_a_problem_of_the_spec() -> None:
     assert problems("cluster: \ud800")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cluster: !!timestamp 2020-01-00", "2020-01-00' is not allowed; day is out of range"),
+        ("cluster: " + "1" * 5000, "is not allowed; Exceeds the limit"),
+        ("cluster: !!int x", "'x' is not allowed; invalid literal"),
+    ],
+)
+def test_values_that_yaml_itself_cannot_make_are_told_with_their_place(text: str, said: str) -> None:
+    with pytest.raises(SpecError, match=r"^spec: not YAML: ") as refused:
+        load_spec(text)
+    assert said in str(refused.value)
+    assert "line 1" in str(refused.value)
+
+
+def test_what_looks_like_a_date_is_text() -> None:
+    assert load_spec("models: [{name: 2026-11-27, engine: simulated}]").models[0].name == "2026-11-27"
