@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import grpc
 import pydantic
 import yaml
 
 from megatoken.cluster.spec.cluster import ClusterSpec
-from megatoken.errors import MegatokenError
+from megatoken.errors import MegatokenError, RequestError
 
 # Ten thousand models of three lines each are some 700,000 bytes. Libyaml's loader takes 1.5 us a byte, with the checks
 # below; the one in Python, where libyaml is missing, some 25 us: half a minute for as much as is allowed.
@@ -19,15 +18,13 @@ MAX_DEPTH = 64  # lists and mappings inside each other: libyaml's composer recur
 MAX_SHOWN = 80
 
 
-class SpecError(MegatokenError):
+class SpecError(RequestError):
     """The spec is wrong. `problems` has one line each: field, value, what is allowed."""
-
-    grpc_code = grpc.StatusCode.INVALID_ARGUMENT
-    http_code = 400
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = tuple(problems)
-        super().__init__("\n".join(problems))
+        self.field, self.value, self.allowed = "spec", None, ""
+        MegatokenError.__init__(self, "\n".join(problems))
 
 
 def load_spec(text: str) -> ClusterSpec:

@@ -26,6 +26,7 @@ from megatoken.router import wire
 from megatoken.router.client.session import SessionClient
 from megatoken.router.secure import channel_to
 from megatoken.tls import ClientTls
+from megatoken.tokens.frames import decode_frame
 from megatoken.v1.frame_columns_pb2 import Frame
 
 TAKEN_S: Final = 1.0  # for a router to say that it takes a session
@@ -109,11 +110,11 @@ class ColumnSession:
         self._opened.cancel(streams)
 
     async def frames(self) -> AsyncIterator[Frame]:
-        """Frames until the session ends. Raises the error that ended it."""
+        """Frames until the session ends. Raises the error that ended it, or MalformedFrame."""
         session = self._opened
         try:
             while (raw := await session.read()) is not None:
-                yield Frame.FromString(raw)
+                yield decode_frame(raw)
             code, details = await session.status()
             if code is not grpc.StatusCode.OK:
                 raise error_of(code.value[0], f"router {self.address}: {details}")

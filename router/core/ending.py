@@ -126,5 +126,4 @@ def _settle_accounts(state: RouterState, request: Request, finish: tokens_pb2.Fi
     state.ledger.add("requests_failed" if failed else "requests_finished")
     if not failed:
         request.pool.saw_output(finish.generated_tokens, request.max_tokens)
-    state.latencies.whole.add(now - request.arrived_s, now)
     request.pool.measures.ended(finish.reason, now - request.arrived_s)

@@ -111,7 +111,6 @@ def place(state: RouterState, request: Request, replica: Endpoint, now: float) -
         request.slot, request.carried, request.replayed = -1, carried, b""
         raise
     try:
-        state.latencies.queue.add(now - request.arrived_s, now)
         request.pool.measures.queue_s.observe(now - request.arrived_s)
     except Exception as error:
         state.faults.caught("accounts", error)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from google.protobuf.message import DecodeError
-
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Endpoint
-from megatoken.tokens.frames import Column, MalformedFrame, token_columns
+from megatoken.tokens.frames import Column, MalformedFrame, decode_frame, token_columns
 from megatoken.v1.frame_columns_pb2 import Frame
 
 
@@ -25,10 +23,7 @@ class Arrived:
 
 def decode(state: RouterState, replica: Endpoint, raw: bytes) -> Arrived:
     """Raises MalformedFrame."""
-    try:
-        frame = Frame.FromString(raw)
-    except DecodeError:
-        raise MalformedFrame(f"{len(raw)} bytes that are not a Frame") from None
+    frame = decode_frame(raw)
     stream, count, token = token_columns(frame)
     if len(stream) and int(stream.max()) >= state.slots.size:
         raise MalformedFrame(f"stream {int(stream.max())}, but there are {state.slots.size}")

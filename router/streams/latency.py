@@ -24,30 +24,24 @@ def edges_s() -> npt.NDArray[np.float64]:
     return _LOW_S * 2.0 ** (np.arange(1, _BUCKETS + 1) / _PER_OCTAVE)
 
 
-class Histogram:
-    """A sliding minute in six slices, and the totals since the start.
+class SlidingHistogram:
+    """A sliding minute in six slices.
 
     One thread adds; any other may ask for percentiles, which changes nothing. So the slices are a tuple that is
     replaced whole.
     """
 
     def __init__(self) -> None:
-        self.total = np.zeros(_BUCKETS, np.int64)
-        self.sum_s = 0.0
         self._slices: tuple[_Slice, ...] = ()
 
     def add(self, seconds: float, now: float) -> None:
         bucket = min(int(math.log2(max(seconds, _LOW_S) / _LOW_S) * _PER_OCTAVE), _BUCKETS - 1)
         self._current(now)[bucket] += 1
-        self.total[bucket] += 1
-        self.sum_s += seconds
 
     def add_many(self, seconds: npt.NDArray[np.float64], now: float) -> None:
         bucket = (np.log2(np.maximum(seconds, _LOW_S) / _LOW_S) * _PER_OCTAVE).astype(np.int64)
         counts = np.bincount(np.minimum(bucket, _BUCKETS - 1), minlength=_BUCKETS)
         self._current(now)[:] += counts
-        self.total += counts
-        self.sum_s += float(seconds.sum())
 
     def percentiles_ms(self, shares: tuple[float, ...], now: float) -> list[float]:
         """Over the last minute; empty when nothing came."""
@@ -74,8 +68,8 @@ def _within(slices: Iterable[_Slice], now: float) -> Iterator[_Slice]:
 
 
 class Latencies:
+    """Of one router, for its status: what its clients waited for tokens."""
+
     def __init__(self) -> None:
-        self.first_token = Histogram()
-        self.between_tokens = Histogram()
-        self.queue = Histogram()
-        self.whole = Histogram()
+        self.first_token = SlidingHistogram()
+        self.between_tokens = SlidingHistogram()

@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.message import DecodeError
 
 from megatoken.v1.frame_columns_pb2 import Frame
 
@@ -20,6 +21,14 @@ EMPTY: Final[Column] = np.empty(0, U32)
 
 class MalformedFrame(ValueError):
     """The columns of a frame do not fit together: the peer is broken or hostile."""
+
+
+def decode_frame(raw: bytes) -> Frame:
+    """A Frame from its bytes. Raises MalformedFrame."""
+    try:
+        return Frame.FromString(raw)
+    except DecodeError:
+        raise MalformedFrame(f"{len(raw)} bytes that are not a Frame") from None
 
 
 def column(raw: bytes) -> Column:

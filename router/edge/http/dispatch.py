@@ -37,7 +37,7 @@ class NamesModel(msgspec.Struct):
 
 
 class Served(Protocol):
-    """One model's app; vllm_layer.ModelApp is one. `name` is the router's name for the model."""
+    """One model's app; vllm.layer.ModelApp is one. `name` is the router's name for the model."""
 
     app: Any
 

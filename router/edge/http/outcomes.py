@@ -1,6 +1,6 @@
 """Says how a stream of the router ended, in the terms that vLLM's serving layer has for it.
 
-Pure: a Finish of the contract in, a Refusal or a vLLM finish reason out. vllm_layer raises the Refusal as the exception
+Pure: a Finish of the contract in, a Refusal or a vLLM finish reason out. vllm.layer raises the Refusal as the exception
 that vLLM's own error handlers turn into that HTTP status.
 """
 

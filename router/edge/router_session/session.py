@@ -1,8 +1,7 @@
 """Hands the frames of the router to the requests they are for, once per frame.
 
-All models of an edge share its sessions. A receiver is one request: vLLM's layer has one kind (vllm_layer), the plain
-streaming path another (fast_stream). After each frame the `after_frame` hooks run, so that a model's engine core gives
-vLLM one batch of outputs per frame.
+All models of an edge share its sessions. A receiver is one request of vLLM's layer (vllm/engine_core). After each frame
+the `after_frame` hooks run, so that a model's engine core gives vLLM one batch of outputs per frame.
 """
 
 from __future__ import annotations

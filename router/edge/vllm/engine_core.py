@@ -1,7 +1,7 @@
 """Stands where vLLM's AsyncLLM has its engine core, and is a client of the router instead.
 
 A seam: EngineCoreClient's asynchronous half, EngineCoreRequest in, EngineCoreOutputs out, one batch per frame. What the
-contract cannot carry is refused here. Built by vllm_layer.
+contract cannot carry is refused here. Built by vllm.layer.
 """
 
 from __future__ import annotations

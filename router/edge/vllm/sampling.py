@@ -2,7 +2,7 @@
 
 Only what differs from vLLM's default is sent. What the contract has no field for goes into `extra_json` by vLLM's own
 name. What happens at the edge (stop strings, detokenisation, n > 1, which vLLM fans out itself) is not sent at all.
-Reads attributes only, so that it can be tested without vLLM. Called by vllm_layer.
+Reads attributes only, so that it can be tested without vLLM. Called by vllm.layer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The `vllm serve` command line that stands for one EdgeModel, so that vLLM itself checks and completes every argument.
 
-Pure. Called by vllm_layer.
+Pure. Called by vllm.layer.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from megatoken.router.fleet.capacity import Capacity, Rates
 from megatoken.router.fleet.circuit import Circuit, CircuitState
 from megatoken.router.fleet.fair_queue import FairQueue
 from megatoken.router.fleet.limits import ceiling
-from megatoken.router.streams.latency import Histogram
+from megatoken.router.streams.latency import SlidingHistogram
 from tests.router_core import CoreFleet
 
 
@@ -166,16 +166,15 @@ def test_the_retry_budget_forgets_after_its_window() -> None:
 
 
 def test_percentiles_are_right_to_a_bucket_and_slide() -> None:
-    histogram = Histogram()
+    histogram = SlidingHistogram()
     for i in range(1, 1001):
         histogram.add(i / 1000, 0.0)
     assert histogram.percentiles_ms((0.5, 0.99), 1.0) == pytest.approx([500, 990], rel=0.08)
     assert histogram.percentiles_ms((0.5,), 100.0) == []
-    assert histogram.total.sum() == 1000
 
 
 def test_asking_for_percentiles_from_another_thread_changes_nothing() -> None:
-    histogram = Histogram()
+    histogram = SlidingHistogram()
     histogram.add(1.0, 5.0)
     assert histogram.percentiles_ms((0.5,), 45.0) == pytest.approx([1000], rel=0.08)
     assert histogram.percentiles_ms((0.5,), 500.0) == []
