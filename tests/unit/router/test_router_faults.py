@@ -274,7 +274,6 @@ def test_a_request_that_was_charged_and_cannot_be_queued_ends_and_gives_its_plac
     [
         lambda fleet: (fleet.state.deadlines, "ended"),
         lambda fleet: (fleet.state.ledger, "add"),
-        lambda fleet: (fleet.state.latencies.whole, "add"),
     ],
 )
 def test_a_key_gets_its_place_back_whatever_account_fails(monkeypatch: pytest.MonkeyPatch, failing: Any) -> None:
@@ -297,7 +296,7 @@ def test_a_request_is_in_the_ledger_though_its_key_cannot_be_settled(monkeypatch
     fleet.finish(request)
     assert faults.counts == {"accounts": 1}
     assert fleet.state.ledger["requests_finished"] == 1
-    assert int(fleet.state.latencies.whole.total.sum()) == 1
+    assert int(fleet.pool.measures.whole_s.counts.sum()) == 1
 
 
 def test_a_sink_that_fails_once_gets_its_end_and_a_cancel_that_fails_ends_all_the_same(
