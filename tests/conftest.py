@@ -1,8 +1,7 @@
 """How the suite is shared out among pytest-xdist's workers; without `-n` this only orders the tests.
 
-A module's tests stay on one worker, which keeps what they share. Whole clusters, real engines and separate hosts have
-deadlines and want the cores, so their modules run one after another on one worker, which has them first; beside them
-the other runs what is small.
+A module's tests stay on one worker, which keeps what they share. Real engines and whole clusters want the cores, so
+their modules run one after another on one worker. Separate hosts mostly wait, and share the other with what is small.
 """
 
 from __future__ import annotations
@@ -14,14 +13,18 @@ from typing import Any, Final
 
 import pytest
 
-LARGE: Final = re.compile(r"tests/netns/|tests/integration/test_(cluster|edge_(direct|fleet|openai|process))|_vllm")
-SMALL_FIRST: Final = ("tests/integration", "tests/chaos", "tests/simulation", "tests/fuzz")
+ENGINES: Final = re.compile(
+    r"tests/integration/test_(cluster|edge_(direct|fleet|openai|process))|_vllm|netns/test_multinode_(engine|fleet)"
+)
+FIRST: Final = ("engines", "tests/netns", "tests/integration", "tests/chaos", "tests/simulation", "tests/fuzz")
 
 
 def share_of(nodeid: str) -> str:
-    """What stays on one worker: a module, or all that is large."""
+    """What stays on one worker: a module, all engines, all hosts."""
     module = nodeid.partition("::")[0]
-    return "large" if LARGE.search(module) else module
+    if ENGINES.search(module):
+        return "engines"
+    return "tests/netns" if module.startswith("tests/netns/") else module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,9 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place(item: pytest.Item) -> int:
         share = share_of(item.nodeid)
-        if share == "large":
-            return 0
-        return next((at for at, name in enumerate(SMALL_FIRST, 1) if share.startswith(name)), len(SMALL_FIRST) + 1)
+        return next((at for at, name in enumerate(FIRST) if share.startswith(name)), len(FIRST))
 
     items.sort(key=place)
 

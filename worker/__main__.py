@@ -126,7 +126,7 @@ async def _either(one: asyncio.Event, other: asyncio.Event) -> None:
 def main() -> int:
     """Entry point."""
     config, ready_fd = read_arguments("worker", WorkerConfig)
-    tag_process(config.replica, "worker")
+    tag_process(config.tag, "worker")
     os.environ.update(config.env)
     if config.engine == "vllm":
         from megatoken.worker.engines.vllm.process import prepare_process

@@ -63,6 +63,7 @@ class WorkerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     replica: str = Field(min_length=1, max_length=128, description="id of the replica, unique in the cluster's life")
+    process_tag: str = Field(default="", max_length=200, description="marks its processes on a node; empty: replica")
     incarnation: int = Field(
         default_factory=time.time_ns, ge=1, description="unique to this process; counters belong to it"
     )
@@ -134,6 +135,11 @@ class WorkerConfig(BaseModel):
         if (self.placement_group_id is None) != (self.ray_address is None):
             raise ValueError("placement_group_id and ray_address go together")
         return self
+
+    @property
+    def tag(self) -> str:
+        """By which its processes are found on a node."""
+        return self.process_tag or self.replica
 
     @property
     def world_size(self) -> int:

@@ -81,7 +81,7 @@ class Backend(Protocol):
     head_node: str
 
     def directory_of(self, node: str) -> Path:
-        """Where configs, logs and counters of the cluster lie on a node."""
+        """Where configs, logs and counters of the cluster lie on a node; the cluster's own directory is above it."""
 
     def wait_change(self, wait_s: float) -> bool:
         """Waits until a process reports a change, at most about `wait_s`; says whether one did."""

@@ -17,6 +17,7 @@ from megatoken.cluster.placement.text import rank_text
 from megatoken.cluster.secrets_keeper import process_credentials
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.cluster.spec.model import ModelSpec
+from megatoken.process.tag import replica_tag
 from megatoken.router.config import RouterConfig
 from megatoken.router.edge.config import EdgeConfig, EdgeLimits, EdgeModel
 from megatoken.worker.config import SimulatedConfig, WorkerConfig
@@ -59,6 +60,7 @@ def worker_launch(
     over_ray = len(ranks) > 1 and not simulated
     config = WorkerConfig(
         replica=replica.id,
+        process_tag=replica_tag(context.directory(node.id).parent, replica.id),
         model=model.name,
         engine=model.engine,
         source=model.source,

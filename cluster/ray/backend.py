@@ -35,6 +35,7 @@ from megatoken.cluster.ray.actors import (
 )
 from megatoken.cluster.ray.inventory import CPU_RESOURCE, inventory_of
 from megatoken.cluster.runtime_dirs import node_directory
+from megatoken.process.tag import replica_tag
 
 logger = logging.getLogger(__name__)
 
@@ -255,17 +256,21 @@ class RayBackend:
         for replica in replicas:
             for node in replica.placement.nodes:
                 by_node.setdefault(node, []).append(replica.id)
+
+        def tag(node: str, name: str) -> str:
+            return replica_tag(self.directory_of(node).parent, name)
+
         calls = {}
         for node, names in by_node.items():
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-            calls[processes_of.options(scheduling_strategy=strategy).remote(names)] = node
+            calls[processes_of.options(scheduling_strategy=strategy).remote([tag(node, name) for name in names])] = node
         done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
         answered = [reference for reference in done if _succeeded(reference)]
         parts: dict[str, list[PartSeen]] = {replica.id: [] for replica in replicas}
         for reference, node in calls.items():
             found = ray.get(reference) if reference in answered else {}
             for name in by_node[node]:
-                seen = [PartSeen(node, part, pid, state) for part, pid, state in found.get(name, ())]
+                seen = [PartSeen(node, part, pid, state) for part, pid, state in found.get(tag(node, name), ())]
                 parts[name] += seen if reference in answered else [PartSeen(node)]
         return {name: tuple(found) for name, found in parts.items()}
 

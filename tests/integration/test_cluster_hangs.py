@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatoken.process.tag import tagged_processes
+from megatoken.process.tag import replica_tag, tagged_processes
 from megatoken.router.client.client import TokenClient
 from tests.clusters import RunningCluster, running
 
@@ -93,8 +93,9 @@ async def test_a_frozen_rank_of_a_wide_replica_is_named_and_the_replica_replaced
             }
         ],
     }
+    tag = replica_tag(tmp_path / "run" / "wide", f"{MODEL}-1")
     with running(tmp_path, wide) as cluster:
-        (rank,) = [process for process in tagged_processes(f"{MODEL}-1") if process.part == "rank 1"]
+        (rank,) = [process for process in tagged_processes(tag) if process.part == "rank 1"]
         os.kill(rank.pid, signal.SIGSTOP)
 
         def failed(status: dict[str, Any]) -> bool:

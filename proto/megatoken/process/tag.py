@@ -6,6 +6,7 @@ process, and unlike a title or an environment it cannot be overwritten (Ray sets
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ class TaggedProcess:
     part: str  # "worker", "engine", "rank 1"
     pid: int
     state: str  # one of STATES' values; empty: it runs, or could
+
+
+def replica_tag(cluster_directory: Path, replica: str) -> str:
+    """The mark of a replica of the cluster that keeps its files there: other clusters here may have one of its name."""
+    return f"{hashlib.sha256(str(cluster_directory).encode()).hexdigest()[:8]}-{replica}"
 
 
 def tag_process(replica: str, part: str) -> None:

@@ -10,10 +10,11 @@ import time
 import uuid
 from collections.abc import Callable
 
-from megatoken.process.tag import TaggedProcess, tagged_processes
+from megatoken.process.tag import TaggedProcess, replica_tag, tagged_processes
 
 PROGRAM = """
 import os, sys, time
+from pathlib import Path
 from megatoken.process.tag import tag_process
 tag_process(sys.argv[1], "worker")
 child = os.fork()
@@ -51,3 +52,10 @@ def test_a_worker_and_what_it_forked_are_found_with_their_states() -> None:
         worker.wait()
         worker.stdout.close()
     until(lambda: tagged_processes(replica) == [])
+
+
+def test_replicas_of_one_name_in_two_clusters_are_told_apart() -> None:
+    tags = {replica_tag(Path(directory), "m-1") for directory in ("/run/a", "/run/b", "/home/x/run/a")}
+    assert len(tags) == 3
+    assert all(tag.endswith("-m-1") for tag in tags)
+    assert replica_tag(Path("/run/a"), "m-1") in tags

@@ -21,7 +21,7 @@ def prepare_environment(config: WorkerConfig) -> None:
     if config.placement_group_id is None or config.ray_address is None:
         return
     os.environ["RAY_ADDRESS"] = config.ray_address
-    os.environ[REPLICA_VARIABLE] = config.replica
+    os.environ[REPLICA_VARIABLE] = config.tag
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Rank i in bundle i, as planned; vLLM's own order sorts nodes by their random ids.
     os.environ["VLLM_RAY_BUNDLE_INDICES"] = ",".join(str(rank) for rank in range(config.world_size))
