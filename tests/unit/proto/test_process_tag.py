@@ -9,12 +9,12 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 from megatoken.process.tag import TaggedProcess, replica_tag, tagged_processes
 
 PROGRAM = """
 import os, sys, time
-from pathlib import Path
 from megatoken.process.tag import tag_process
 tag_process(sys.argv[1], "worker")
 child = os.fork()
