@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from megatoken.cluster.controller import loop as controller
+from megatoken.cluster.controller import publisher
 from megatoken.cluster.controller.membership import Versions
 from megatoken.cluster.controller.state import StateStore
 from megatoken.errors import MegatokenError
@@ -161,7 +161,7 @@ def _one_turn(world: World, turn: int, fuse: Fuse, outcome: Outcome, what: str) 
 
 async def publishing(outcome: Outcome, nth: int) -> None:
     """The controller's loop, with a fault at the n-th call of each thing that publishing needs."""
-    for owner, name in ((controller, "content_of"), (Versions, "offer"), (StateStore, "put")):
+    for owner, name in ((publisher, "content_of"), (Versions, "offer"), (StateStore, "put")):
         real, left = getattr(owner, name), [nth]
 
         def failing(*arguments: Any, real: Any = real, left: list[int] = left, **named: Any) -> Any:
@@ -185,14 +185,15 @@ async def publishing(outcome: Outcome, nth: int) -> None:
 
 async def _published(running: Running, what: str, outcome: Outcome) -> None:
     """Two replicas are told; then one dies, and its successor is told to who waits for changes."""
-    control = running.controller
+    published = running.controller.publisher
     told: list[int] = []
 
     async def watch() -> None:
+        seen = (0, 0)
         while True:
-            async with control.snapshot_changed:
-                told.append(control.versions.current.version)
-                await control.snapshot_changed.wait()
+            snapshot = await published.newer_than(seen)
+            seen = (snapshot.epoch, snapshot.version)
+            told.append(snapshot.version)
 
     watcher = asyncio.create_task(watch())
     try:
@@ -200,10 +201,10 @@ async def _published(running: Running, what: str, outcome: Outcome) -> None:
         before = set(running.serving())
         running.backend.replicas.pop("m-1")
         await running.until(lambda: len(running.serving()) == 2 and set(running.serving()) != before)
-        await running.until(lambda: bool(told) and told[-1] == control.versions.current.version)
+        await running.until(lambda: bool(told) and told[-1] == published.versions.current.version)
     except (TimeoutError, AssertionError) as error:
         outcome.lost += 1
-        outcome.problem(f"{what}: {type(error).__name__}, told {told[-1:]}, now {control.versions.current.version}")
+        outcome.problem(f"{what}: {type(error).__name__}, told {told[-1:]}, now {published.versions.current.version}")
     finally:
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)

@@ -44,7 +44,8 @@ async def test_an_idle_engine_that_stands_still_is_found_and_replaced(tmp_path: 
     with running(tmp_path, spec(faults=[{"kind": "hang", "after_s": 4}])) as cluster:
         row = replaced(cluster, f"{MODEL}-1", 40.0)
         assert row["state"] == "FAILED"
-        assert "its idle engine was asked for a token and has made no step for" in row["reason"]
+        # Idle, or with the controller's own question for a token, whichever it had when it stood still.
+        assert "has made no step for" in row["reason"]
         assert "rank 0: local device 0" in row["reason"]
 
 
