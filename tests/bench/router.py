@@ -20,9 +20,9 @@ from typing import Any
 
 from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.policies.make import make_policy
-from tests.processes import Processes, Started
-from tests.router_core import CoreFleet
-from tests.router_simulation import MIXED, Kind, Simulation, alone_cached, mixed_fleet
+from tests.support.processes import Processes, Started
+from tests.support.router_core import CoreFleet
+from tests.support.router_simulation import MIXED, Kind, Simulation, alone_cached, mixed_fleet
 
 REPLICAS, RATE, STREAMS = 87, 12_000, 22_000
 RESULTS = Path("bench-results/router.json")

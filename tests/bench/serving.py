@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from megatoken.router.client.client import TokenClient
 from megatoken.worker.models import resolve_source
 from tests.bench.serving_clients import edge_first_token, edge_load, session_first_token, session_load
-from tests.processes import MARKER, Processes, command_line, marked
+from tests.support.processes import MARKER, Processes, command_line, marked
 
 RESULTS = Path("bench-results/serving.json")
 MODEL, SOURCE = "smollm2", "builtin:smollm2-135m-instruct"

@@ -19,9 +19,9 @@ import numpy as np
 from megatoken.counters import INDEX, read_counters
 from megatoken.worker.throughput.decide.group import GroupPolicy
 from megatoken.worker.throughput.decide.hierarchy import reduction_groups
-from tests.processes import Started
-from tests.throughput_chaos import Fleet
-from tests.throughput_cluster import running
+from tests.support.processes import Started
+from tests.support.throughput_chaos import Fleet
+from tests.support.throughput_cluster import running
 
 PHASE_S = 2.0
 TICKS = 20

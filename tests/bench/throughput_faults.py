@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 
 from megatoken.v1 import membership_pb2
-from tests.throughput_chaos import fleet, graceful_chaos, violent_chaos
-from tests.throughput_cluster import Agents, running
+from tests.support.throughput_chaos import fleet, graceful_chaos, violent_chaos
+from tests.support.throughput_cluster import Agents, running
 
 NODES = ("n0", "n1", "n2", "n3", "n4")
 FEWEST = 3  # in the group when one is killed

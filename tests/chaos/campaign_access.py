@@ -33,9 +33,9 @@ from megatoken.cluster.controller.server import ControlServer
 from megatoken.tls import ClientTls, ServerTls, open_channel
 from megatoken.v1 import control_pb2, membership_pb2, router_pb2, throughput_pb2, tokens_pb2, worker_pb2
 from megatoken.worker.throughput.attendance import AttendanceServicer
-from tests.certificates import Authority
 from tests.chaos.outcome import Outcome
-from tests.processes import Processes
+from tests.support.certificates import Authority
+from tests.support.processes import Processes
 
 NAME = "access"
 ABOUT = "every method of every program called by everybody, plain, with TLS and with mutual TLS"

@@ -25,7 +25,7 @@ from megatoken.router.core.sink import SessionSink
 from megatoken.router.intake import first_token, intake
 from tests.chaos.outcome import Outcome
 from tests.chaos.router_world import TURN_S, World
-from tests.unit.cluster.test_controller_loop import Running
+from tests.unit.cluster.controller.test_controller_loop import Running
 
 NAME = "exceptions"
 ABOUT = "an exception at the n-th call inside the router's core and the controller's publishing"

@@ -42,7 +42,7 @@ from tests.chaos.routed import (
     start_router,
     start_worker,
 )
-from tests.processes import Processes, Started
+from tests.support.processes import Processes, Started
 
 NAME = "hostile"
 ABOUT = "clients that flood, hang, lie and never read, beside ten streams that must not notice"

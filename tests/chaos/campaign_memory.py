@@ -18,7 +18,7 @@ from typing import Final
 from megatoken.router.core.request import Request
 from megatoken.v1 import tokens_pb2
 from tests.chaos.outcome import Outcome
-from tests.router_core import CoreFleet
+from tests.support.router_core import CoreFleet
 
 NAME = "memory"
 ABOUT = "a million short requests with long deadlines, cancels in an outage, and held delivery: all sizes flat"

@@ -19,8 +19,8 @@ from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.intake import on_frame
 from megatoken.v1 import tokens_pb2
 from tests.chaos.outcome import Outcome
-from tests.router_core import LENGTH, CoreFleet
 from tests.simulation.test_router_chaos import Engine, undisturbed
+from tests.support.router_core import LENGTH, CoreFleet
 
 NAME = "poison"
 ABOUT = "requests that kill, freeze or confuse an engine before their first token, among 1,000 streams"

@@ -20,7 +20,7 @@ from megatoken.router.core.request import Request
 from megatoken.router.fleet.fleet import Endpoint
 from megatoken.v1 import tokens_pb2
 from tests.chaos.outcome import Outcome
-from tests.router_core import CoreFleet
+from tests.support.router_core import CoreFleet
 
 NAME = "replay"
 ABOUT = "seeded, scored, parallel, held and structured streams killed at every token, and twice"

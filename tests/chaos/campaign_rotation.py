@@ -24,9 +24,9 @@ from megatoken.access.table import Identity, Program
 from megatoken.errors import AuthError, MegatokenError
 from megatoken.router.client.client import TokenClient
 from megatoken.tls import ClientTls
-from tests.certificates import Authority
 from tests.chaos.outcome import Outcome
-from tests.processes import Processes, Started
+from tests.support.certificates import Authority
+from tests.support.processes import Processes, Started
 
 NAME = "rotation"
 ABOUT = "keys, credentials and certificates exchanged, missing, broken and public under load"

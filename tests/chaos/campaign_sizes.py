@@ -27,7 +27,7 @@ from megatoken.tokens.frames import pack
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc
 from tests.chaos.outcome import Outcome
 from tests.chaos.routed import MODEL, Streams, one, ready, seed, start_router, start_worker
-from tests.processes import Processes, Started
+from tests.support.processes import Processes, Started
 
 NAME = "sizes"
 ABOUT = "sizes under, at and over every limit, beside ten live streams of the same session"

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatoken.router.client.client import TokenClient
 from tests.chaos.outcome import Outcome
-from tests.processes import Processes, Started
+from tests.support.processes import Processes, Started
 
 MODEL = "m"
 PROMPT = list(range(10, 42))

@@ -18,8 +18,8 @@ from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.intake import on_frames
 from megatoken.v1 import tokens_pb2
 from tests.chaos.outcome import Outcome
-from tests.router_core import CoreFleet
 from tests.simulation.test_router_chaos import Engine, undisturbed
+from tests.support.router_core import CoreFleet
 
 TURN_S: Final = 0.02
 LENGTH: Final = tokens_pb2.FINISH_REASON_LENGTH

@@ -35,7 +35,7 @@ from megatoken.tokens.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from megatoken.worker.engines.engine import EngineFacts
 from megatoken.worker.engines.requests import check_request
-from tests.router_core import CoreFleet
+from tests.support.router_core import CoreFleet
 
 LOOP: Final = asyncio.new_event_loop()
 REQUESTS: Final = 4  # that run when a worker's frames come in

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clusters import RunningCluster
+from tests.support.clusters import RunningCluster
 
 SPEC = {
     "cluster": "ends",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatoken.router.client.client import TokenClient
-from tests.clusters import RunningCluster, running
+from tests.support.clusters import RunningCluster, running
 
 MODEL = "sim"
 SPEC: dict[str, Any] = {

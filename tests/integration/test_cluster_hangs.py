@@ -12,7 +12,7 @@ import pytest
 
 from megatoken.process.tag import replica_tag, tagged_processes
 from megatoken.router.client.client import TokenClient
-from tests.clusters import RunningCluster, running
+from tests.support.clusters import RunningCluster, running
 
 MODEL = "m"
 

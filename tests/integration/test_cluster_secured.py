@@ -29,8 +29,8 @@ from megatoken.errors import AuthError
 from megatoken.router.client.client import TokenClient
 from megatoken.tls import ClientTls, open_channel
 from megatoken.v1 import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc, worker_pb2, worker_pb2_grpc
-from tests.certificates import Authority
-from tests.clusters import RunningCluster, running
+from tests.support.certificates import Authority
+from tests.support.clusters import RunningCluster, running
 
 MODEL = "m"
 

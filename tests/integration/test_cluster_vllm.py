@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.clusters import RunningCluster, running
+from tests.support.clusters import RunningCluster, running
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

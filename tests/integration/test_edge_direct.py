@@ -25,7 +25,7 @@ from megatoken.router.edge.assemble import assemble
 from megatoken.router.edge.config import EdgeConfig
 from megatoken.router.edge.router_session.direct import DirectWriter
 from megatoken.v1.tokens_pb2 import FINISH_REASON_ERROR, FINISH_REASON_LENGTH, FINISH_REASON_STOP, Finish
-from tests.fake_router import FakeRouter, Step
+from tests.support.fake_router import FakeRouter, Step
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.vllm]
 

@@ -11,7 +11,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from tests.processes import Processes, Started
+from tests.support.processes import Processes, Started
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.vllm]
 pytest.importorskip("vllm", reason="vLLM is not installed")

@@ -18,8 +18,8 @@ import pytest_asyncio
 
 from megatoken.access.table import Program, callers_of_route
 from megatoken.v1.tokens_pb2 import FINISH_REASON_ERROR, FINISH_REASON_LENGTH, Detail, Finish, Logprobs
-from tests.fake_router import END, FakeRouter
-from tests.processes import Processes, Started
+from tests.support.fake_router import END, FakeRouter
+from tests.support.processes import Processes, Started
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.vllm]
 pytest.importorskip("vllm", reason="vLLM is not installed")

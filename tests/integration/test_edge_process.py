@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.fake_router import END, FakeRouter
-from tests.processes import Processes
+from tests.support.fake_router import END, FakeRouter
+from tests.support.processes import Processes
 
 MODEL = {"name": "tiny", "source": "builtin:tiny-llama", "max_model_len": 64}
 

@@ -20,7 +20,7 @@ from megatoken.router.identity.api_keys import KeyRing
 from megatoken.tokens.frames import pack
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 from megatoken.v1.tokens_pb2 import Detail, Finish
-from tests.fake_router import END, FakeRouter
+from tests.support.fake_router import END, FakeRouter
 
 
 class Collected:

@@ -19,8 +19,8 @@ from megatoken.errors import AuthError
 from megatoken.router.client.client import TokenClient
 from megatoken.tokens.frames import pack
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
-from tests.processes import Processes, Started
-from tests.worker_client import TestSession
+from tests.support.processes import Processes, Started
+from tests.support.worker_client import TestSession
 
 MODEL = "simulated"
 PROMPT = list(range(10, 42))

@@ -23,9 +23,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.clusters import RunningCluster, running
-from tests.processes import REPOSITORY
-from tests.terminal import Terminal
+from tests.support.clusters import RunningCluster, running
+from tests.support.processes import REPOSITORY
+from tests.support.terminal import Terminal
 
 GRAFANA = REPOSITORY / "deploy" / "grafana"
 PROMETHEUS = REPOSITORY / "deploy" / "prometheus"
@@ -119,7 +119,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
     """Under traffic from the first test to the last."""
     with running(tmp_path_factory.mktemp("watched"), SPEC) as started:
         models = [str(model["name"]) for model in SPEC["models"]]  # type: ignore[attr-defined]
-        command = [sys.executable, "-m", "tests.traffic", started.address("router"), *models]
+        command = [sys.executable, "-m", "tests.support.traffic", started.address("router"), *models]
         traffic = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
         assert traffic.stdout is not None
         assert traffic.stdout.readline() == "busy\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import Processes
+from tests.support.processes import Processes
 
 HERE = Path(__file__).parent / "node_client"
 PROTO = Path(__file__).parents[2] / "proto"

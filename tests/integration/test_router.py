@@ -18,8 +18,8 @@ from megatoken.errors import AuthError, MegatokenError, OverloadError, RequestEr
 from megatoken.router.client.client import TokenClient
 from megatoken.tls import ClientTls
 from megatoken.v1 import router_pb2, router_pb2_grpc, tokens_pb2, tokens_pb2_grpc
-from tests.certificates import Authority
-from tests.processes import Processes, Started
+from tests.support.certificates import Authority
+from tests.support.processes import Processes, Started
 
 MODEL = "simulated"
 PROMPT = list(range(10, 42))

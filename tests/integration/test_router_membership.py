@@ -14,7 +14,7 @@ from google.protobuf import json_format
 
 from megatoken.router.client.client import TokenClient
 from megatoken.v1 import membership_pb2, membership_pb2_grpc
-from tests.processes import Processes, Started
+from tests.support.processes import Processes, Started
 
 MODEL = "simulated"
 PROMPT = list(range(10, 42))

@@ -10,7 +10,7 @@ import pytest
 
 from megatoken.router.client.client import TokenClient, TokenStream
 from megatoken.v1 import tokens_pb2
-from tests.processes import Processes, Started
+from tests.support.processes import Processes, Started
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from megatoken.v1 import membership_pb2, throughput_pb2, throughput_pb2_grpc
-from tests.throughput_cluster import Agents, count, row, running
+from tests.support.throughput_cluster import Agents, count, row, running
 
 RECOVERY_S = 3.0
 SLOW_MACHINE = float(os.environ.get("MEGATOKEN_TEST_SLOWNESS", "2"))  # shared runners stall a process for seconds

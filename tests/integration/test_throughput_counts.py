@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.throughput_chaos import fleet, graceful_chaos, violent_chaos
+from tests.support.throughput_chaos import fleet, graceful_chaos, violent_chaos
 
 
 async def test_three_counts_agree_after_scale_ups_kills_and_drains(tmp_path: Path) -> None:

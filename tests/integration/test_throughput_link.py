@@ -16,8 +16,8 @@ from megatoken.v1 import membership_pb2, membership_pb2_grpc, throughput_pb2
 from megatoken.worker.throughput.attendance import AttendanceServicer
 from megatoken.worker.throughput.controller_link import ControllerLink
 from megatoken.worker.throughput.decide.layout import WIRE_VERSION
-from tests.certificates import Authority
-from tests.throughput_cluster import FakeController
+from tests.support.certificates import Authority
+from tests.support.throughput_cluster import FakeController
 
 
 class Attending:

@@ -23,8 +23,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from megatoken.counters import INDEX, read_counters
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1 import worker_pb2, worker_pb2_grpc
-from tests.processes import Processes, Started
-from tests.worker_client import SESSION, TestSession, generate, request
+from tests.support.processes import Processes, Started
+from tests.support.worker_client import SESSION, TestSession, generate, request
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.processes import Processes
-from tests.worker_client import generate
+from tests.support.processes import Processes
+from tests.support.worker_client import generate
 
 
 def name(common: str) -> x509.Name:

@@ -18,8 +18,8 @@ from megatoken.counters import INDEX, read_counters
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1 import worker_pb2, worker_pb2_grpc
 from megatoken.worker.models import resolve_source
-from tests.processes import Processes, Started
-from tests.worker_client import TestSession, generate, request
+from tests.support.processes import Processes, Started
+from tests.support.worker_client import TestSession, generate, request
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deploy.netns.hosts import Host, Network
-from tests.throughput_cluster import Agents, count, row, running
+from tests.support.throughput_cluster import Agents, count, row, running
 
 RECOVERY_S = 3.0 * float(os.environ.get("MEGATOKEN_TEST_SLOWNESS", "2"))
 

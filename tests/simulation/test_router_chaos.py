@@ -16,7 +16,7 @@ from megatoken.router.core.lifecycle import RequestState
 from megatoken.router.core.request import Request
 from megatoken.router.fleet.fleet import Endpoint
 from megatoken.v1 import tokens_pb2
-from tests.router_core import CANCELLED, CoreFleet
+from tests.support.router_core import CANCELLED, CoreFleet
 
 
 def next_token(tokens: list[int], seed: int, made: int) -> int:

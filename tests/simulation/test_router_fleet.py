@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.router_simulation import MIXED, Kind, Simulation, alone_cached, mixed_fleet
+from tests.support.router_simulation import MIXED, Kind, Simulation, alone_cached, mixed_fleet
 
 FAST = Kind("MI355X", 3.1, batch=32)
 

@@ -13,8 +13,8 @@ import pytest
 from megatoken.router.core.request import Request
 from megatoken.router.fleet.fleet import Endpoint
 from megatoken.v1 import tokens_pb2
-from tests.router_core import ERROR, CoreFleet
 from tests.simulation.test_router_chaos import Engine, undisturbed
+from tests.support.router_core import ERROR, CoreFleet
 
 POISON = 49_999
 TURN_S = 0.02

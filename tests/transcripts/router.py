@@ -16,7 +16,7 @@ from typing import Any
 from megatoken.errors import MegatokenError
 from megatoken.router.core.request import Request
 from megatoken.v1 import tokens_pb2
-from tests.router_core import CoreFleet, ScriptedLink
+from tests.support.router_core import CoreFleet, ScriptedLink
 from tests.transcripts.transcript import Command
 
 REASONS = {name.removeprefix("FINISH_REASON_").lower(): value for name, value in tokens_pb2.FinishReason.items()}

@@ -20,7 +20,7 @@ from megatoken.access.table import Identity, Program
 from megatoken.errors import AuthError, RequestError
 from megatoken.tls import ClientTls, ServerTls, bind, open_channel
 from megatoken.v1 import control_pb2, control_pb2_grpc, throughput_pb2, throughput_pb2_grpc
-from tests.certificates import Authority
+from tests.support.certificates import Authority
 
 OK, UNKNOWN, FORBIDDEN = grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
 

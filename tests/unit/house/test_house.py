@@ -96,3 +96,10 @@ def test_each_invariant_names_tests_that_are_there() -> None:
         assert tests, promise
         for name, path in tests:
             assert f"def {name}(" in (ROOT / path).read_text(), f"{name} in {path}"
+
+
+def test_unit_tests_lie_as_what_they_test_does() -> None:
+    folders = [path.parent for part in ("cluster", "router", "worker") for path in sources(f"tests/unit/{part}")]
+    assert len(set(folders)) > 20
+    stray = {str(folder) for folder in folders if not (ROOT / folder.relative_to(ROOT / "tests" / "unit")).is_dir()}
+    assert not stray

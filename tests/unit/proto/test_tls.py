@@ -7,7 +7,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from megatoken.tls import ClientTls, ServerTls, bind, open_channel
-from tests.certificates import Authority
+from tests.support.certificates import Authority
 
 
 async def _serving(server_tls: ServerTls, client_tls: ClientTls | None) -> bool:

@@ -1,0 +1,62 @@
+"""The Python client: what its callers wait for ends, whatever becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from megatoken.errors import UnavailableError
+from megatoken.router.client.client import TokenClient
+from megatoken.tls import ClientTls
+from megatoken.v1.tokens_pb2 import Detail, Logprobs
+from tests.support.fake_router import END, FakeRouter
+
+
+async def test_closing_ends_what_consumers_wait_for() -> None:
+    async with FakeRouter(lambda _: [7, END]) as router:
+        router.gate.clear()
+        client = TokenClient([router.address])
+        await client.connect()
+        running = asyncio.create_task(client.generate("m", [1]).tokens())
+        await asyncio.sleep(0.05)
+        await asyncio.wait_for(client.close(), 5)
+        with pytest.raises(UnavailableError, match="the client was closed"):
+            await asyncio.wait_for(running, 2)
+
+
+async def test_closing_ends_what_waits_for_a_router_and_what_comes_later() -> None:
+    client = TokenClient(["127.0.0.1:9"])
+    connecting = asyncio.create_task(client.connect())
+    await asyncio.sleep(0.05)
+    waiting = asyncio.create_task(client.generate("m", [1]).tokens())
+    await asyncio.sleep(0.05)
+    await asyncio.wait_for(client.close(), 5)
+    connecting.cancel()
+    with pytest.raises(UnavailableError, match="the client was closed"):
+        await asyncio.wait_for(waiting, 2)
+    with pytest.raises(UnavailableError, match="the client was closed"):
+        await asyncio.wait_for(client.generate("m", [1]).tokens(), 2)
+
+
+async def test_an_unreadable_certificate_is_an_unavailable_router() -> None:
+    client = TokenClient(["127.0.0.1:9"], tls=ClientTls(ca_file=Path("/nowhere")), connect_timeout_s=0.3)
+    with pytest.raises(UnavailableError, match="no router answers"):
+        await client.connect()
+
+
+async def test_log_probabilities_of_a_prompt_in_pieces_are_joined() -> None:
+    def rows(first: int, last: int) -> Detail:
+        numbers = range(first, last)
+        values = [-float(n) for n in numbers]
+        return Detail(prompt_logprobs=Logprobs(width=1, token=numbers, logprob=values, rank=numbers))
+
+    async with (
+        FakeRouter(lambda _: [rows(0, 2), rows(2, 5), 7, END]) as router,
+        TokenClient([router.address]) as client,
+    ):
+        deltas = [delta async for delta in client.generate("m", [1])]
+    got = [token for delta in deltas if delta.prompt_logprobs is not None for token in delta.prompt_logprobs.token]
+    assert got == [0, 1, 2, 3, 4]
+    assert [token for delta in deltas for token in delta.tokens] == [7]
