@@ -16,7 +16,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install
 # One line that counts, instead of pip's hundreds.
 COUNT   := awk '/^ *(Collecting|Processing|Requirement already)/ { printf "\r      %d packages seen", ++n; fflush() } /^Installing/ { printf ", installing"; fflush() } END { print "" }'
 
-.PHONY: help demo test test-failed lint format setup model test-unit test-multinode chaos fuzz bench bench-plan bench-router bench-throughput proto clean
+.PHONY: help demo test test-failed lint format setup model test-unit test-multinode chaos fuzz mutants bench bench-plan bench-router bench-throughput proto clean
 
 ## help: this list.
 help:
@@ -81,6 +81,10 @@ chaos: setup
 ## fuzz: a million inputs over everything that reads bytes from outside, about a quarter of an hour.
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz
+
+## mutants: how many small changes of the decisions the unit tests notice: of what changed since BASE, or ARGS=--all.
+mutants: $(VENV)/.installed
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 ## bench: a fleet of real vLLM replicas against vLLM alone.
 bench: setup
