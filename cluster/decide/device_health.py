@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from megatoken.backoff import doubling_pause_s
 from megatoken.cluster.decide.exit_cause import BY_ITSELF
 from megatoken.cluster.decide.fleet import Fleet, Replica
 from megatoken.cluster.decide.replica import ReplicaState
@@ -102,7 +103,7 @@ def _struck(entry: Strikes, replica: Replica, now: float) -> Strikes:
     count, by = entry.count + 1, (replica.model, replica.revision)
     if count < STRIKES and not entry.pauses:
         return replace(entry, count=count, reason=replica.reason, by=by)
-    pause_s = min(PAUSE_MAX_S, PAUSE_S * 2.0 ** min(entry.pauses, 20))
+    pause_s = doubling_pause_s(entry.pauses + 1, PAUSE_S, PAUSE_MAX_S)
     return Strikes(count, entry.pauses + 1, now + pause_s, replica.reason, by)
 
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from megatoken.backoff import doubling_pause_s
 from megatoken.cluster.decide.backend import AGENT, EDGE, ROUTER, ProcessLaunch, ProcessObservation
 from megatoken.cluster.decide.fleet import Fleet, Phase
 from megatoken.cluster.decide.launches import LaunchContext, agent_launch, edge_launch, router_launch
@@ -138,7 +139,7 @@ def _observe(record: Record, seen: ProcessObservation, now: float) -> Record:
             return replace(record, failures=0)
     elif seen.phase is Phase.EXITED and record.state != "FAILED":
         failures = record.failures + 1
-        pause_s = min(BACKOFF_MAX_S, BACKOFF_S * 2.0 ** min(failures - 1, 10))
+        pause_s = doubling_pause_s(failures, BACKOFF_S, BACKOFF_MAX_S)
         reason = seen.reason or "ended"
         return replace(
             record, state="FAILED", reason=reason, since_s=now, failures=failures, not_before_s=now + pause_s

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from megatoken.backoff import doubling_pause_s
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.fleet import (
     Action,
@@ -145,7 +146,7 @@ def _count_failure(tick: _Tick, replica: Replica, reason: str, exit_cause: ExitC
         return
     before = tick.health.get(replica.model, ModelHealth())
     failures = before.failures + 1 if before.revision == replica.revision else 1
-    pause_s = min(tick.limits.backoff_max_s, tick.limits.backoff_s * 2.0 ** min(failures - 1, 30))
+    pause_s = doubling_pause_s(failures, tick.limits.backoff_s, tick.limits.backoff_max_s)
     tick.health[replica.model] = ModelHealth(
         failures, tick.now + pause_s, replica.revision, reason, served=replica.state is ReplicaState.READY
     )

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from megatoken.backoff import doubling_pause_s
+
 
 @dataclass(slots=True)
 class Pauses:
@@ -19,7 +21,7 @@ class Pauses:
     def after(self, lasted_s: float) -> float:
         """The pause after an attempt that lasted so long, from its beginning to the end of the connection."""
         self.failures = 0 if lasted_s >= self.settled_s else self.failures + 1
-        return min(self.first_s * 2.0 ** max(0, min(self.failures, 64) - 1), self.longest_s)
+        return doubling_pause_s(self.failures, self.first_s, self.longest_s)
 
 
 async def keep_connected(

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from megatoken.backoff import doubling_pause_s
 from megatoken.worker.throughput.decide.layout import WIRE_VERSION
 
 
@@ -286,7 +287,7 @@ class Groups:
         """A group that keeps failing with nobody to blame is tried again ever more rarely."""
         if self._fruitless < 2:
             return True
-        wait_s = min(self.policy.hold_s * 2.0 ** (self._fruitless - 2), self.policy.hold_max_s)
+        wait_s = doubling_pause_s(self._fruitless - 1, self.policy.hold_s, self.policy.hold_max_s)
         return now - self._formed_s >= wait_s
 
     def _joiners(self, present: dict[str, _Present], now: float) -> list[str]:
@@ -316,8 +317,8 @@ class Groups:
         record = self._records.setdefault(node, _Record())
         if now - record.struck_s > self.policy.forgive_s:
             record.strikes = 0
-        hold_s = min(self.policy.hold_s * 2.0**record.strikes, self.policy.hold_max_s)
-        record.strikes = min(record.strikes + 1, 32)
+        record.strikes += 1
+        hold_s = doubling_pause_s(record.strikes, self.policy.hold_s, self.policy.hold_max_s)
         record.struck_s, record.held_until_s = now, now + hold_s
 
     def _forgive_own_stall(self, now: float) -> None:
