@@ -103,7 +103,7 @@ class Controller:
         self.desired_state = DesiredState(store, self.tell, self._wake.set)
         self.fleet: Fleet = on_this_clock(store.fleet(), time.monotonic())
         self.records: Mapping[str, Record] = {}
-        self.look = BackendState(complete=False)
+        self.backend_state = BackendState(complete=False)
         self.inventory = Inventory()
         self.devices = DeviceStrikes()
         self.events = EventLog(self.desired_state.spec.control.events_kept, time.time)
@@ -196,7 +196,7 @@ class Controller:
 
     async def _tick(self, backend: Backend) -> bool:
         await self._wait(backend)
-        self.look = await self._in_thread(backend.look)
+        self.backend_state = await self._in_thread(backend.state)
         now = time.monotonic()
         observation = await self._inspected(backend, self._observation())
         plan = reconcile(self.desired_state.desired, self.fleet, observation, self._limits(), now)
@@ -212,9 +212,9 @@ class Controller:
         processes_left = await self._supervise(backend, now)
         self._publish_snapshot()
         await self.events.publish()
-        held = any(seen.holds_something for seen in self.look.replicas.values())
+        held = any(seen.holds_something for seen in self.backend_state.replicas.values())
         live = any(replica.live for replica in self.fleet.replicas)
-        return self.desired_state.stopping and self.look.complete and not (held or live or processes_left)
+        return self.desired_state.stopping and self.backend_state.complete and not (held or live or processes_left)
 
     async def _wait(self, backend: Backend) -> None:
         """Waits for a change that Ray reports, an order, or the time of the next tick, whichever comes first."""
@@ -227,7 +227,7 @@ class Controller:
 
     def _observation(self) -> Observation:
         drained = self.desired_state.desired.drained_nodes
-        nodes = tuple(replace(node, draining=node.id in drained) for node in self.look.inventory.nodes)
+        nodes = tuple(replace(node, draining=node.id in drained) for node in self.backend_state.inventory.nodes)
         self.inventory = with_devices_out(Inventory(nodes), self.devices, time.monotonic())
         now, limits, liveness = time.monotonic(), self._liveness_limits(), self.links.liveness
         replicas = {
@@ -237,9 +237,9 @@ class Controller:
                 hang=liveness.hang(replica_id, limits, now) if seen.phase is Phase.SERVING else None,
                 lease_until_s=liveness.lease_until_s(replica_id, limits, now),
             )
-            for replica_id, seen in self.look.replicas.items()
+            for replica_id, seen in self.backend_state.replicas.items()
         }
-        return Observation(self.inventory, replicas, self.look.complete)
+        return Observation(self.inventory, replicas, self.backend_state.complete)
 
     async def _inspected(self, backend: Backend, observation: Observation) -> Observation:
         """With what the processes of replicas that hang are doing, so that the reason can name the one to blame."""
@@ -321,9 +321,9 @@ class Controller:
             if self.desired_state.stopping and not live
             else wanted_processes(self.desired_state.spec, self.inventory, self.fleet, self._context)
         )
-        if not self.look.complete:
+        if not self.backend_state.complete:
             return True
-        decision = supervise(wanted, self.look.processes, self.records, now)
+        decision = supervise(wanted, self.backend_state.processes, self.records, now)
         self.records = decision.records
         for name, record in decision.changed:
             message = record.state + (f": {record.reason}" if record.reason else "")
@@ -343,7 +343,7 @@ class Controller:
 
         if decision.start or decision.stop:
             await self._in_thread(call)
-        return bool(self.look.processes or decision.start)
+        return bool(self.backend_state.processes or decision.start)
 
     async def rotate_tokens(self) -> str:
         """Makes every token anew; the operator's, once all processes show theirs. Raises UnavailableError."""
@@ -356,11 +356,13 @@ class Controller:
 
     async def _keep_secrets(self, backend: Backend, now: float) -> None:
         """Brings every running process to know the present secrets, and a rotation to its next step."""
-        if not self.look.complete:
+        if not self.backend_state.complete:
             return
         started = (Phase.STARTING, Phase.SERVING)
-        kinds = {name: "worker" for name, seen in self.look.replicas.items() if seen.phase in started}
-        kinds |= {name: name.partition("-")[0] for name, seen in self.look.processes.items() if seen.phase in started}
+        kinds = {name: "worker" for name, seen in self.backend_state.replicas.items() if seen.phase in started}
+        kinds |= {
+            name: name.partition("-")[0] for name, seen in self.backend_state.processes.items() if seen.phase in started
+        }
         self.secrets.advance(kinds, now)
         secrets = self.secrets.current
         self._context = replace(self._context, secrets=secrets)
@@ -374,7 +376,7 @@ class Controller:
 
     def _moving(self) -> bool:
         """Whether something is on its way, so that the next look should come soon."""
-        if self.desired_state.stopping or not self.look.complete:
+        if self.desired_state.stopping or not self.backend_state.complete:
             return True
         if any(replica.state in LIVE_STATES_MOVING for replica in self.fleet.replicas):
             return True
@@ -384,7 +386,11 @@ class Controller:
 
     def _publish_snapshot(self) -> None:
         members = Members(
-            self.fleet, self.desired_state.spec.models, self.inventory, self.look.processes, complete=self.look.complete
+            self.fleet,
+            self.desired_state.spec.models,
+            self.inventory,
+            self.backend_state.processes,
+            complete=self.backend_state.complete,
         )
         self.publisher.publish(members)
 
@@ -410,7 +416,7 @@ class Controller:
             nodes=node_statuses(self.inventory, self.fleet, self.desired_state.desired.drained_nodes),
             models=model_statuses(self.fleet, self.desired_state.spec.models, replicas, readings, now),
             replicas=replicas,
-            processes=process_statuses(self.records, self.look.processes, self.inventory),
+            processes=process_statuses(self.records, self.backend_state.processes, self.inventory),
             throughput=self.links.sample,
         )
 
@@ -426,7 +432,7 @@ class Controller:
     def _addresses(self, kind: str) -> dict[str, str]:
         found = {}
         for name, record in self.records.items():
-            seen = self.look.processes.get(name)
+            seen = self.backend_state.processes.get(name)
             if record.kind == kind and record.state == "READY" and seen is not None and seen.facts:
                 # Routers of a node share an address; each has one of its own for us.
                 found[name] = str(seen.facts.get("own_address") or seen.facts["address"])
@@ -437,15 +443,15 @@ class Controller:
         backend = self._backend
         if backend is None:
             raise UnavailableError("the controller has not reached Ray yet")
-        names = [name, *(full for full in self.look.processes if full.partition(".")[0] == name)]
+        names = [name, *(full for full in self.backend_state.processes if full.partition(".")[0] == name)]
         for candidate in names:
-            if candidate in self.look.replicas or candidate in self.look.processes:
+            if candidate in self.backend_state.replicas or candidate in self.backend_state.processes:
                 try:
                     loop = asyncio.get_running_loop()
                     return await loop.run_in_executor(self._tails, backend.tail, candidate, lines, TAIL_S)
                 except KeyError:
                     raise UnavailableError(f"{candidate} has not started yet") from None
-        known = ", ".join(sorted({*self.look.replicas, *self.look.processes})) or "none"
+        known = ", ".join(sorted({*self.backend_state.replicas, *self.backend_state.processes})) or "none"
         raise NotFoundError("name", name, f"one of: {known}; no name for the controller")
 
     async def _in_thread(self, call: Callable[[], Result]) -> Result:

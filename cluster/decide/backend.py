@@ -86,7 +86,7 @@ class Backend(Protocol):
     def wait_change(self, wait_s: float) -> bool:
         """Waits until a process reports a change, at most about `wait_s`; says whether one did."""
 
-    def look(self) -> BackendState:
+    def state(self) -> BackendState:
         """What there is now. Waits for nothing but Ray's own answer."""
 
     def reserve(self, replica: Replica) -> None:

@@ -86,7 +86,7 @@ class RayBackend:
     def wait_change(self, wait_s: float) -> bool:
         return self._collect(wait_s)
 
-    def look(self) -> BackendState:
+    def state(self) -> BackendState:
         self._collect(0.0)
         self._finish_stops()
         try:

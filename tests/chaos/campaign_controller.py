@@ -238,7 +238,7 @@ class World:
             self.wrong.append(f"two snapshots were told as {number}")
         self.newest = max(self.newest, number)
 
-    def look(self) -> BackendState:
+    def state(self) -> BackendState:
         if self.rng.random() < INCOMPLETE:
             return BackendState(self.inventory, {}, {}, complete=False)
         processes = {
@@ -272,8 +272,8 @@ class KillableBackend:
         time.sleep(min(wait_s, 0.02))
         return True
 
-    def look(self) -> BackendState:
-        return self._world.look()
+    def state(self) -> BackendState:
+        return self._world.state()
 
     def reserve(self, replica: Replica) -> None:
         self._bomb.around("reserve", lambda: self._world.reserve(replica))

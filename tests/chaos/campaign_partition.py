@@ -108,7 +108,7 @@ class Nodes:
         time.sleep(min(wait_s, 0.05))
         return True
 
-    def look(self) -> BackendState:
+    def state(self) -> BackendState:
         replicas = {name: self._seen(name, replica) for name, replica in self.reserved.items()}
         processes = {}
         for name, running in list(self.running.items()):

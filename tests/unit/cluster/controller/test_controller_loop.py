@@ -51,7 +51,7 @@ class Backend:
         time.sleep(min(wait_s, 0.01))
         return True
 
-    def look(self) -> BackendState:
+    def state(self) -> BackendState:
         processes: Mapping[str, ProcessObservation] = {}
         return BackendState(NODES, dict(self.replicas), processes)
 
@@ -218,7 +218,7 @@ async def test_a_controller_whose_ticks_stand_still_ends_so_that_it_is_started_a
     assert running.task is not None
     assert not running.task.done(), "ticks end, so it lives"
     hold = threading.Event()
-    monkeypatch.setattr(running.backend, "look", lambda: hold.wait(30) or BackendState())
+    monkeypatch.setattr(running.backend, "state", lambda: hold.wait(30) or BackendState())
     try:
         with pytest.raises(RuntimeError, match="a call of Ray does not return"):
             await asyncio.wait_for(running.task, 10)
