@@ -44,6 +44,7 @@ class WorkerLink:
         self._probe_due = asyncio.Event()
         self._session: SessionClient | None = None
         self._why = ""
+        self._stranger: tuple[str, int] | None = None  # who else answered at the address, last time
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -132,14 +133,17 @@ class WorkerLink:
             request_serializer=worker_pb2.DescribeRequest.SerializeToString,
             response_deserializer=worker_pb2.DescribeResponse.FromString,
         )
-        found = await describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_S)
-        member = self._replica.member
-        if (found.replica, found.incarnation) == (member.replica, member.incarnation):
+        answer = await describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_S)
+        found, member = (answer.replica, answer.incarnation), self._replica.member
+        if found == (member.replica, member.incarnation):
+            self._stranger = None
             return True
-        log.warning(
-            "%s (%d) answers at %s, and not replica %s (%d): it gets no request",
-            found.replica, found.incarnation, member.address, member.replica, member.incarnation,
-        )  # fmt: skip
+        if found != self._stranger:  # once, and not at every attempt
+            log.warning(
+                "%s (%d) answers at %s, and not replica %s (%d): it gets no request",
+                *found, member.address, member.replica, member.incarnation,
+            )  # fmt: skip
+        self._stranger = found
         return False
 
     async def _read(self, session: SessionClient) -> None:

@@ -102,7 +102,7 @@ async def test_a_link_that_is_closed_as_its_channel_becomes_ready_ends(turns: in
 
 @pytest.mark.parametrize(("name", "incarnation"), [("m-1", 1), ("m-0", 2)])
 async def test_a_link_uses_no_other_replica_at_its_address_and_tries_again(
-    monkeypatch: pytest.MonkeyPatch, name: str, incarnation: int
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, incarnation: int
 ) -> None:
     monkeypatch.setattr(link_module, "Pauses", lambda: Pauses(0.01, 0.01))
     fleet = CoreFleet(replicas=1)
@@ -114,6 +114,8 @@ async def test_a_link_uses_no_other_replica_at_its_address_and_tries_again(
         link.start()
         await soon(lambda: worker.described >= 3)
         assert (replica.connected, worker.sessions) == (False, 0)
+        told = [record for record in caplog.records if "it gets no request" in record.getMessage()]
+        assert len(told) == 1, "it is told once, not at every attempt"
         worker.replica, worker.incarnation = replica.name, replica.member.incarnation
         await soon(lambda: replica.connected and worker.sessions)
         await link.close()
