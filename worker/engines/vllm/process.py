@@ -7,10 +7,15 @@ Called first thing by worker/__main__.py.
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Final
 
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.ray.placement import prepare_environment
 from megatoken.worker.engines.vllm.plugins import OWNER_VARIABLE
+
+SOCKET_PATH_BYTES: Final = 107  # Linux: what the name of a Unix socket may have
+SOCKET_NAME_BYTES: Final = 37  # vLLM's: a slash and a UUID
 
 
 def prepare_process(config: WorkerConfig) -> None:
@@ -21,6 +26,10 @@ def prepare_process(config: WorkerConfig) -> None:
     environment["VLLM_NO_USAGE_STATS"] = "1"
     environment["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(config.start_timeout_s))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sockets = Path(config.counters_dir).absolute().parent
+    if len(os.fsencode(sockets)) + SOCKET_NAME_BYTES <= SOCKET_PATH_BYTES and sockets.is_dir():
+        # An engine that is killed leaves its sockets behind: there they go with the cluster, in /tmp they would stay.
+        environment.setdefault("VLLM_RPC_BASE_PATH", str(sockets))
     prepare_environment(config)
     if config.device_kind != "cpu":
         return
