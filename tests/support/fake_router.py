@@ -108,10 +108,11 @@ class FakeRouter:
         self.running += 1
         with contextlib.suppress(asyncio.CancelledError), contextlib.closing(_Counted(self)):
             generated = 0
+            permits = self.permits  # its own: one that is cancelled late must not take another request's
             for step in self.script(request):
                 await self.gate.wait()
-                if self.permits is not None:
-                    await self.permits.acquire()
+                if permits is not None:
+                    await permits.acquire()
                 await asyncio.sleep(self.step_s)
                 if isinstance(step, Finish):
                     finish = Finish()
