@@ -52,7 +52,7 @@ STEP_S: Final = 20.0  # for one thing that was asked for to be so
 DISK_FULL_S: Final = 0.7
 LATER_S: Final = 1e6  # by which a clock was ahead of what it is now
 INCOMPLETE: Final = 0.1  # of all looks get no answer of Ray's
-LEASE_S: Final = 4.0
+LEASE_S: Final = 12.0  # longer than a starved machine keeps a renewal waiting
 MODEL: Final = "m"
 SPEC: Final = ClusterSpec.model_validate(
     {
