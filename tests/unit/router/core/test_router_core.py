@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatoken.errors import DeadlineError, OverloadError, RequestError, UnavailableError
+from megatoken.errors import DeadlineError, DrainingError, OverloadError, RequestError, UnavailableError
+from megatoken.router.core.ending import error_finish
 from megatoken.router.core.lifecycle import LIFECYCLE, RequestEvent, RequestState
 from megatoken.router.identity.api_keys import ApiKey
 from megatoken.router.intake.intake import on_frames
@@ -361,3 +362,12 @@ def test_the_bytes_of_live_requests_are_bounded_and_come_back() -> None:
     fleet.finish(first)
     fleet.submit(cache_salt="x" * 20_000, n=3)
     assert 60_000 < fleet.state.live_bytes < 61_000
+
+
+def test_a_drain_is_a_field_of_the_finish_and_not_only_a_sentence() -> None:
+    fleet = CoreFleet()
+    fleet.state.draining = True
+    with pytest.raises(DrainingError) as refused:
+        fleet.submit()
+    assert error_finish(7, refused.value).draining
+    assert not error_finish(7, UnavailableError("no replica")).draining

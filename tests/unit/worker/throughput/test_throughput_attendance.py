@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from megatoken.v1 import membership_pb2
-from megatoken.worker.throughput.attendance import AttendanceServicer
-from megatoken.worker.throughput.decide.group import Attended, Attendee, GroupPolicy
+from megatoken.v1 import membership_pb2, throughput_pb2
+from megatoken.worker.throughput.attendance import REFUSALS, AttendanceServicer, reply_of
+from megatoken.worker.throughput.decide.group import Attended, Attendee, GroupPolicy, RefusalKind, Refused
 
 AT_ONCE = GroupPolicy(gather_s=0.0, gather_max_s=0.0)
 
@@ -56,3 +56,11 @@ async def test_numbers_go_on_after_those_of_an_earlier_controller() -> None:
         assert published == [42]
     finally:
         await attendance.stop()
+
+
+def test_an_agent_that_is_kept_out_is_told_why_as_a_value() -> None:
+    reply = reply_of(3, Refused(RefusalKind.BACKEND, "set its backend to auto"))
+    assert (reply.epoch, reply.refused) == (3, "set its backend to auto")
+    assert reply.refusal == throughput_pb2.ATTENDANCE_REFUSAL_BACKEND
+    assert reply_of(3, None) == throughput_pb2.AttendanceReply(epoch=3)
+    assert set(REFUSALS) == set(RefusalKind)
