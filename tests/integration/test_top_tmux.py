@@ -36,9 +36,8 @@ def control() -> Iterator[subprocess.Popen[str]]:
 def terminal(control: subprocess.Popen[str]) -> Iterator[Terminal]:
     assert control.stdout is not None
     address = control.stdout.readline().strip()
-    command = (
-        f"cd {REPOSITORY} && {sys.executable} -m megatoken.cluster.cli top --control {address}; echo left: $?; cat"
-    )
+    top = f"{sys.executable} -X faulthandler -m megatoken.cluster.cli top --control {address}"
+    command = f"cd {REPOSITORY} && {top}; echo left: $?; cat"
     with Terminal(command) as started:
         yield started
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -51,5 +53,13 @@ class Terminal:
             if all(text in screen for text in texts) and (gone is None or gone not in screen):
                 return screen
             if time.monotonic() > deadline:
-                raise AssertionError(f"never showed {texts} without {gone!r}:\n{screen}")
+                raise AssertionError(f"never showed {texts} without {gone!r}:\n{screen}\n{self._stacks()}")
             time.sleep(0.1)
+
+    def _stacks(self) -> str:
+        """Where the program hangs: its stacks, if it is a Python with -X faulthandler, which ends it."""
+        shell = self.tmux("display-message", "-p", "#{pane_pid}").strip()
+        for child in Path(f"/proc/{shell}/task/{shell}/children").read_text().split():
+            os.kill(int(child), signal.SIGABRT)
+        time.sleep(1.0)
+        return self.tmux("capture-pane", "-p", "-S", "-200")
