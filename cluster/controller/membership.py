@@ -94,10 +94,11 @@ def _member(
 
 def _model(model: ModelSpec, fleet: Fleet) -> membership_pb2.ModelMember:
     ready = sum(1 for replica in fleet.of_model(model.name) if replica.state is ReplicaState.READY)
+    block = fleet.blocked.get(model.name)
     return membership_pb2.ModelMember(
         model=model.name,
         policy=model.policy or "",
         replicas_wanted=model.replicas,
         replicas_ready=ready,
-        blocked=fleet.blocked.get(model.name, ""),
+        blocked=block.text if block else "",
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from megatoken.cluster.decide.backend import ProcessObservation
-from megatoken.cluster.decide.fleet import Fleet, Replica
+from megatoken.cluster.decide.fleet import Block, Fleet, Replica
 from megatoken.cluster.decide.processes import Record
 from megatoken.cluster.decide.replica import FINAL, ReplicaState
 from megatoken.cluster.inventory.topology import Inventory, Node
@@ -108,13 +108,14 @@ def model_statuses(
     found = []
     for model in wanted:
         own = [row for row in rows if row.model == model.name and row.state not in FINAL]
+        block = fleet.blocked.get(model.name)
         found.append(
             control_pb2.ModelStatus(
                 model=model.name,
                 wanted=model.replicas,
                 ready=sum(1 for row in own if row.state == ReplicaState.READY),
-                blocked=_blocked_text(fleet, model.name, now),
-                blocked_kind=fleet.blocked_kinds.get(model.name, ""),
+                blocked=_blocked_text(block, fleet.retry_s(model.name), now),
+                blocked_kind=block.kind if block else "",
                 rollout=fleet.rollouts.get(model.name, ""),
                 running=sum(row.running for row in own),
                 waiting=sum(row.waiting for row in own) + (readings.queued if len(wanted) == 1 else 0),
@@ -126,9 +127,9 @@ def model_statuses(
     return found
 
 
-def _blocked_text(fleet: Fleet, model: str, now: float) -> str:
+def _blocked_text(block: Block | None, retry_s: float | None, now: float) -> str:
     """Why fewer run than wanted; where a start waits after failures, for how long."""
-    text, retry_s = fleet.blocked.get(model, ""), fleet.retry_s(model)
+    text = block.text if block else ""
     return text if retry_s is None else f"{text}; next try in {max(0.0, retry_s - now):.0f} s"
 
 

@@ -96,15 +96,22 @@ class ModelHealth:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """Why fewer replicas of a model run than are wanted, and what would unblock it."""
+
+    kind: BlockedKind
+    text: str
+    """Says the same until something changed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fleet:
     """Everything the reconciler remembers between ticks."""
 
     replicas: tuple[Replica, ...] = ()
     health: Mapping[str, ModelHealth] = field(default_factory=dict)
-    blocked: Mapping[str, str] = field(default_factory=dict)
-    """By model: why fewer run than wanted, and what would unblock it. Says the same until something changed."""
-    blocked_kinds: Mapping[str, BlockedKind] = field(default_factory=dict)
-    """By model, for each in `blocked`: what kind of thing that is."""
+    blocked: Mapping[str, Block] = field(default_factory=dict)
+    """By model."""
     rollouts: Mapping[str, str] = field(default_factory=dict)
     """By model: progress of an update, for people."""
     serial: int = 0
@@ -112,7 +119,8 @@ class Fleet:
 
     def retry_s(self, model: str) -> float | None:
         """When a start that waits after failures is tried; None where none waits."""
-        if self.blocked_kinds.get(model) is not BlockedKind.STARTS or model not in self.health:
+        block = self.blocked.get(model)
+        if block is None or block.kind is not BlockedKind.STARTS or model not in self.health:
             return None
         return self.health[model].not_before_s
 

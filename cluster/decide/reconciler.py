@@ -2,19 +2,22 @@
 
 Procedure: advance every live replica by what was observed; let each model say what it lacks or has too much
 (rollout.py); find places for new replicas in one call (cluster/placement/place.py); list the actions that the states
-ask for. Actions are level-based: each follows from a state and an observation, is repeated until seen done, and is
-idempotent. Nothing here waits, logs, or knows Ray. The controller calls it.
+ask for. Each stage is a function of what was given and of the replicas as the stage before left them, and returns the
+replicas that it moves. Actions are level-based: each follows from a state and an observation, is repeated until seen
+done, and is idempotent. Nothing here waits, logs, or knows Ray. The controller calls it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from megatoken.backoff import doubling_pause_s
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.fleet import (
     Action,
+    Block,
     ClusterEvent,
     Desired,
     Fleet,
@@ -41,174 +44,230 @@ from megatoken.cluster.placement.place import Blocked, BlockedKind, Placement, R
 from megatoken.cluster.spec.model import ModelSpec
 
 SLUG = str.maketrans({"/": "-", "_": "-", ".": "-"})
+NOTHING = ReplicaObservation()
+Replicas = Mapping[str, Replica]
 
 
-@dataclass
-class _Tick:
-    """The fleet while one tick works on it."""
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What does not change while one tick is decided."""
 
     desired: Desired
     observation: Observation
     limits: Limits
     now: float
-    replicas: dict[str, Replica]
-    health: dict[str, ModelHealth]
-    serial: int
-    models: dict[str, ModelSpec]
-    blocked: dict[str, str] = field(default_factory=dict)
-    blocked_kinds: dict[str, BlockedKind] = field(default_factory=dict)
-    rollouts: dict[str, str] = field(default_factory=dict)
-    actions: list[Action] = field(default_factory=list)
-    events: list[ClusterEvent] = field(default_factory=list)
+    models: Mapping[str, ModelSpec]
 
-    def block(self, model: str, kind: BlockedKind, text: str) -> None:
-        self.blocked[model], self.blocked_kinds[model] = text, kind
+    def seen(self, replica: Replica) -> ReplicaObservation:
+        return self.observation.replicas.get(replica.id, NOTHING)
 
-    def send(
-        self,
-        replica: Replica,
-        event: ReplicaEvent,
-        reason: str,
-        cause: str,
-        exit_cause: ExitCause = ExitCause.UNKNOWN,
-    ) -> None:
-        """Moves a replica along its table and writes down that it did."""
-        state = LIFECYCLE.next(replica.state, event, replica.history)
-        changes: dict[str, object] = {"state": state, "since_s": self.now, "reason": reason, "exit_cause": exit_cause}
-        changes["history"] = (*replica.history, event)
-        if event is ReplicaEvent.DRAIN:
-            changes["drain_deadline_s"] = self.now + self._drain_timeout_s(replica)
-            changes["drain_cause"] = cause
-        if exit_cause is ExitCause.NODE_LOST:
-            changes["serves_until_s"] = self._lease_until_s(replica)
-        if event is ReplicaEvent.SERVING:
-            changes["facts"] = self.observation.replicas[replica.id].facts
-        self.replicas[replica.id] = replace(replica, **changes)  # type: ignore[arg-type]
-        message = f"{replica.state} -> {state}" + (f": {reason}" if reason else "")
-        fields = {"model": replica.model, "from": replica.state.value, "to": state.value}
-        self.events.append(ClusterEvent("replica.state", replica.id, message, cause, fields))
 
-    def _lease_until_s(self, replica: Replica) -> float:
-        """Until when a replica that cannot be reached may serve; one that never served has no lease."""
-        seen = self.observation.replicas.get(replica.id, ReplicaObservation())
-        return seen.lease_until_s if replica.facts is not None else 0.0
+class _Move(NamedTuple):
+    """A replica as it is now, and what is told of it."""
 
-    def _drain_timeout_s(self, replica: Replica) -> float:
-        asked = self.desired.drain_requests.get(replica.id)
-        if asked is not None:
-            return asked
-        model = self.models.get(replica.model)
-        return model.drain_timeout_s if model else 30.0
+    replica: Replica
+    event: ClusterEvent
+
+
+class _Made(NamedTuple):
+    """What came of the wish for more replicas."""
+
+    moves: list[_Move]
+    blocked: dict[str, Block]
 
 
 def reconcile(desired: Desired, fleet: Fleet, observation: Observation, limits: Limits, now: float) -> Plan:
     """The next fleet, and the actions that bring the cluster closer to `desired`."""
-    models = {model.name: model for model in desired.models}
-    replicas = {replica.id: replica for replica in fleet.replicas}
-    serial = max([fleet.serial, *(serial_of(replica_id) for replica_id in _unknown(observation, replicas))])
-    tick = _Tick(desired, observation, limits, now, replicas, dict(fleet.health), serial, models)
-    _advance(tick)
-    _honour_drains(tick)
-    steps = _decide(tick)
-    if observation.complete:  # else who holds which device is not known
-        _create(tick, steps)
-    else:
-        for name, text in fleet.blocked.items():
-            if name in models:
-                tick.block(name, fleet.blocked_kinds[name], text)
-    _list_actions(tick)
-    _tell_blocked(tick, fleet)
-    kept = _without_old_endings(tick)
-    following = Fleet(kept, tick.health, tick.blocked, tick.blocked_kinds, tick.rollouts, tick.serial)
-    return Plan(following, tuple(tick.actions), tuple(tick.events))
+    given = _Given(desired, observation, limits, now, {model.name: model for model in desired.models})
+    replicas: Replicas = {replica.id: replica for replica in fleet.replicas}
+    serial = max([fleet.serial, *map(serial_of, _unknown(observation, replicas))])
+
+    observed = _advance(given, replicas)
+    health = _health(given, fleet, observed)
+    replicas = _after(replicas, observed)
+    drained = _honour_drains(given, replicas)
+    replicas = _after(replicas, drained)
+    steps = _steps(given, replicas, health)
+    removed = _remove(given, replicas, steps)
+    blocked = _block_starts(given, replicas, health, steps)
+    replicas = _after(replicas, removed)
+    rollbacks = [RollBack(name, step.roll_back) for name, step in steps.items() if step.roll_back]
+    for rollback in rollbacks:  # these failures have had their effect: applied again, the spec is tried anew
+        health.pop(rollback.model, None)
+    if observation.complete:
+        made = _create(given, replicas, steps, serial)
+    else:  # who holds which device is not known
+        made = _Made([], {name: block for name, block in fleet.blocked.items() if name in given.models})
+    replicas = _after(replicas, made.moves)
+    blocked |= made.blocked
+
+    following = Fleet(
+        _without_old_endings(given, replicas),
+        health,
+        blocked,
+        {name: step.progress for name, step in steps.items() if step.progress},
+        max([serial, *(move.replica.serial for move in made.moves)]),
+    )
+    events = [
+        *(move.event for move in (*observed, *drained, *removed)),
+        *(_rolled_back(rollback) for rollback in rollbacks),
+        *(move.event for move in made.moves),
+        *_blocked_events(given, fleet.blocked, blocked),
+    ]
+    return Plan(following, (*rollbacks, *_actions(given, replicas)), tuple(events))
 
 
-def _advance(tick: _Tick) -> None:
-    for replica in list(tick.replicas.values()):
+def _after(replicas: Replicas, moves: Iterable[_Move]) -> Replicas:
+    return {**replicas, **{move.replica.id: move.replica for move in moves}}
+
+
+def _moved(
+    given: _Given,
+    replica: Replica,
+    event: ReplicaEvent,
+    reason: str,
+    cause: str,
+    exit_cause: ExitCause = ExitCause.UNKNOWN,
+) -> _Move:
+    """A replica one step further along its table."""
+    state = LIFECYCLE.next(replica.state, event, replica.history)
+    after = replace(
+        replica,
+        state=state,
+        since_s=given.now,
+        reason=reason,
+        exit_cause=exit_cause,
+        history=(*replica.history, event),
+    )
+    if event is ReplicaEvent.DRAIN:
+        deadline_s = given.now + _drain_timeout_s(given, replica)
+        after = replace(after, drain_deadline_s=deadline_s, drain_cause=cause)
+    elif event is ReplicaEvent.SERVING:
+        after = replace(after, facts=given.seen(replica).facts)
+    if exit_cause is ExitCause.NODE_LOST and replica.facts is not None:  # one that never served has no lease
+        after = replace(after, serves_until_s=given.seen(replica).lease_until_s)
+    message = f"{replica.state} -> {state}" + (f": {reason}" if reason else "")
+    fields = {"model": replica.model, "from": replica.state.value, "to": state.value}
+    return _Move(after, ClusterEvent("replica.state", replica.id, message, cause, fields))
+
+
+def _drain_timeout_s(given: _Given, replica: Replica) -> float:
+    asked = given.desired.drain_requests.get(replica.id)
+    if asked is not None:
+        return asked
+    model = given.models.get(replica.model)
+    return model.drain_timeout_s if model else 30.0
+
+
+def _advance(given: _Given, replicas: Replicas) -> list[_Move]:
+    """Live replicas of which something was observed."""
+    moves = []
+    for replica in replicas.values():
         if not replica.live:
             continue
-        found = event_for(replica, tick.models.get(replica.model), tick.observation, tick.limits, tick.now)
+        found = event_for(replica, given.models.get(replica.model), given.observation, given.limits, given.now)
         if found is not None:
             event, reason, exit_cause = found
-            tick.send(replica, event, reason, "observed", exit_cause)
-            if event is ReplicaEvent.FAIL:
-                _count_failure(tick, replica, reason, exit_cause)
-        elif replica.state is ReplicaState.READY and tick.now - replica.since_s >= tick.limits.settled_s:
-            health = tick.health.get(replica.model)
-            if health is not None and health.failures and health.revision == replica.revision:
-                tick.health.pop(replica.model)
+            moves.append(_moved(given, replica, event, reason, "observed", exit_cause))
+    return moves
 
 
-def _count_failure(tick: _Tick, replica: Replica, reason: str, exit_cause: ExitCause) -> None:
-    """Backs the model's starts off, unless the node is to blame or the replica had served for long."""
-    served_long = replica.state is ReplicaState.READY and tick.now - replica.since_s >= tick.limits.settled_s
-    if exit_cause is ExitCause.NODE_LOST or served_long or replica.state is ReplicaState.DRAINING:
-        return
-    before = tick.health.get(replica.model, ModelHealth())
-    failures = before.failures + 1 if before.revision == replica.revision else 1
-    pause_s = doubling_pause_s(failures, tick.limits.backoff_s, tick.limits.backoff_max_s)
-    tick.health[replica.model] = ModelHealth(
-        failures, tick.now + pause_s, replica.revision, reason, served=replica.state is ReplicaState.READY
-    )
+def _health(given: _Given, fleet: Fleet, observed: Sequence[_Move]) -> dict[str, ModelHealth]:
+    """How starts went, with the failures and the successes of this tick."""
+    health = dict(fleet.health)
+    moved = {move.replica.id: move.replica for move in observed}
+    for before in fleet.replicas:
+        known = health.get(before.model, ModelHealth())
+        settled = before.state is ReplicaState.READY and given.now - before.since_s >= given.limits.settled_s
+        after = moved.get(before.id)
+        if after is None:
+            if settled and known.failures and known.revision == before.revision:
+                del health[before.model]
+        elif after.state is ReplicaState.FAILED and not (settled or _blameless(before, after)):
+            health[before.model] = _worse(given, known, before, after.reason)
+    return health
 
 
-def _honour_drains(tick: _Tick) -> None:
-    for replica in list(tick.replicas.values()):
+def _blameless(before: Replica, after: Replica) -> bool:
+    """Whether it failed as it went anyway, or through its node."""
+    return before.state is ReplicaState.DRAINING or after.exit_cause is ExitCause.NODE_LOST
+
+
+def _worse(given: _Given, known: ModelHealth, replica: Replica, reason: str) -> ModelHealth:
+    """Starts of the model back off after one more failure."""
+    failures = known.failures + 1 if known.revision == replica.revision else 1
+    pause_s = doubling_pause_s(failures, given.limits.backoff_s, given.limits.backoff_max_s)
+    served = replica.state is ReplicaState.READY
+    return ModelHealth(failures, given.now + pause_s, replica.revision, reason, served=served)
+
+
+def _honour_drains(given: _Given, replicas: Replicas) -> list[_Move]:
+    """Replicas that an operator takes away, by themselves or with their node."""
+    moves = []
+    for replica in replicas.values():
         if not replica.active:
             continue
-        node = next((n for n in replica.placement.nodes if n in tick.desired.drained_nodes), None)
-        if replica.id in tick.desired.drain_requests:
-            _take_away(tick, replica, "drain asked for")
-        elif node is not None:
-            _take_away(tick, replica, "its node is drained")
+        if replica.id in given.desired.drain_requests:
+            moves.append(_taken_away(given, replica, "drain asked for"))
+        elif given.desired.drained_nodes.intersection(replica.placement.nodes):
+            moves.append(_taken_away(given, replica, "its node is drained"))
+    return moves
 
 
-def _take_away(tick: _Tick, replica: Replica, cause: str) -> None:
+def _taken_away(given: _Given, replica: Replica, cause: str) -> _Move:
     if replica.state is ReplicaState.READY:
-        tick.send(replica, ReplicaEvent.DRAIN, cause, cause)
-    else:
-        tick.send(replica, ReplicaEvent.STOP, cause, cause, ExitCause.STOPPED)
+        return _moved(given, replica, ReplicaEvent.DRAIN, cause, cause)
+    return _moved(given, replica, ReplicaEvent.STOP, cause, cause, ExitCause.STOPPED)
 
 
-def _decide(tick: _Tick) -> dict[str, RolloutStep]:
-    by_model: dict[str, list[Replica]] = {name: [] for name in tick.models}
-    for replica in tick.replicas.values():
-        by_model.setdefault(replica.model, []).append(replica)
-    steps: dict[str, RolloutStep] = {}
-    for name, replicas in by_model.items():
-        model = tick.models.get(name)
-        if model is None or tick.desired.stopping:
-            cause = "the cluster goes down" if tick.desired.stopping else "its model was removed"
-            for replica in replicas:
-                if replica.active:
-                    _take_away(tick, replica, cause)
-            continue
-        health = tick.health.get(name, ModelHealth())
-        step = next_step(model, replicas, health, can_roll_back=name in tick.desired.previous, now=tick.now)
-        cause = "replaced by an update" if step.progress else f"{model.replicas} wanted"
-        for replica_id in step.remove:
-            _take_away(tick, tick.replicas[replica_id], cause)
-        if step.progress:
-            tick.rollouts[name] = step.progress
-        if step.roll_back:
-            tick.actions.append(RollBack(name, step.roll_back))
-            tick.health.pop(name, None)  # these failures have had their effect: applied again, the spec is tried anew
-            tick.events.append(ClusterEvent("model.rollback", name, f"rolled back: {step.roll_back}", "update failed"))
-        if step.put_off:
-            tick.block(name, BlockedKind.LEASE, _lease_text(replicas, tick.now))
-        if _has_failed_start(health, model, tick.now):
-            tick.block(name, BlockedKind.STARTS, _crash_text(health))
-        steps[name] = step
-    return steps
+def _steps(given: _Given, replicas: Replicas, health: Mapping[str, ModelHealth]) -> dict[str, RolloutStep]:
+    """What each model that is wanted does next."""
+    if given.desired.stopping:
+        return {}
+    return {
+        name: next_step(
+            model,
+            [replica for replica in replicas.values() if replica.model == name],
+            health.get(name, ModelHealth()),
+            can_roll_back=name in given.desired.previous,
+            now=given.now,
+        )
+        for name, model in given.models.items()
+    }
 
 
-def _has_failed_start(health: ModelHealth, model: ModelSpec, now: float) -> bool:
-    return health.revision == model.revision and now < health.not_before_s
+def _remove(given: _Given, replicas: Replicas, steps: Mapping[str, RolloutStep]) -> list[_Move]:
+    """Replicas of models that are not wanted any more, and those that a model has too many."""
+    moves = []
+    for replica in replicas.values():
+        step = steps.get(replica.model)
+        if step is None and replica.active:
+            cause = "the cluster goes down" if given.desired.stopping else "its model was removed"
+            moves.append(_taken_away(given, replica, cause))
+    for name, step in steps.items():
+        cause = "replaced by an update" if step.progress else f"{given.models[name].replicas} wanted"
+        moves += [_taken_away(given, replicas[replica_id], cause) for replica_id in step.remove]
+    return moves
 
 
-def _lease_text(replicas: Sequence[Replica], now: float) -> str:
-    lost = [f"{replica.id} ({replica.reason})" for replica in replicas if replica.serves_until_s > now]
-    return f"{', '.join(lost)} may serve until its lease ends; its replacement starts then"
+def _block_starts(
+    given: _Given, replicas: Replicas, health: Mapping[str, ModelHealth], steps: Mapping[str, RolloutStep]
+) -> dict[str, Block]:
+    """Models whose next start has to wait, and for what."""
+    blocked: dict[str, Block] = {}
+    for name, step in steps.items():
+        own = health.get(name, ModelHealth())
+        if own.revision == given.models[name].revision and given.now < own.not_before_s:
+            blocked[name] = Block(BlockedKind.STARTS, _crash_text(own))
+        elif step.put_off:
+            lost = [r for r in replicas.values() if r.model == name and r.serves_until_s > given.now]
+            blocked[name] = Block(BlockedKind.LEASE, _lease_text(lost))
+    return blocked
+
+
+def _lease_text(lost: Sequence[Replica]) -> str:
+    names = ", ".join(f"{replica.id} ({replica.reason})" for replica in lost)
+    return f"{names} may serve until its lease ends; its replacement starts then"
 
 
 def _crash_text(health: ModelHealth) -> str:
@@ -219,110 +278,104 @@ def _crash_text(health: ModelHealth) -> str:
     return f"{what}: {health.last_failure}"
 
 
-def _create(tick: _Tick, steps: Mapping[str, RolloutStep]) -> None:
-    requests: list[ReplicaRequest] = []
-    for name, step in steps.items():
-        for _ in range(step.create):
-            serial = tick.serial + len(requests) + 1
-            need = tick.desired.device_needs.get(name, 0)
-            requests.append(request_for(tick.models[name], f"{name.translate(SLUG).lower()}-{serial}", need))
-    if not requests:
-        return
-    strangers = _unknown(tick.observation, tick.replicas)
+def _create(given: _Given, replicas: Replicas, steps: Mapping[str, RolloutStep], serial: int) -> _Made:
+    """Places for the replicas that models lack."""
+    wanted = [name for name, step in steps.items() for _ in range(step.create)]
+    requests = [_request(given, name, serial + number) for number, name in enumerate(wanted, start=1)]
+    strangers = _unknown(given.observation, replicas)
     if strangers:  # of a fleet whose state file was lost: which devices they hold is not known, and they are ending
-        for request in requests:
-            text = f"waits for the end of {', '.join(strangers)}, which nothing is known of"
-            tick.block(request.model, BlockedKind.CAPACITY, text)
-        return
-    existing = _held(tick)
-    for outcome in place(requests, tick.observation.inventory, existing):
+        text = f"waits for the end of {', '.join(strangers)}, which nothing is known of"
+        return _Made([], {request.model: Block(BlockedKind.CAPACITY, text) for request in requests})
+    made = _Made([], {})
+    yielded = False  # one at a time: its devices may be all that is needed
+    held = _held(given, replicas.values())
+    for request, outcome in zip(requests, place(requests, given.observation.inventory, held), strict=True):
         if isinstance(outcome, Placement):
-            _add(tick, outcome)
+            made.moves.append(_planned(given, outcome))
         else:
-            _block(tick, outcome, steps[outcome.model], existing, requests)
+            made.blocked[outcome.model] = _no_room(outcome)
+            old = replicas.get(steps[outcome.model].yield_one)
+            if not yielded and old is not None and old.active and _makes_room(given, replicas, old, request):
+                yielded = True
+                made.moves.append(_taken_away(given, old, "an update needs its devices"))
+    return made
 
 
-def _add(tick: _Tick, placement: Placement) -> None:
-    model = tick.models[placement.model]
+def _request(given: _Given, name: str, serial: int) -> ReplicaRequest:
+    replica_id = f"{name.translate(SLUG).lower()}-{serial}"
+    return request_for(given.models[name], replica_id, given.desired.device_needs.get(name, 0))
+
+
+def _planned(given: _Given, placement: Placement) -> _Move:
+    model = given.models[placement.model]
     replica = Replica(
-        placement.replica, model.name, model.revision, tick.desired.generation, placement, tick.now, since_s=tick.now
+        placement.replica, model.name, model.revision, given.desired.generation, placement, given.now, since_s=given.now
     )
-    tick.replicas[replica.id] = replica
-    tick.serial = max(tick.serial, replica.serial)
-    nodes = (tick.observation.inventory.node(node_id) for node_id in placement.nodes)
+    nodes = (given.observation.inventory.node(node_id) for node_id in placement.nodes)
     where = ", ".join(node.title for node in nodes if node is not None)
     fields = {"model": model.name, "nodes": where}
-    tick.events.append(ClusterEvent("replica.planned", replica.id, f"planned on {where}", "reconcile", fields))
+    return _Move(replica, ClusterEvent("replica.planned", replica.id, f"planned on {where}", "reconcile", fields))
 
 
-def _block(
-    tick: _Tick, outcome: Blocked, step: RolloutStep, existing: Sequence[Placement], requests: Sequence[ReplicaRequest]
-) -> None:
-    """Says why; and where an update lacks room for one more, lets an old replica go first if that makes the room."""
-    tick.block(outcome.model, outcome.kind, f"{outcome.reason} {outcome.unblock}".strip())
-    old = tick.replicas.get(step.yield_one)
-    if old is None or not old.active or _is_freeing(tick):
-        return
-    request = next(request for request in requests if request.replica == outcome.replica)
-    without = [placement for placement in existing if placement.replica != old.id]
-    if isinstance(place([request], tick.observation.inventory, without)[0], Placement):
-        _take_away(tick, old, "an update needs its devices")
+def _no_room(outcome: Blocked) -> Block:
+    return Block(outcome.kind, f"{outcome.reason} {outcome.unblock}".strip())
 
 
-def _is_freeing(tick: _Tick) -> bool:
-    """Whether devices are about to come free, so that room may yet appear without taking anything away."""
-    held = {placement.replica for placement in _held(tick)}
-    return any(replica.id in held and not replica.active for replica in tick.replicas.values())
+def _makes_room(given: _Given, replicas: Replicas, old: Replica, request: ReplicaRequest) -> bool:
+    """Whether one more would fit once an old replica is gone, and no devices are about to come free by themselves."""
+    held = _held(given, replicas.values())
+    if any(not replicas[placement.replica].active for placement in held):
+        return False
+    without = [placement for placement in held if placement.replica != old.id]
+    return isinstance(place([request], given.observation.inventory, without)[0], Placement)
 
 
-def _held(tick: _Tick) -> list[Placement]:
+def _held(given: _Given, replicas: Iterable[Replica]) -> list[Placement]:
     """Placements that hold devices: live ones, and ended ones that Ray has not let go of."""
-    return [
-        replica.placement
-        for replica in tick.replicas.values()
-        if replica.live or tick.observation.replicas.get(replica.id, ReplicaObservation()).holds_something
-    ]
+    return [replica.placement for replica in replicas if replica.live or given.seen(replica).holds_something]
 
 
-def _list_actions(tick: _Tick) -> None:
-    known = tick.observation.complete  # else what is not seen may well be there, and would be asked for twice
-    for replica in tick.replicas.values():
-        seen = tick.observation.replicas.get(replica.id, ReplicaObservation())
+def _actions(given: _Given, replicas: Replicas) -> list[Action]:
+    """What the states ask for, as far as it is not seen done."""
+    known = given.observation.complete  # else what is not seen may well be there, and would be asked for twice
+    actions: list[Action] = []
+    for replica in replicas.values():
+        seen = given.seen(replica)
         if known and replica.state is ReplicaState.RESERVING and seen.reservation is Reservation.NONE:
-            tick.actions.append(Reserve(replica))
+            actions.append(Reserve(replica))
         elif known and replica.state is ReplicaState.STARTING and seen.phase is Phase.NONE:
-            tick.actions.append(Start(replica))
+            actions.append(Start(replica))
         elif replica.state is ReplicaState.DRAINING:
-            if tick.now - replica.since_s >= tick.limits.drain_grace_s:
-                tick.actions.append(TellDrain(replica))
+            if given.now - replica.since_s >= given.limits.drain_grace_s:
+                actions.append(TellDrain(replica))
         elif replica.state in FINAL and seen.holds_something:
-            tick.actions.append(Release(replica.id))
-    tick.actions += [Release(replica_id) for replica_id in _unknown(tick.observation, tick.replicas)]
+            actions.append(Release(replica.id))
+    return [*actions, *map(Release, _unknown(given.observation, replicas))]
 
 
-def _unknown(observation: Observation, replicas: Mapping[str, Replica]) -> list[str]:
+def _unknown(observation: Observation, replicas: Replicas) -> list[str]:
     """Ids that hold something and are of no replica that we remember."""
     seen = observation.replicas.items()
     return [replica_id for replica_id, held in seen if held.holds_something and replica_id not in replicas]
 
 
-def _tell_blocked(tick: _Tick, before: Fleet) -> None:
-    for name, reason in tick.blocked.items():
-        if name not in before.blocked:
-            tick.events.append(ClusterEvent("model.blocked", name, reason, "reconcile"))
-    for name in before.blocked:
-        if name not in tick.blocked and name in tick.models:
-            tick.events.append(ClusterEvent("model.unblocked", name, "nothing blocks it any more", "reconcile"))
+def _rolled_back(rollback: RollBack) -> ClusterEvent:
+    return ClusterEvent("model.rollback", rollback.model, f"rolled back: {rollback.reason}", "update failed")
 
 
-def _without_old_endings(tick: _Tick) -> tuple[Replica, ...]:
+def _blocked_events(given: _Given, before: Mapping[str, Block], blocked: Mapping[str, Block]) -> Iterable[ClusterEvent]:
+    """Models that are blocked from now on, and those that are no more."""
+    for name, block in blocked.items():
+        if name not in before:
+            yield ClusterEvent("model.blocked", name, block.text, "reconcile")
+    for name in before:
+        if name not in blocked and name in given.models:
+            yield ClusterEvent("model.unblocked", name, "nothing blocks it any more", "reconcile")
+
+
+def _without_old_endings(given: _Given, replicas: Replicas) -> tuple[Replica, ...]:
     """Forgets the oldest ended replicas that hold nothing."""
-    ended = [
-        replica
-        for replica in tick.replicas.values()
-        if replica.state in FINAL
-        and not tick.observation.replicas.get(replica.id, ReplicaObservation()).holds_something
-    ]
+    ended = [r for r in replicas.values() if r.state in FINAL and not given.seen(r).holds_something]
     ended.sort(key=lambda replica: replica.since_s)
-    forgotten = {replica.id for replica in ended[: max(0, len(ended) - tick.limits.ended_kept)]}
-    return tuple(replica for replica in tick.replicas.values() if replica.id not in forgotten)
+    forgotten = {replica.id for replica in ended[: max(0, len(ended) - given.limits.ended_kept)]}
+    return tuple(replica for replica in replicas.values() if replica.id not in forgotten)

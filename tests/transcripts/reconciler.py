@@ -108,7 +108,7 @@ class ReconcilerScript:
         lines += [f"=> {told(action)}" for action in plan.actions]
         for name, why in sorted(plan.fleet.blocked.items()):
             if self._fleet.blocked.get(name) != why:
-                lines.append(f"{name} blocked by {plan.fleet.blocked_kinds[name]}")
+                lines.append(f"{name} blocked by {why.kind}")
         lines += [f"{name} blocked no more" for name in sorted(set(self._fleet.blocked) - set(plan.fleet.blocked))]
         self._fleet = plan.fleet
         return lines

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from megatoken.cluster.controller.membership import Versions, content_of
-from megatoken.cluster.decide.fleet import Fleet, Replica, WorkerFacts
+from megatoken.cluster.decide.fleet import Block, Fleet, Replica, WorkerFacts
 from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Inventory, Node
-from megatoken.cluster.placement.place import Placement, Rank
+from megatoken.cluster.placement.place import BlockedKind, Placement, Rank
 from megatoken.cluster.spec.model import ModelSpec
 from megatoken.v1 import membership_pb2
 
@@ -24,7 +24,7 @@ def replica(number: int, state: ReplicaState) -> Replica:
 
 
 def content(*replicas: Replica, blocked: str = "") -> membership_pb2.Snapshot:
-    fleet = Fleet(tuple(replicas), blocked={"m": blocked} if blocked else {})
+    fleet = Fleet(tuple(replicas), blocked={"m": Block(BlockedKind.CAPACITY, blocked)} if blocked else {})
     return content_of(fleet, [MODEL], INVENTORY, [], None, 1000.0)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.fleet import (
+    Block,
     Desired,
     Fleet,
     Limits,
@@ -138,7 +139,7 @@ def test_failed_starts_back_off_and_the_pause_doubles_up_to_its_bound() -> None:
         replica = world.actions(Start)[0].replica.id
         world.seen[replica] = ReplicaObservation(Reservation.GRANTED, Phase.EXITED, None, "exit status 1")
         world.tick(0.25)
-        assert "start" in world.fleet.blocked["m"]
+        assert "start" in world.fleet.blocked["m"].text
         pauses.append(world.fleet.health["m"].not_before_s - world.now)
         world.seen.clear()
         world.plan = Plan(world.fleet)
@@ -182,7 +183,7 @@ def test_a_fleet_that_was_forgotten_ends_before_another_is_made_under_other_ids(
     plan = world.tick()
     assert plan.actions == (Release("m-7"),)
     assert world.states() == {}, "which device it holds is not known"
-    assert "m-7" in plan.fleet.blocked["m"]
+    assert "m-7" in plan.fleet.blocked["m"].text
     world.seen.clear()
     world.tick()
     assert world.states() == {"m-8": "RESERVING"}, "no id is used twice"
@@ -235,7 +236,7 @@ def test_what_has_no_room_is_blocked_and_starts_when_capacity_appears() -> None:
     world = World(model(2), nodes(1))
     world.until_ready()
     assert world.states() == {"m-1": "READY"}
-    assert "device" in world.fleet.blocked["m"]
+    assert "device" in world.fleet.blocked["m"].text
     serial = world.fleet.serial
     world.tick()
     assert world.fleet.serial == serial  # waiting uses no ids up
@@ -288,7 +289,7 @@ def test_an_update_that_can_never_fit_takes_nothing_away() -> None:
     for _ in range(5):
         world.tick()
     assert world.states() == {"m-1": "READY", "m-2": "READY"}
-    assert "4 devices" in world.fleet.blocked["m"]
+    assert "4 devices" in world.fleet.blocked["m"].text
 
 
 def test_an_update_whose_starts_fail_is_rolled_back() -> None:
@@ -400,8 +401,7 @@ def test_a_replica_killed_soon_after_it_served_did_not_fail_to_start() -> None:
     assert ended is not None
     assert (ended.exit_cause, ended.reason) == (ExitCause.KILLED_FROM_OUTSIDE, "killed by SIGKILL")
     before = world.fleet
-    assert before.blocked["m"] == "a replica died soon after it served: killed by SIGKILL"
-    assert before.blocked_kinds["m"] is BlockedKind.STARTS
+    assert before.blocked["m"] == Block(BlockedKind.STARTS, "a replica died soon after it served: killed by SIGKILL")
     retry_s = before.retry_s("m")
     assert retry_s is not None
     assert retry_s > world.now
@@ -430,7 +430,7 @@ def test_the_replacement_of_a_replica_lost_with_its_node_waits_until_its_lease_i
     world.tick()
     assert world.states() == {"m-1": "FAILED"}
     assert world.fleet.replicas[0].exit_cause is ExitCause.NODE_LOST
-    assert world.fleet.blocked["m"].startswith("m-1 (node lost: n0) may serve until its lease ends")
+    assert world.fleet.blocked["m"].text.startswith("m-1 (node lost: n0) may serve until its lease ends")
     del world.seen["m-1"]  # Ray forgets it; its lease is remembered all the same
     world.tick(18.0)
     assert world.states() == {"m-1": "FAILED"}
