@@ -185,7 +185,7 @@ async def test_a_lease_is_over_at_its_end_and_so_is_its_stream(site: Site) -> No
     router = site.router(worker, ttl_s=3.0)
     await ready(router)
     async with grpc.aio.insecure_channel(router.address) as channel:
-        lease, unused = await assign(channel, max_tokens=1000), await assign(channel)
+        unused, lease = await assign(channel), await assign(channel, max_tokens=1000)  # that ends after the other
         code, said, tokens = await straight(
             lease.address, request(lease.lease, lease.request_id, max_tokens=1000, ignore_eos=True)
         )

@@ -10,7 +10,7 @@ import pytest
 from megatoken.errors import UnavailableError
 from megatoken.router.client.client import TokenClient
 from megatoken.tls import ClientTls
-from megatoken.v1.tokens_pb2 import Detail, Logprobs
+from megatoken.v1.tokens_pb2 import FINISH_REASON_ERROR, Detail, Finish, Logprobs
 from tests.support.fake_router import END, FakeRouter
 
 
@@ -60,3 +60,21 @@ async def test_log_probabilities_of_a_prompt_in_pieces_are_joined() -> None:
     got = [token for delta in deltas if delta.prompt_logprobs is not None for token in delta.prompt_logprobs.token]
     assert got == [0, 1, 2, 3, 4]
     assert [token for delta in deltas for token in delta.tokens] == [7]
+
+
+async def test_a_request_that_a_draining_router_refuses_is_sent_again_on_a_new_session() -> None:
+    refused = Finish(reason=FINISH_REASON_ERROR, code=14, message="the router is draining", draining=True)
+    answers = [[refused], [7, END]]
+
+    async with FakeRouter(lambda _: answers.pop(0)) as router, TokenClient([router.address]) as client:
+        assert await asyncio.wait_for(client.generate("m", [1]).tokens(), 5) == [7]
+        assert [list(request.prompt) for request in router.requests] == [[1], [1]]
+        assert len(router.sessions) == 2
+
+
+async def test_a_request_that_had_tokens_is_not_sent_again_though_its_router_drains() -> None:
+    refused = Finish(reason=FINISH_REASON_ERROR, code=14, message="the router is draining", draining=True)
+    async with FakeRouter(lambda _: [7, refused]) as router, TokenClient([router.address]) as client:
+        with pytest.raises(UnavailableError, match="draining"):
+            await asyncio.wait_for(client.generate("m", [1]).tokens(), 5)
+        assert len(router.requests) == 1

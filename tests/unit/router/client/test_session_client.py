@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from megatoken.router import wire
 from megatoken.router.client import session as module
 from megatoken.router.client.session import SessionClient
+from megatoken.tokens import wire
 
 
 def client() -> SessionClient:
