@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatoken.router.wire import MAX_REQUEST_BYTES
 from megatoken.tls import ClientTls, ServerTls
 from megatoken.tokens.ranges import MAX_CHOICES
+from megatoken.tokens.wire import MAX_REQUEST_BYTES
 
 
 class _Part(BaseModel):

@@ -194,9 +194,10 @@ class RunningReplica:
                 self.counters[totals.PROMPT_TOKENS] += prefilled.prompt_tokens
                 self.counters[totals.CACHED_TOKENS] += prefilled.cached_tokens
                 self.measures.scheduled(running.arrived_s, prefilled.scheduled_s, now_s)
-        finishes: dict[Outlet, list[pb.Finish]] = {}
+        finishes: dict[Outlet, list[bytes]] = {}
         for ended in step.ended:
-            finishes.setdefault(self._streams[ended.slot].outlet, []).append(self._finish(ended))
+            finish = self._finish(ended).SerializeToString()
+            finishes.setdefault(self._streams[ended.slot].outlet, []).append(finish)
         self._streams.split(step, finishes)
         for ended in step.ended:
             self._release(ended.slot, ended.reason, now_s)

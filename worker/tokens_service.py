@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
@@ -20,12 +19,14 @@ from google.protobuf.message import DecodeError
 from megatoken.errors import RETRY_AFTER_KEY, MegatokenError, OverloadError, grpc_status
 from megatoken.tokens.fields import fields_at_most
 from megatoken.tokens.frames import MalformedFrame, column
+from megatoken.tokens.outbox import FramePart
+from megatoken.tokens.pieces import detail_stream
+from megatoken.tokens.responses import WaitingResponses
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.leases import LeaseChecks, LeaseTable
 from megatoken.worker.replica import RunningReplica, StreamInUseError
-from megatoken.worker.streams.outlet import Outlet, Taken, encode_frame
-from megatoken.worker.streams.part import StreamPart
+from megatoken.worker.streams.outlet import Outlet, Taken
 
 SERVICE: Final = "megatoken.v1.Tokens"
 END: Final[Any] = vars(grpc.aio)["EOF"]  # missing from the published stubs
@@ -68,7 +69,7 @@ async def serve_session(replica: RunningReplica, context: Any, outlet: Outlet) -
             taken = outlet.take()
             if taken is not None:
                 replica.written(taken.tokens)
-                await context.write(encode_frame(taken))
+                await context.write(taken.frame())
                 continue
             if reader.done():
                 problem = reader.exception()
@@ -129,6 +130,7 @@ async def serve_generate(replica: RunningReplica, raw: bytes, context: Any, outl
             grpc.StatusCode.INVALID_ARGUMENT, f"a message of {len(raw)} bytes is no GenerateRequest: {error}"
         )
     replica.open(outlet, wants_load=False)
+    waiting = WaitingResponses()
     try:
         request.timeout_ms = 0  # the call's own deadline counts
         replica.submit(outlet, GENERATE_STREAM, request)
@@ -137,10 +139,12 @@ async def serve_generate(replica: RunningReplica, raw: bytes, context: Any, outl
             taken = outlet.take()
             if taken is not None:
                 if refused or _only_error(taken):
-                    await _abort(context, taken.parts[-1].finishes[-1])
+                    await _abort(context, _last_finish(taken))
                 replica.written(taken.tokens)
-                for response in responses(taken):
-                    await context.write(response)
+                for part in taken.parts:
+                    add_part(waiting, part)
+                while waiting:
+                    await context.write(waiting.take())
                 continue
             if outlet.idle:
                 return
@@ -151,8 +155,12 @@ async def serve_generate(replica: RunningReplica, raw: bytes, context: Any, outl
 
 def _only_error(taken: Taken) -> bool:
     """Whether all that waits is the failure of the whole request, which Generate tells as its status."""
+    return not taken.tokens and _last_finish(taken).reason == pb.FINISH_REASON_ERROR
+
+
+def _last_finish(taken: Taken) -> pb.Finish:
     finishes = [finish for part in taken.parts for finish in part.finishes]
-    return not taken.tokens and bool(finishes) and finishes[-1].reason == pb.FINISH_REASON_ERROR
+    return pb.Finish.FromString(finishes[-1] if finishes else b"")
 
 
 async def _abort(context: Any, finish: pb.Finish) -> None:
@@ -161,65 +169,18 @@ async def _abort(context: Any, finish: pb.Finish) -> None:
     await context.abort(code, finish.message, trailing)
 
 
-def responses(taken: Taken) -> Iterator[bytes]:
-    """The GenerateResponse messages of what was taken: one a choice, and one more for each detail after the first."""
-    messages: dict[int, list[_Message]] = {}
-    for part in taken.parts:
-        own = {choice: [values.tobytes()] for choice, values in _choices(part)}
-        details: dict[int, list[pb.Detail]] = {}
-        for detail in part.details:
-            details.setdefault(detail.stream, []).append(detail)
-        for choice in {**own, **details}:
-            _add(messages.setdefault(choice, []), own.get(choice, []), details.get(choice, []))
-        for finish in part.finishes:
-            waiting = messages.setdefault(finish.stream, [])
-            if not waiting:
-                waiting.append(_Message())
-            waiting[-1].finish = finish
-    for choice in sorted(messages):
-        for message in messages[choice]:
-            yield message.encoded(choice)
-
-
-@dataclass(slots=True)
-class _Message:
-    """One GenerateResponse in the making."""
-
-    tokens: list[bytes] = field(default_factory=list)
-    detail: pb.Detail | None = None
-    finish: pb.Finish | None = None
-
-    def encoded(self, choice: int) -> bytes:
-        response = columns.GenerateResponse(tokens=b"".join(self.tokens), choice=choice)
-        if self.detail is not None:
-            self.detail.stream = 0
-            response.detail.CopyFrom(self.detail)
-        if self.finish is not None:
-            self.finish.stream = 0
-            response.finish.CopyFrom(self.finish)
-        encoded: bytes = response.SerializeToString()
-        return encoded
-
-
-def _add(messages: list[_Message], tokens: list[bytes], details: list[pb.Detail]) -> None:
-    """A step's tokens of one choice; a detail begins a message, and goes with the tokens of its own step."""
-    for early in details[:-1]:  # a prompt's rows ahead of its tokens
-        messages.append(_Message(detail=early))
-    if details:
-        messages.append(_Message(tokens, details[-1]))
-    elif messages:
-        messages[-1].tokens += tokens
-    else:
-        messages.append(_Message(tokens))
-
-
-def _choices(part: StreamPart) -> Iterator[tuple[int, Any]]:
-    stream, token = column(part.stream), column(part.token)
-    if len(stream) == 1:
-        yield int(stream[0]), token
-        return
-    count = column(part.count) if part.count else np.ones(len(stream), np.int64)
-    start = 0
-    for choice, length in zip(stream.tolist(), count.tolist(), strict=True):
-        yield choice, token[start : start + length]
-        start += length
+def add_part(waiting: WaitingResponses, part: FramePart) -> None:
+    """Adds what a step made for a Generate call, whose streams are its choices."""
+    details: dict[int, list[bytes]] = {}
+    for encoded in part.details:
+        details.setdefault(detail_stream(encoded), []).append(encoded)
+    if part.stream is not None and part.token is not None:
+        counts = np.ones(len(part.stream), np.int64) if part.counts is None else part.counts
+        tokens = np.split(part.token, np.cumsum(counts)[:-1])
+        for choice, own in zip(part.stream.tolist(), tokens, strict=True):
+            waiting.add(choice, own.tobytes(), details.pop(choice, []))
+    for choice, left in details.items():
+        waiting.add(choice, b"", left)
+    for encoded in part.finishes:
+        finish = pb.Finish.FromString(encoded)
+        waiting.finish(finish.stream, finish)

@@ -99,7 +99,7 @@ async def probe(replica: RunningReplica, timeout_s: float) -> pb.Finish | None:
                 if taken is not None:
                     for part in taken.parts:
                         if part.finishes:
-                            return part.finishes[-1]
+                            return pb.Finish.FromString(part.finishes[-1])
                 await outlet.wait()
     except TimeoutError:
         return None

@@ -25,9 +25,9 @@ from megatoken.errors import MegatokenError, RequestError, UnavailableError
 from megatoken.reconnect import Pauses
 from megatoken.router.client.columns import ColumnSession, error_of
 from megatoken.router.secure import channel_to
-from megatoken.router.wire import MAX_REQUEST_BYTES, too_large
 from megatoken.tls import ClientTls
 from megatoken.tokens.frames import MalformedFrame, pack, token_columns
+from megatoken.tokens.wire import MAX_REQUEST_BYTES, too_large
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
 
 Finish = tokens_pb2.Finish

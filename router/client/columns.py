@@ -22,10 +22,10 @@ from megatoken.errors import (
     RequestError,
     UnavailableError,
 )
-from megatoken.router import wire
 from megatoken.router.client.session import SessionClient
 from megatoken.router.secure import channel_to
 from megatoken.tls import ClientTls
+from megatoken.tokens import wire
 from megatoken.tokens.frames import decode_frame
 from megatoken.v1.frame_columns_pb2 import Frame
 

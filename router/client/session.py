@@ -13,8 +13,8 @@ from typing import Any, Final, cast
 
 from grpc import aio
 
-from megatoken.router import wire
 from megatoken.router.secure import EOF
+from megatoken.tokens import wire
 
 MAX_BATCH_BYTES: Final = 1 << 20  # of starts in one ClientFrame; a single larger one goes alone
 SESSION: Final = "/megatoken.v1.Tokens/Session"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from megatoken.router.core.request import Request
-from megatoken.router.streams.outbox import FrameOutbox, FramePart
 from megatoken.tokens.frames import U32
+from megatoken.tokens.outbox import FrameOutbox, FramePart
 
 
 class SessionSink:

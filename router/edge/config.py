@@ -7,8 +7,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatoken.router.wire import MAX_REQUEST_BYTES
 from megatoken.tls import ClientTls, ServerTls
+from megatoken.tokens.wire import MAX_REQUEST_BYTES
 
 
 class _Part(BaseModel):

@@ -10,7 +10,7 @@ from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Endpoint
 from megatoken.router.intake.direct import EACH
-from megatoken.router.streams.outbox import FramePart
+from megatoken.tokens.outbox import FramePart
 from megatoken.v1.frame_columns_pb2 import Frame
 
 

@@ -21,8 +21,8 @@ from megatoken.router.intake.demux import Index, Sorted, sort_frame
 from megatoken.router.intake.details import take_column_details
 from megatoken.router.intake.direct import take_direct
 from megatoken.router.intake.first_token import first_token
-from megatoken.router.streams.outbox import FramePart
 from megatoken.tokens.frames import U32, Column
+from megatoken.tokens.outbox import FramePart
 
 _SAMPLE_EVERY: Final = 64  # frames; of one call in about so many the times between tokens are measured
 

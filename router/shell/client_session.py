@@ -14,7 +14,6 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from megatoken.errors import MegatokenError, RequestError
-from megatoken.router import wire
 from megatoken.router.config import RouterConfig
 from megatoken.router.core.ending import error_finish
 from megatoken.router.core.request import Request
@@ -23,6 +22,7 @@ from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import cancel, submit
 from megatoken.router.identity.callers import Caller
 from megatoken.router.secure import EOF
+from megatoken.tokens import wire
 from megatoken.tokens.fields import fields_at_most
 from megatoken.tokens.frames import MalformedFrame, column
 from megatoken.v1.frame_columns_pb2 import ClientFrame, Start

@@ -22,12 +22,11 @@ from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import cancel, submit
 from megatoken.router.shell.cork import Connection, Corks
-from megatoken.router.streams.outbox import MAX_FRAME_BYTES
 from megatoken.router.streams.slots import DIRECT
-from megatoken.router.wire import too_large, varint
-from megatoken.tokens.pieces import prompt_pieces, token_rows
+from megatoken.tokens.responses import WaitingResponses
+from megatoken.tokens.wire import too_large, varint
 from megatoken.v1 import tokens_pb2
-from megatoken.v1.frame_columns_pb2 import GenerateRequest, GenerateResponse
+from megatoken.v1.frame_columns_pb2 import GenerateRequest
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -43,9 +42,7 @@ class GenerateSink:
         self._context = context
         self._corks = corks
         self._connection = connection
-        self._pending: dict[int, list[bytes]] = {}
-        self._details: dict[int, list[bytes]] = {}
-        self._finishes: dict[int, tokens_pb2.Finish] = {}
+        self._waiting = WaitingResponses()
         self._writing: Any = None  # the coroutine under way
         self.requests: list[Request] = []
         self.live = 0
@@ -61,19 +58,15 @@ class GenerateSink:
         if self._writing is None and not details and not request.choice:
             self._write(b"\x0a" + varint(len(packed)) + packed)
             return
-        self._pending.setdefault(request.choice, []).append(packed)
-        if details:
-            self._details.setdefault(request.choice, []).extend(details)
+        self._waiting.add(request.choice, packed, details)
         self._next()
 
     def push_finish(self, request: Request, finish: bytes) -> None:
         message = tokens_pb2.Finish.FromString(finish)
-        message.stream = 0
         self.live -= 1
         if message.reason == ERROR and len(self.requests) == 1:
             self.error = message
-        self._pending.setdefault(request.choice, [])
-        self._finishes[request.choice] = message
+        self._waiting.finish(request.choice, message)
         self._next()
 
     def stuck(self, wrote: int) -> bool:
@@ -81,48 +74,13 @@ class GenerateSink:
         return self._writing is not None and self.wrote == wrote
 
     def _next(self) -> None:
-        """Writes what is pending, one message a choice, when nothing is being written."""
+        """Writes what waits, one message a choice, when nothing is being written."""
         if self._writing is not None:
             return
-        if self._pending:
-            choice = next(iter(self._pending))
-            self._write(self._message(choice, b"".join(self._pending.pop(choice))))
+        if self._waiting:
+            self._write(self._waiting.take())
         elif not self.live:
             self.done.set()
-
-    def _message(self, choice: int, packed: bytes) -> bytes:
-        details = self._details.pop(choice, [])
-        if sum(map(len, details)) > MAX_FRAME_BYTES:
-            packed, details = self._put_back(choice, packed, details)
-        message = GenerateResponse(tokens=packed, choice=choice)
-        for raw in details:
-            detail = tokens_pb2.Detail.FromString(raw)
-            detail.stream = 0
-            message.detail.MergeFrom(detail)
-        if choice in self._pending:  # the rest comes in messages of its own, and the end in the last
-            return message.SerializeToString()
-        finish = self._finishes.pop(choice, None)
-        if finish is not None:
-            message.finish.CopyFrom(finish)
-        encoded: bytes = message.SerializeToString()
-        return encoded
-
-    def _put_back(self, choice: int, packed: bytes, details: list[bytes]) -> tuple[bytes, list[bytes]]:
-        """(tokens, details) that fit one message; what follows them is pending again."""
-        smaller: list[bytes] = []
-        for encoded in details:
-            pieces, rest = prompt_pieces(encoded)
-            smaller += [*pieces, rest] if rest else pieces
-        taken, size, rows = 0, 0, 0
-        for encoded in smaller:
-            if taken and size + len(encoded) > MAX_FRAME_BYTES:
-                break
-            taken, size, rows = taken + 1, size + len(encoded), rows + token_rows(encoded)
-        if taken < len(smaller):
-            self._details[choice] = smaller[taken:]
-            self._pending[choice] = [packed[4 * rows :]]
-            packed = packed[: 4 * rows]
-        return packed, smaller[:taken]
 
     def _write(self, message: bytes) -> None:
         self._corks.hold(self._connection)

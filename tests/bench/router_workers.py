@@ -20,7 +20,7 @@ import uvloop
 from grpc import aio
 
 from megatoken.process.tree import die_with_parent
-from megatoken.router import wire
+from megatoken.tokens import wire
 from megatoken.tokens.frames import U32, column
 from megatoken.v1 import frame_columns_pb2, tokens_pb2, worker_pb2
 

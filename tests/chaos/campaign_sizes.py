@@ -21,8 +21,8 @@ import grpc
 import httpx
 
 from megatoken.errors import MegatokenError
-from megatoken.router import wire
 from megatoken.router.client.client import TokenClient
+from megatoken.tokens import wire
 from megatoken.tokens.frames import pack
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc
 from tests.chaos.outcome import Outcome

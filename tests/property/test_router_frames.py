@@ -11,12 +11,12 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatoken.router import wire
 from megatoken.router.intake.demux import sort_frame
 from megatoken.router.streams.history import PAGE, TokenPages
-from megatoken.router.streams.outbox import FrameOutbox, FramePart, encode_frame
 from megatoken.router.streams.slots import DIRECT, NOBODY, SlotTable
+from megatoken.tokens import wire
 from megatoken.tokens.frames import U32, MalformedFrame, token_columns
+from megatoken.tokens.outbox import FrameOutbox, FramePart, encode_frame
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 
 REPLICAS = 3

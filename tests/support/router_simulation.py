@@ -15,7 +15,6 @@ import numpy as np
 
 from megatoken.errors import MegatokenError
 from megatoken.process.supervise import Faults
-from megatoken.router import wire
 from megatoken.router.config import RouterConfig
 from megatoken.router.core import recovery, upkeep
 from megatoken.router.core.request import Request
@@ -26,6 +25,7 @@ from megatoken.router.fleet.fleet import Endpoint, EndpointTable, Member
 from megatoken.router.identity.callers import Caller
 from megatoken.router.intake.intake import on_frame
 from megatoken.router.streams.ledger import RouterLedger
+from megatoken.tokens import wire
 from megatoken.tokens.frames import U32, pack
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from tests.support.router_core import raise_it

@@ -15,10 +15,9 @@ import numpy.typing as npt
 
 from megatoken.access.lease import LeaseTerms
 from megatoken.tokens.frames import U32, Column
-from megatoken.v1 import tokens_pb2 as pb
+from megatoken.tokens.outbox import FramePart
 from megatoken.worker.engines.engine import EngineRequest, EngineStep
 from megatoken.worker.streams.outlet import Outlet
-from megatoken.worker.streams.part import StreamPart
 
 FIRST_SLOTS: Final = 256
 
@@ -127,21 +126,17 @@ class StreamTable:
         self.generated[slot] += 1 if step.count is None else step.count
         return gaps, first
 
-    def split(self, step: EngineStep, finishes: dict[Outlet, list[pb.Finish]]) -> None:
-        """Pushes the step to its callers, one part each, with the finishes and details that belong to it."""
-        details: dict[Outlet, list[pb.Detail]] = {}
+    def split(self, step: EngineStep, finishes: dict[Outlet, list[bytes]]) -> None:
+        """Pushes the step to its callers, one part each, with its details and its encoded Finishes."""
+        details: dict[Outlet, list[bytes]] = {}
         for slot, detail in step.details:
             detail.stream = int(self.number[slot])
-            details.setdefault(self[slot].outlet, []).append(detail)
+            details.setdefault(self[slot].outlet, []).append(detail.SerializeToString())
         if len(step.slot):
             for outlet, number, count, token in self._columns(step):
-                counts = b"" if count is None else count.tobytes()
-                part = StreamPart(
-                    number.tobytes(), counts, token.tobytes(), details.pop(outlet, []), finishes.pop(outlet, [])
-                )
-                outlet.push(part)
+                outlet.push(FramePart(number, count, token, details.pop(outlet, []), finishes.pop(outlet, [])))
         for outlet in {**details, **finishes}:
-            outlet.push(StreamPart(b"", b"", b"", details.get(outlet, []), finishes.get(outlet, [])))
+            outlet.push(FramePart(None, None, None, details.get(outlet, []), finishes.get(outlet, [])))
 
     def _columns(self, step: EngineStep) -> Iterator[tuple[Outlet, Column, Column | None, Column]]:
         number = self.number[step.slot]

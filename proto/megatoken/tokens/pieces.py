@@ -6,6 +6,7 @@ A long prompt's log probabilities come from a worker as one Detail of many MiB, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from megatoken.v1.tokens_pb2 import Detail, Logprobs
@@ -13,19 +14,21 @@ from megatoken.v1.tokens_pb2 import Detail, Logprobs
 PIECE_BYTES: Final = 1 << 19  # of one piece; half of a message, so that it fits beside others
 
 
-def prompt_pieces(encoded: bytes) -> tuple[list[bytes], bytes]:
-    """(Details with some of the prompt's rows each, in order; what is left, empty for nothing) of one Detail."""
+def pieces_of(encoded: bytes) -> tuple[list[bytes], list[bytes]]:
+    """(Details with some of the prompt's rows each, Details with some of the tokens' rows each) of one, in order."""
     if len(encoded) <= PIECE_BYTES:
-        return [], encoded
+        return [], [encoded]
     detail = Detail.FromString(encoded)
-    prompt = detail.prompt_logprobs
-    step = max(1, PIECE_BYTES // (8 * max(1, prompt.width) + 4))
-    pieces = [
-        Detail(stream=detail.stream, prompt_logprobs=rows_of(prompt, row, row + step)).SerializeToString()
-        for row in range(0, len(prompt.rank), step)
-    ]
-    detail.ClearField("prompt_logprobs")
-    return pieces, detail.SerializeToString() if detail.HasField("logprobs") else b""
+    prompt = [Detail(stream=detail.stream, prompt_logprobs=rows) for rows in _rows(detail.prompt_logprobs)]
+    tokens = [Detail(stream=detail.stream, logprobs=rows) for rows in _rows(detail.logprobs)]
+    return [piece.SerializeToString() for piece in prompt], [piece.SerializeToString() for piece in tokens]
+
+
+def _rows(logprobs: Logprobs) -> Iterator[Logprobs]:
+    """In order, as many rows at once as a piece may have; one at least."""
+    step = max(1, PIECE_BYTES // (8 * max(1, logprobs.width) + 4))
+    for first in range(0, len(logprobs.rank), step):
+        yield rows_of(logprobs, first, first + step)
 
 
 def rows_of(logprobs: Logprobs, first: int, last: int) -> Logprobs:

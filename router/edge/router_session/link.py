@@ -15,9 +15,9 @@ from megatoken.errors import MegatokenError, UnavailableError
 from megatoken.log import log_event
 from megatoken.reconnect import Pauses, keep_connected
 from megatoken.router.client.columns import ColumnSession
-from megatoken.router.wire import MAX_REQUEST_BYTES
 from megatoken.tls import ClientTls
 from megatoken.tokens.frames import MalformedFrame
+from megatoken.tokens.wire import MAX_REQUEST_BYTES
 from megatoken.v1.frame_columns_pb2 import Frame
 
 CONNECT_TIMEOUT_S: Final = 2.0

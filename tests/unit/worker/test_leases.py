@@ -15,7 +15,7 @@ from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.engines.engine import Ended
 from megatoken.worker.leases import LeaseTable, UncheckedLeases
-from megatoken.worker.streams.outlet import FRAME_USAGE, WAITING_USAGE, Outlet, encode_frame
+from megatoken.worker.streams.outlet import FRAME_USAGE, WAITING_USAGE, Outlet
 from tests.unit.worker.test_replica import World
 
 KEY = "6b" * 32
@@ -107,7 +107,7 @@ async def leased_world(tmp_path: Path, clock: Clock | None = None) -> tuple[Worl
 def reported(outlet: Outlet) -> list[tuple[str, int, int]]:
     found = []
     while (taken := outlet.take()) is not None:
-        frame = columns.Frame.FromString(encode_frame(taken))
+        frame = columns.Frame.FromString(taken.frame())
         found += [(usage.lease_id, usage.prompt_tokens, usage.generated_tokens) for usage in frame.usage]
     return found
 
@@ -115,7 +115,8 @@ def reported(outlet: Outlet) -> list[tuple[str, int, int]]:
 def refusals(outlet: Outlet) -> list[tuple[int, str]]:
     taken = outlet.take()
     parts = taken.parts if taken is not None else []
-    return [(finish.code, finish.message) for part in parts for finish in part.finishes]
+    finishes = [pb.Finish.FromString(encoded) for part in parts for encoded in part.finishes]
+    return [(finish.code, finish.message) for finish in finishes]
 
 
 async def test_routers_hear_what_a_leased_request_used_and_clients_do_not(tmp_path: Path) -> None:

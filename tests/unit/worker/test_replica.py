@@ -18,7 +18,7 @@ from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.engine import Ended, EngineFacts, EngineLoad, EngineRequest, EngineStep, Prefilled
 from megatoken.worker.measures import WorkerMeasures
 from megatoken.worker.replica import RunningReplica, StreamInUseError
-from megatoken.worker.streams.outlet import LOOSE_FINISHES, Outlet, encode_frame
+from megatoken.worker.streams.outlet import LOOSE_FINISHES, Outlet
 from megatoken.worker.tokens_service import REQUESTS_AT_ONCE, STARTS_A_MESSAGE, _read_session
 from megatoken.worker.totals import open_counters
 
@@ -89,7 +89,7 @@ class World:
         taken = (outlet or self.outlet).take()
         assert taken is not None
         self.replica.written(taken.tokens)
-        return columns.Frame.FromString(encode_frame(taken))
+        return columns.Frame.FromString(taken.frame())
 
     def total(self, name: str) -> int:
         header, values = read_counters(self.counters.path)

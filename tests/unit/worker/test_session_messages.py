@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from megatoken.router import wire
+from megatoken.tokens import wire
 from megatoken.v1.frame_columns_pb2 import ClientFrame
 from megatoken.worker.tokens_service import CANCELS_AT_ONCE, END, _read_session
 

@@ -16,7 +16,7 @@ from megatoken.router.identity.api_keys import ApiKey
 from megatoken.router.intake import demux, finishes, intake
 from megatoken.router.intake.intake import on_frames
 from megatoken.router.shell.request_log import log_request
-from megatoken.router.streams import outbox
+from megatoken.tokens import outbox
 from megatoken.v1 import tokens_pb2
 from tests.support.router_core import ERROR, CoreFleet
 

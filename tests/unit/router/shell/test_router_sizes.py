@@ -12,9 +12,9 @@ from megatoken.errors import RequestError
 from megatoken.router.client.client import TokenClient
 from megatoken.router.client.columns import ColumnSession
 from megatoken.router.shell.generate import GenerateSink, submit_call
-from megatoken.router.streams.outbox import FrameOutbox, FramePart
-from megatoken.router.wire import MAX_REQUEST_BYTES
 from megatoken.tokens.frames import U32, token_columns
+from megatoken.tokens.outbox import FrameOutbox, FramePart
+from megatoken.tokens.wire import MAX_REQUEST_BYTES
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import Frame
 from tests.support.router_core import CoreFleet

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from megatoken.tokens.frames import token_columns
+from megatoken.tokens.outbox import MAX_FRAME_BYTES
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame
-from megatoken.worker.streams.outlet import FRAME_PARTS, FRAME_TOKENS, LOOSE_FINISHES, Outlet, encode_frame
-from megatoken.worker.streams.part import StreamPart
+from megatoken.worker.streams.outlet import LOOSE_FINISHES, Outlet
+from tests.support.parts import frame_part
 
-
-def part(streams, tokens, counts=None, finishes=(), details=()) -> StreamPart:
-    pack = lambda values: np.array(values, "<u4").tobytes()  # noqa: E731
-    return StreamPart(
-        pack(streams), b"" if counts is None else pack(counts), pack(tokens), list(details), list(finishes)
-    )
+HALF = 100_000  # tokens; two of them in a part, and a frame holds one part
 
 
 def decoded(outlet: Outlet) -> Frame:
     taken = outlet.take()
     assert taken is not None
-    frame = Frame.FromString(encode_frame(taken))
+    frame = Frame.FromString(taken.frame())
     stream, count, token = token_columns(frame)
     assert len(token) == taken.tokens
     frame_tokens: dict[int, list[int]] = {}
@@ -36,7 +30,7 @@ def decoded(outlet: Outlet) -> Frame:
 
 def test_one_part_is_one_frame_without_counts() -> None:
     outlet = Outlet()
-    outlet.push(part([4, 5], [40, 50]))
+    outlet.push(frame_part([4, 5], [40, 50]))
     frame = decoded(outlet)
     assert decoded.tokens == {4: [40], 5: [50]}
     assert not frame.count
@@ -45,9 +39,9 @@ def test_one_part_is_one_frame_without_counts() -> None:
 
 def test_parts_merge_in_order_with_their_finishes() -> None:
     outlet = Outlet()
-    outlet.push(part([4, 5], [40, 50]))
-    outlet.push(part([4, 5], [41, 42, 51], counts=[2, 1]))
-    outlet.push(part([5], [52], finishes=[pb.Finish(stream=5, reason=pb.FINISH_REASON_STOP)]))
+    outlet.push(frame_part([4, 5], [40, 50]))
+    outlet.push(frame_part([4, 5], [41, 42, 51], counts=[2, 1]))
+    outlet.push(frame_part([5], [52], finishes=[pb.Finish(stream=5, reason=pb.FINISH_REASON_STOP)]))
     frame = decoded(outlet)
     assert decoded.tokens == {4: [40, 41, 42], 5: [50, 51, 52]}
     assert [finish.stream for finish in frame.finish] == [5]
@@ -57,24 +51,24 @@ def test_a_large_backlog_is_split_and_each_finish_comes_after_its_tokens() -> No
     outlet = Outlet()
     steps = 5
     for step in range(steps):
-        outlet.push(part([1], [step] * (FRAME_TOKENS // 2), counts=[FRAME_TOKENS // 2]))
-    outlet.push(part([], [], finishes=[pb.Finish(stream=1)]))
+        outlet.push(frame_part([1], [step] * (HALF), counts=[HALF]))
+    outlet.push(frame_part(finishes=[pb.Finish(stream=1)]))
     seen, finished_at = 0, []
     frames = 0
-    while not outlet.idle or outlet._parts:
+    while not outlet.idle:
         frame = decoded(outlet)
         frames += 1
         seen += len(decoded.tokens.get(1, []))
         finished_at += [seen for _ in frame.finish]
         assert len(frame.SerializeToString()) < 4 * 2**20
     assert frames >= 3
-    assert finished_at == [steps * (FRAME_TOKENS // 2)]
+    assert finished_at == [steps * (HALF)]
 
 
 async def test_a_split_backlog_keeps_the_writer_awake() -> None:
     outlet = Outlet()
     for _ in range(3):
-        outlet.push(part([1], [7] * FRAME_TOKENS, counts=[FRAME_TOKENS]))
+        outlet.push(frame_part([1], [7] * 2 * HALF, counts=[2 * HALF]))
     await outlet.wait()
     taken = 0
     while taken < 3:
@@ -93,8 +87,9 @@ def test_refusals_that_nobody_reads_are_bounded_and_come_out_in_bounded_frames()
     assert outlet.overrun
     seen = 0
     while (taken := outlet.take()) is not None:
-        assert len(taken.parts) <= FRAME_PARTS
-        seen += len(taken.parts)
+        raw = taken.frame()
+        assert len(raw) <= MAX_FRAME_BYTES
+        seen += len(Frame.FromString(raw).finish)
     assert seen == LOOSE_FINISHES + 1
     assert not outlet.overrun
 
@@ -102,9 +97,9 @@ def test_refusals_that_nobody_reads_are_bounded_and_come_out_in_bounded_frames()
 def test_load_rides_on_the_next_frame_once() -> None:
     outlet = Outlet()
     outlet.state_load(pb.Load(running=3))
-    outlet.push(part([1], [9]))
+    outlet.push(frame_part([1], [9]))
     assert decoded(outlet).load.running == 3
-    outlet.push(part([1], [9]))
+    outlet.push(frame_part([1], [9]))
     assert not decoded(outlet).HasField("load")
     outlet.state_load(pb.Load(running=4))
     assert decoded(outlet).load.running == 4
@@ -112,7 +107,7 @@ def test_load_rides_on_the_next_frame_once() -> None:
 
 def test_a_closed_outlet_drops_what_waits_and_takes_no_more() -> None:
     outlet = Outlet()
-    outlet.push(part([1], [9]))
+    outlet.push(frame_part([1], [9]))
     outlet.close()
-    outlet.push(part([1], [9]))
+    outlet.push(frame_part([1], [9]))
     assert outlet.take() is None

@@ -11,7 +11,7 @@ from megatoken.tokens.frames import U32, token_columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame
 from megatoken.worker.engines.engine import EngineRequest, EngineStep
-from megatoken.worker.streams.outlet import Outlet, encode_frame
+from megatoken.worker.streams.outlet import Outlet
 from megatoken.worker.streams.table import Running, StreamTable
 
 
@@ -23,7 +23,7 @@ def running(outlet: Outlet, choices: int = 1) -> Running:
 def received(outlet: Outlet) -> dict[int, list[int]]:
     tokens: dict[int, list[int]] = {}
     while (taken := outlet.take()) is not None:
-        stream, count, token = token_columns(Frame.FromString(encode_frame(taken)))
+        stream, count, token = token_columns(Frame.FromString(taken.frame()))
         start = 0
         for at, number in enumerate(stream.tolist()):
             length = 1 if count is None else int(count[at])
@@ -103,8 +103,8 @@ def test_a_finish_of_a_stream_without_tokens_in_the_step_still_goes_out() -> Non
     table.allot(first, 1)
     table.allot(second, 2)
     step = EngineStep(np.array([first.request.slots[0]], U32), np.array([5], U32))
-    table.split(step, {other: [pb.Finish(stream=2)]})
+    table.split(step, {other: [pb.Finish(stream=2).SerializeToString()]})
     assert received(one) == {1: [5]}
     taken = other.take()
     assert taken is not None
-    assert taken.parts[0].finishes[0].stream == 2
+    assert pb.Finish.FromString(taken.parts[0].finishes[0]).stream == 2

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from megatoken.tokens.frames import token_columns
+from megatoken.tokens.responses import WaitingResponses
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame, GenerateResponse
-from megatoken.worker.streams.outlet import Outlet, encode_frame
-from megatoken.worker.streams.part import StreamPart
-from megatoken.worker.tokens_service import responses
+from megatoken.worker.streams.outlet import Outlet
+from megatoken.worker.tokens_service import add_part
+from tests.support.parts import frame_part
 
 CLIENT_BYTES = 4 << 20  # gRPC's default limit on a received message
 
@@ -24,14 +25,10 @@ def logprobs(first: int, rows: int, width: int) -> pb.Logprobs:
     )
 
 
-def packed(*values: int) -> bytes:
-    return np.array(values, "<u4").tobytes()
-
-
 def frames(outlet: Outlet) -> list[Frame]:
     found = []
     while (taken := outlet.take()) is not None:
-        raw = encode_frame(taken)
+        raw = taken.frame()
         assert len(raw) < CLIENT_BYTES
         found.append(Frame.FromString(raw))
     return found
@@ -41,7 +38,7 @@ def test_the_rows_of_a_long_prompt_come_in_order_before_the_first_token() -> Non
     rows = 100_000
     detail = pb.Detail(stream=3, prompt_logprobs=logprobs(0, rows, 20), logprobs=logprobs(7, 1, 20))
     outlet = Outlet()
-    outlet.push(StreamPart(packed(3), b"", packed(42), [detail], []))
+    outlet.push(frame_part([3], [42], details=[detail]))
     ranks: list[int] = []
     for frame in frames(outlet):
         for own in frame.detail:
@@ -60,11 +57,7 @@ def test_tokens_go_with_their_own_rows(counts: tuple[int, ...], width: int) -> N
         details.append(pb.Detail(stream=number, logprobs=logprobs(first, count, width)))
         first += count
     outlet = Outlet()
-    outlet.push(
-        StreamPart(
-            packed(*range(len(counts))), packed(*counts), packed(*tokens), details, [pb.Finish(stream=0, code=5)]
-        )
-    )
+    outlet.push(frame_part(range(len(counts)), tokens, counts, details, finishes=[pb.Finish(stream=0, code=5)]))
     seen: list[int] = []
     found = frames(outlet)
     for frame in found:
@@ -83,14 +76,18 @@ def test_a_generate_call_gets_all_of_it_too() -> None:
     rows = 100_000
     detail = pb.Detail(stream=0, prompt_logprobs=logprobs(0, rows, 20))
     outlet = Outlet()
-    outlet.push(StreamPart(packed(0), b"", packed(42), [detail], [pb.Finish(stream=0)]))
+    outlet.push(frame_part([0], [42], details=[detail], finishes=[pb.Finish(stream=0)]))
     ranks: list[int] = []
     messages: list[Any] = []
+    waiting = WaitingResponses()
     while (taken := outlet.take()) is not None:
-        for raw in responses(taken):
+        for part in taken.parts:
+            add_part(waiting, part)
+        while waiting:
+            raw = waiting.take()
             assert len(raw) < CLIENT_BYTES
             messages.append(GenerateResponse.FromString(raw))
             ranks += messages[-1].detail.prompt_logprobs.rank
     assert ranks == list(range(rows))
-    assert b"".join(message.tokens for message in messages) == packed(42)
+    assert b"".join(message.tokens for message in messages) == b"\x2a\0\0\0"
     assert [message.HasField("finish") for message in messages] == [False] * (len(messages) - 1) + [True]

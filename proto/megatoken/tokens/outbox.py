@@ -1,8 +1,9 @@
-"""What waits to be sent to one client session: parts in order, put together into as few frames as fit.
+"""What waits to be written to one caller of a worker or a router: parts in order, put together into few frames.
 
-One part is what one worker frame held for the session. Several parts in one frame only repeat stream numbers, which
-the contract allows; order within a stream is the order of parts. The tokens in a part are views of received memory:
-nothing is copied before the frame is put together.
+A part is what one engine step, or one frame of a worker, held for the caller. A caller that keeps up gets a frame a
+part; one that does not gets fewer and larger ones. Several parts in one frame only repeat stream numbers, which the
+contract allows; order within a stream is the order of parts. The tokens in a part may be views of received memory:
+nothing is copied before the frame is put together. Pure.
 """
 
 from __future__ import annotations
@@ -12,27 +13,31 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from megatoken.router import wire
-from megatoken.tokens.frames import U32
-from megatoken.tokens.pieces import detail_stream, prompt_pieces, token_rows
+from megatoken.tokens import wire
+from megatoken.tokens.frames import U32, Column
+from megatoken.tokens.pieces import detail_stream, pieces_of, token_rows
 
-U32Column = npt.NDArray[np.uint32]
 _LOOSE: Final = 64
 MAX_FRAME_BYTES: Final = 1 << 20  # gRPC clients refuse messages over 4 MiB unless told otherwise
 
 
 class FramePart(NamedTuple):
-    """Columns as in Frame (counts None: all one), with details and finishes encoded."""
+    """Columns as in Frame (counts None: all one), with Details and Finishes encoded."""
 
-    stream: U32Column | None
-    counts: U32Column | None
-    token: U32Column | None
+    stream: Column | None
+    counts: Column | None
+    token: Column | None
     details: list[bytes]
     finishes: list[bytes]
 
+    @property
+    def tokens(self) -> int:
+        """How many there are of them."""
+        return 0 if self.token is None else len(self.token)
+
     def size_bytes(self) -> int:
+        """Of its columns and messages, as they count towards a frame."""
         columns = 0 if self.stream is None or self.token is None else 8 * len(self.stream) + 4 * len(self.token)
         return columns + sum(map(len, self.details)) + sum(map(len, self.finishes))
 
@@ -60,16 +65,19 @@ class FrameOutbox:
         self._loose += 1
 
     def add_finish(self, finish: bytes) -> None:
+        """The end of a stream that had been taken on."""
         self.add_part(FramePart(None, None, None, _NONE, [finish]))
         self.urgent = True
 
     def add_refusals(self, finishes: list[bytes]) -> None:
+        """Ends that nothing else bounds: the caller is read from no further while too many wait."""
         if finishes:
             self.add_part(FramePart(None, None, None, _NONE, finishes))
             self.refusals += len(finishes)
             self.urgent = True
 
     def clear(self) -> None:
+        """Drops what waits."""
         self._parts.clear()
         self.refusals = 0
         self._loose = 0
@@ -95,6 +103,10 @@ class FrameOutbox:
 
     def take(self) -> bytes:
         """One encoded Frame of what waits, as much as fits; call again while the outbox is not empty."""
+        return encode_frame(self.take_parts())
+
+    def take_parts(self) -> list[FramePart]:
+        """What goes into the next frame; nothing when nothing waits."""
         parts: list[FramePart] = []
         size = 0
         while self._parts:
@@ -111,7 +123,7 @@ class FrameOutbox:
         if not self._parts:
             self.refusals = 0
             self.urgent = False
-        return encode_frame(parts)
+        return parts
 
 
 def divided(part: FramePart) -> list[FramePart]:
@@ -119,10 +131,10 @@ def divided(part: FramePart) -> list[FramePart]:
     parts: list[FramePart] = []
     details: dict[int, deque[bytes]] = {}
     for encoded in part.details:
-        pieces, rest = prompt_pieces(encoded)
-        parts += [FramePart(None, None, None, [piece], _NONE) for piece in pieces]
-        if rest:
-            details.setdefault(detail_stream(rest), deque()).append(rest)
+        prompt, rest = pieces_of(encoded)
+        parts += [FramePart(None, None, None, [piece], _NONE) for piece in prompt]
+        for piece in rest:
+            details.setdefault(detail_stream(piece), deque()).append(piece)
     if part.stream is not None and part.token is not None:
         parts += _entry_parts(
             part.stream, _ones(part.stream) if part.counts is None else part.counts, part.token, details
@@ -133,9 +145,7 @@ def divided(part: FramePart) -> list[FramePart]:
     return parts
 
 
-def _entry_parts(
-    stream: U32Column, counts: U32Column, token: U32Column, details: dict[int, deque[bytes]]
-) -> list[FramePart]:
+def _entry_parts(stream: Column, counts: Column, token: Column, details: dict[int, deque[bytes]]) -> list[FramePart]:
     """Entry after entry, with as many of its stream's details as have rows for its tokens."""
     parts: list[FramePart] = []
     entries: list[tuple[int, int]] = []
@@ -204,11 +214,11 @@ def encode_frame(parts: list[FramePart]) -> bytes:
     return b"".join(pieces)
 
 
-def _ones(stream: U32Column | None) -> U32Column:
+def _ones(stream: Column | None) -> Column:
     return np.ones(0 if stream is None else len(stream), U32)
 
 
-def _joined(columns: list[U32Column | None]) -> bytes:
+def _joined(columns: list[Column | None]) -> bytes:
     present = [column for column in columns if column is not None]
     if len(present) == 1:
         return present[0].tobytes()
