@@ -2,26 +2,33 @@
 
     python -m tests.mutants                 what changed since BASE (origin/main)
     python -m tests.mutants --all           every pure module
-    python -m tests.mutants router/core/accounts.py ...
+    python -m tests.mutants router/core/accounts.py --tests tests/unit/router/core ...
+
+A mutant is a decision that is made otherwise: a comparison, a sign, an operator, a number, a condition or a branch.
+What mutmut does beside that (arguments left out or None, texts in capitals) the type checker refuses or a reader sees.
 
 Works on a copy in build/mutants, in the layout that is installed, since mutmut finds modules by their paths. Prints
-what went unnoticed, module by module, and writes bench-results/mutants.json. Exits with 1 below BAR.
+what went unnoticed, as differences, and writes bench-results/mutants.json. Exits with 1 below BAR.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import difflib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 from tests.support.paths import REPOSITORY as ROOT
 
-WORK: Final = ROOT / "build" / "mutants"
 BAR: Final = 0.9
 PURE: Final = (
     "cluster/decide", "cluster/placement", "cluster/inventory",
@@ -36,6 +43,18 @@ UNFIT: Final = (  # they start processes, or look at the tree itself
     "tests/unit/cluster/launchers",
     "tests/unit/proto/test_generated_code.py",
 )
+DRIVER: Final = """
+from mutmut.mutation import mutators
+from mutmut.__main__ import cli
+
+kept = {kept}
+mutators.mutation_operators[:] = [(kind, one) for kind, one in mutators.mutation_operators if one.__name__ in kept]
+cli()
+"""
+OPERATORS: Final = (  # of mutmut.mutation.mutators
+    "operator_number", "operator_name", "operator_augmented_assignment", "operator_remove_unary_ops",
+    "operator_keywords", "operator_swap_op", "operator_match", "operator_if_exp",
+)  # fmt: skip
 CONFIG: Final = """
 [tool.pytest.ini_options]
 asyncio_mode = "auto"
@@ -74,32 +93,50 @@ def installed_path(module: str) -> str:
     return f"src/{module.removeprefix('proto/')}" if module.startswith("proto/") else f"src/megatoken/{module}"
 
 
-def prepare(modules: list[str]) -> None:
+def prepare(work: Path, modules: list[str], tests: Sequence[str]) -> None:
     """The copy that mutmut works on."""
-    shutil.rmtree(WORK, ignore_errors=True)
-    WORK.mkdir(parents=True)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     unwanted = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(ROOT / "proto" / "megatoken", WORK / "src" / "megatoken", ignore=unwanted)  # follows the links
+    shutil.copytree(ROOT / "proto" / "megatoken", work / "src" / "megatoken", ignore=unwanted)  # follows the links
     for name in ("tests", "deploy", "docs"):
-        shutil.copytree(ROOT / name, WORK / name, ignore=unwanted)
+        shutil.copytree(ROOT / name, work / name, ignore=unwanted)
     for unfit in UNFIT:
-        path = WORK / unfit
+        path = work / unfit
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     config = CONFIG.format(
-        modules=json.dumps([installed_path(module) for module in modules]), tests=json.dumps(list(TESTS))
+        modules=json.dumps([installed_path(module) for module in modules]), tests=json.dumps(list(tests))
     )
-    (WORK / "pyproject.toml").write_text(config)
+    (work / "pyproject.toml").write_text(config)
+    (work / "driver.py").write_text(DRIVER.format(kept=OPERATORS))
 
 
-def results() -> dict[str, Counter[str]]:
-    """By module: how many mutants were killed, survived, or were reached by no test."""
-    by_module: dict[str, Counter[str]] = {}
-    for path in sorted((WORK / "mutants").rglob("*.meta")):
-        meta = json.loads(path.read_text())
-        module = str(path.relative_to(WORK / "mutants")).removesuffix(".meta")
-        for code in meta["exit_code_by_key"].values():
-            by_module.setdefault(module, Counter())[NAMES.get(code, "killed")] += 1
+def results(work: Path) -> dict[str, dict[str, str]]:
+    """By module: what became of each mutant, by its name."""
+    by_module = {}
+    for path in sorted((work / "mutants").rglob("*.meta")):
+        codes = json.loads(path.read_text())["exit_code_by_key"]
+        if codes:
+            module = str(path.relative_to(work / "mutants")).removesuffix(".meta")
+            by_module[module] = {mutant: NAMES.get(code, "killed") for mutant, code in codes.items()}
     return by_module
+
+
+def differences(source: str, mutants: Iterable[str]) -> Iterator[str]:
+    """What each mutant changes: "function: lines as they are => as the mutant has them"."""
+    lines = source.splitlines()
+    functions = {
+        node.name: [line.strip() for line in lines[node.lineno : node.end_lineno]]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    for mutant in mutants:
+        name = mutant.rpartition(".")[2]
+        original = re.sub(r"__mutmut_\d+$", "__mutmut_orig", name)
+        changed = list(difflib.ndiff(functions[original], functions[name]))
+        before = " ".join(line[2:] for line in changed if line.startswith("- "))
+        after = " ".join(line[2:] for line in changed if line.startswith("+ "))
+        yield f"{original.removeprefix('x_').removesuffix('__mutmut_orig')}: {before} => {after}"
 
 
 NAMES: Final = {  # mutmut.stats.status_by_exit_code
@@ -113,29 +150,37 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", help="paths in the tree; default: what changed since --base")
     parser.add_argument("--all", action="store_true", help="every pure module")
     parser.add_argument("--base", default=os.environ.get("BASE", "origin/main"))
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="what may notice; default: all that is fit")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "mutants", help="the folder of the copy")
     parser.add_argument("--at-once", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     modules = pure_modules() if arguments.all else arguments.modules or changed_modules(arguments.base)
     if not modules:
         print("no pure module changed")
         return 0
-    prepare(modules)
+    work = arguments.work.resolve()
+    prepare(work, modules, arguments.tests)
     print(f"{len(modules)} modules", flush=True)
-    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(arguments.at_once)]
-    done = subprocess.run(command, cwd=WORK, check=False)
-    found = results()
-    total: Counter[str] = sum(found.values(), Counter())
+    command = [sys.executable, "driver.py", "run", "--max-children", str(arguments.at_once)]
+    done = subprocess.run(command, cwd=work, check=False)
+    found = results(work)
+    total = Counter(state for states in found.values() for state in states.values())
     if not total:
         print("mutmut made no mutant", file=sys.stderr)
         return done.returncode or 2
-    for module, counts in sorted(found.items(), key=lambda entry: entry[1]["survived"] + entry[1]["not reached"]):
+    for module, states in found.items():
+        counts = Counter(states.values())
         print(f"{module}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
+        unnoticed = [mutant for mutant, state in states.items() if state in ("survived", "not reached")]
+        for line in differences((work / "mutants" / module).read_text(), unnoticed):
+            print(f"    {line}")
     caught = total["killed"] + total["timed out"]
     share = caught / max(1, caught + total["survived"] + total["not reached"])
     print(f"noticed: {share:.1%} of {sum(total.values())} mutants; the bar is {BAR:.0%}")
     output = ROOT / "bench-results" / "mutants.json"
     output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps({"noticed": share, "mutants": dict(total), "modules": found}, indent=1) + "\n")
+    by_module = {module: Counter(states.values()) for module, states in found.items()}
+    output.write_text(json.dumps({"noticed": share, "mutants": total, "modules": by_module}, indent=1) + "\n")
     return 0 if share >= BAR else 1
 
 
