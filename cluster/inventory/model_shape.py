@@ -84,9 +84,10 @@ def load_shape(directory: Path, dtype: str = "auto") -> ModelShape:
 
 def read_shape(config: Mapping[str, Any], *, dtype: str = "auto", total_bytes: int = 0) -> ModelShape:
     """The shape that a config.json's content describes. Raises ShapeError naming the field that is missing."""
-    text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
-    if not isinstance(text, Mapping):
+    if not isinstance(config, Mapping):
         raise ShapeError("config.json: not an object")
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, Mapping) else config
     stored = str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "bfloat16")
     run_bytes = DTYPE_BYTES.get(stored.removeprefix("torch.") if dtype == "auto" else dtype, 2.0)
     bits = _quantised_bits(config)

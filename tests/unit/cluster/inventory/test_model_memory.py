@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatoken.cluster.inventory.model_memory import (
+    MemoryNeed,
     active_bytes,
     memory_need,
     parallel_problems,
@@ -163,3 +165,133 @@ def test_a_config_that_is_not_json_is_refused(tmp_path: Path) -> None:
 def test_dtype_of_the_spec_overrides_the_stored_one() -> None:
     assert isinstance(read_shape(SMOLLM2, dtype="float32"), ModelShape)
     assert weight_total(read_shape(SMOLLM2, dtype="float32")) == 2 * weight_total(read_shape(SMOLLM2))
+
+
+# A layer at TP 1 has 192 attention and 576 MLP weights of 2 bytes; embedding and head have 256 each.
+SMALL = ModelShape(layers=4, hidden=8, heads=4, kv_heads=2, head_dim=2, vocab=32, intermediate=24)
+# The first layer is SMALL's; the others have 4 experts and 1 shared one of 96 weights, and 32 weights of router.
+MIXED = replace(SMALL, experts=4, active_experts=2, shared_experts=1, expert_intermediate=4, dense_layers=1)
+LATENT = replace(SMALL, latent_kv=6, latent_q=3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "split", "weights", "kv_per_token"),
+    [
+        (SMALL, {}, 7168, 64),
+        (SMALL, {"tensor": 2}, 3584, 32),
+        (SMALL, {"tensor": 4}, 1920, 32),
+        (SMALL, {"pipeline": 2}, 3584, 32),
+        (SMALL, {"pipeline": 3}, 3072, 32),
+        (SMALL, {"pipeline": 4}, 2048, 16),
+        (SMALL, {"tensor": 2, "pipeline": 2}, 1792, 16),
+        (replace(SMALL, tied_head=True), {}, 6656, 64),
+        (replace(SMALL, tied_head=True), {"pipeline": 2}, 3584, 32),
+        (replace(SMALL, weight_bytes=1.0), {}, 4096, 64),
+        (replace(SMALL, cache_bytes=4.0), {}, 8192, 128),
+        (replace(SMALL, total_bytes=14336), {}, 14336, 64),
+        (replace(SMALL, total_bytes=14336), {"tensor": 2}, 7168, 32),
+        (replace(SMALL, total_bytes=14336), {"pipeline": 2}, 7168, 32),
+        (MIXED, {}, 6784, 64),
+        (MIXED, {"tensor": 2}, 3488, 32),
+        (MIXED, {"pipeline": 2}, 3456, 32),
+        (MIXED, {"pipeline": 4}, 2048, 16),
+        (replace(MIXED, expert_intermediate=8), {"pipeline": 4}, 2880, 16),
+        (replace(MIXED, weight_bytes=1.0), {}, 4000, 64),
+        (replace(MIXED, dense_layers=0), {}, 6656, 64),
+        (LATENT, {}, 7776, 48),
+        (LATENT, {"tensor": 2}, 4176, 48),
+        (replace(LATENT, latent_q=0), {}, 8064, 48),
+    ],
+)
+def test_weights_and_cache_of_the_fullest_rank_are_counted_exactly(
+    shape: ModelShape, split: dict[str, int], weights: int, kv_per_token: int
+) -> None:
+    need = memory_need(shape, **split)
+    assert (need.weights, need.kv_per_token) == (weights, kv_per_token)
+
+
+@pytest.mark.parametrize(("tensor", "workspace"), [(1, 141_672), (2, 72_936), (4, 40_168)])
+def test_the_workspace_is_the_runtime_one_full_step_and_its_logits(tensor: int, workspace: int) -> None:
+    assert memory_need(SMALL, tensor=tensor, batched_tokens=100, runtime_bytes=1000).workspace == workspace
+
+
+def test_unasked_vllms_defaults_are_planned_with() -> None:
+    need = memory_need(SMALL)
+    assert need.workspace == 3 * GIB // 2 + 8192 * 48 * 2 + 131_072
+    assert need.utilisation == 0.92
+
+
+@pytest.mark.parametrize(
+    ("positions", "asked", "tokens"), [(0, None, 2048), (100, None, 100), (100, 10, 10), (0, 10, 10)]
+)
+def test_one_request_of_full_length_must_fit_the_cache(positions: int, asked: int | None, tokens: int) -> None:
+    need = memory_need(replace(SMALL, max_positions=positions), max_model_len=asked)
+    assert need.kv_least == 64 * tokens
+
+
+def test_a_device_must_hold_weights_workspace_and_cache_inside_the_utilisation() -> None:
+    assert MemoryNeed(weights=100, workspace=50, kv_per_token=8, kv_least=30, utilisation=0.9).device == 200
+
+
+@pytest.mark.parametrize(
+    ("device", "kv_per_token", "tokens"), [(1000, 8, 93), (1000, 1, 750), (1000, 0, 0), (166, 8, -1), (168, 8, 0)]
+)
+def test_what_weights_and_workspace_leave_is_cache(device: int, kv_per_token: int, tokens: int) -> None:
+    assert MemoryNeed(100, 50, kv_per_token, 30, 0.9).kv_tokens(device) == tokens
+
+
+@pytest.mark.parametrize(
+    ("shape", "total", "active"),
+    [
+        (SMALL, 7168, 7168.0),
+        (replace(SMALL, total_bytes=9000), 9000, 9000.0),
+        (MIXED, 6784, 5632.0),
+        (replace(MIXED, total_bytes=10_000), 10_000, 8848.0),
+        (replace(MIXED, active_experts=0), 6784, 6784.0),
+        (replace(MIXED, active_experts=1), 6784, 5056.0),
+        (replace(SMALL, active_experts=2, expert_intermediate=4), 7168, 7168.0),
+    ],
+)
+def test_all_weights_and_those_that_a_step_reads_are_counted_exactly(
+    shape: ModelShape, total: int, active: float
+) -> None:
+    assert (weight_total(shape), active_bytes(shape)) == (total, active)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "latent_kv", "sizes"),
+    [
+        (6, 4, 0, (1, 2)),
+        (6, 4, 8, (1, 2, 3, 6)),
+        (4, 2, 0, (1, 2, 4)),
+        (1, 1, 0, (1,)),
+        (8, 1, 0, (1, 2, 4, 8)),
+    ],
+)
+def test_a_latent_cache_asks_nothing_of_the_kv_heads(
+    heads: int, kv_heads: int, latent_kv: int, sizes: tuple[int, ...]
+) -> None:
+    assert tensor_sizes(replace(SMALL, heads=heads, kv_heads=kv_heads, latent_kv=latent_kv)) == sizes
+
+
+NO_EXPERTS = "parallel.expert: 2 is not allowed; the model has no experts, so 1"
+TENSOR = "it must divide 4 attention heads and go evenly with 2 KV heads: one of 1, 2, 4"
+
+
+@pytest.mark.parametrize(
+    ("experts", "sizes", "problems"),
+    [
+        (0, {"tensor": 4, "pipeline": 4, "data": 1, "expert": 1}, ()),
+        (4, {"expert": 4}, ()),
+        (4, {"expert": 5}, ("parallel.expert: 5 is not allowed; at most the 4 experts",)),
+        (1, {"expert": 1}, ()),
+        (1, {"expert": 2}, ("parallel.expert: 2 is not allowed; at most the 1 experts",)),
+        (0, {"expert": 2}, (NO_EXPERTS,)),
+        (0, {"pipeline": 5}, ("parallel.pipeline: 5 is not allowed; at most the 4 layers",)),
+        (0, {"data": 0}, ("parallel.data: 0 is not allowed; at least 1",)),
+        (0, {"tensor": 0}, (f"parallel.tensor: 0 is not allowed; {TENSOR}",)),
+        (0, {"tensor": 8, "expert": 2}, (f"parallel.tensor: 8 is not allowed; {TENSOR}", NO_EXPERTS)),
+    ],
+)
+def test_every_size_is_checked_at_its_bound(experts: int, sizes: dict[str, int], problems: tuple[str, ...]) -> None:
+    assert parallel_problems(replace(SMALL, experts=experts), **sizes) == problems
