@@ -9,12 +9,14 @@ import pytest
 
 from megatoken.counters import INDEX
 from megatoken.worker.throughput.decide.layout import (
+    MAX_DEPARTED,
     WIRE_VERSION,
     Cell,
     Greeting,
     Layout,
     LayoutError,
     ReplicaFacts,
+    greeting_of,
     pack_departed,
     unpack_departed,
 )
@@ -91,3 +93,85 @@ def test_departed_cells_survive_the_wire() -> None:
     assert unpack_departed(pack_departed(cells)) == cells
     with pytest.raises(LayoutError):
         unpack_departed(b"[[1]]")
+
+
+def test_the_vector_is_a_head_then_the_cells_of_each_rank() -> None:
+    layout = Layout.of([greeting(0), greeting(1, ("r", "x"))])
+    assert layout.starts == [0, 3]
+    assert layout.length == 3 + 2 * WIDTH + 7 * WIDTH
+    vector = layout.encode(1, sums(1, 5), True)
+    head, cells = vector[: 3 + 2 * WIDTH].tolist(), vector[3 + 2 * WIDTH :].reshape(-1, WIDTH)
+    assert head == [1, layout.digest, 1, *[5] * WIDTH, *[1001] * WIDTH]
+    assert [set(cell.tolist()) for cell in cells] == [{0}, {0}, {0}, {1001}, {5}, {5}, {0}]
+    assert layout.encode(1, sums(1, 5), False)[2] == 0
+
+
+def test_a_model_or_replica_that_the_node_lost_sight_of_is_zero_and_the_next_keep_their_places() -> None:
+    base = Greeting("a", "n", "", "l", ("gone", "m"), (("gone", FACTS), ("r0", FACTS)))
+    cells, news = (layout := Layout.of([base])).decode(layout.encode(0, sums(0, 5), False))
+    assert [int(cell[TOKENS]) for cell in cells] == [1000, 0, 5, 0, 5]
+    assert news == 0
+
+
+def test_every_model_of_a_rank_is_in_the_workers_total() -> None:
+    layout = Layout.of([Greeting("a", "n", "", "l", ("m", "o"))])
+    both = sums(0, 5)
+    both.models["o"] = np.full(WIDTH, 7, np.int64)
+    assert layout.encode(0, both, False)[3] == 12
+
+
+@pytest.mark.parametrize("change", ["ledger", "kind", "name"])
+def test_the_digest_tells_layouts_apart_that_have_the_same_length(change: str) -> None:
+    first = Greeting("a", "n", "", "l", ("m", "o"), ())
+    others = {
+        "ledger": Greeting("a", "n", "", "l2", ("m", "o"), ()),
+        "kind": Greeting("a", "n", "", "l", ("m",), (("o", FACTS),)),
+        "name": Greeting("a", "n", "", "l", ("m", "p"), ()),
+    }
+    here, there = Layout.of([first]), Layout.of([others[change]])
+    assert here.length == there.length
+    assert here.digest != there.digest
+    assert 0 <= here.digest < 2**32
+    assert here.digest == Layout.of([Greeting("b", "n2", "s", "l", ("m", "o"), ())]).digest
+
+
+@pytest.mark.parametrize(("place", "by"), [(0, 1), (1, 1), (0, -1), (1, -1)])
+def test_a_rank_count_or_digest_that_is_off_by_one_is_found_out(place: int, by: int) -> None:
+    layout = Layout.of([greeting(0)])
+    vector = layout.encode(0, sums(0, 1), False)
+    vector[place] += by
+    with pytest.raises(LayoutError, match="do not agree"):
+        layout.decode(vector)
+
+
+def test_a_vector_of_another_length_is_found_out() -> None:
+    layout = Layout.of([greeting(0)])
+    vector = np.append(layout.encode(0, sums(0, 1), False), np.zeros(WIDTH, np.int64))
+    with pytest.raises(LayoutError, match=f"1 of 1 ranks, {layout.length + WIDTH} of {layout.length} values, digest"):
+        layout.decode(vector)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [(3, "workers"), (2 + WIDTH, "workers"), (3 + WIDTH, "routers"), (2 + 2 * WIDTH, "routers")]
+)
+def test_each_total_must_fit_its_rows_in_every_column(place: int, said: str) -> None:
+    layout = Layout.of([greeting(0)])
+    vector = layout.encode(0, sums(0, 1), False)
+    vector[place] += 1
+    with pytest.raises(LayoutError, match=f"the sum of the {said}' rows differs"):
+        layout.decode(vector)
+
+
+@pytest.mark.parametrize(("serving", "served"), [(None, True), (frozenset({"r0"}), True), (frozenset({"x"}), False)])
+def test_a_greeting_says_what_the_node_has_now(serving: frozenset[str] | None, served: bool) -> None:
+    writer = Writer("worker", "r0", 3, "m", "vllm", "MI355X", 4)
+    counted = np.zeros(WIDTH, np.int64)
+    now = NodeSums(counted, {"m": counted, "o": counted}, {"r0": (writer, counted)})
+    made = greeting_of(Greeting("a", "n", "s", "l", ("old",)), now, serving)
+    assert made == Greeting("a", "n", "s", "l", ("m", "o"), (("r0", ReplicaFacts("m", "vllm", "MI355X", 4, served)),))
+
+
+def test_departed_cells_are_told_up_to_their_bound() -> None:
+    cell: tuple[Cell, tuple[int, ...]] = (Cell("l", "routers", "", "n", ""), (1,))
+    assert len(unpack_departed(pack_departed([cell] * MAX_DEPARTED))) == MAX_DEPARTED
+    assert len(unpack_departed(pack_departed([cell] * (MAX_DEPARTED + 1)))) == MAX_DEPARTED

@@ -143,3 +143,71 @@ def test_a_directory_keeps_its_identity(tmp_path) -> None:
     assert ledger_id(tmp_path / "counters") == first
     assert ledger_id(tmp_path / "other") != first
     assert CounterFiles(tmp_path / "missing").read() == []
+
+
+@pytest.mark.parametrize("length", [1, 256])
+def test_an_id_of_every_allowed_length_is_taken(length: int) -> None:
+    header = {"kind": "router", "id": "x" * length, "incarnation": 3}
+    assert Writer.of_header(header) == Writer("router", "x" * length, 3, "", "", "", 1)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 257, 7, None])
+def test_an_id_of_another_length_or_type_is_refused(name: object) -> None:
+    with pytest.raises(ValueError, match=r"it must be a text of 1 to 256 characters"):
+        Writer.of_header({"kind": "worker", "id": name, "incarnation": 1})
+
+
+def test_a_headers_texts_are_kept_up_to_their_bound() -> None:
+    header = {"kind": "worker", "id": "r", "incarnation": 1, "model": "m", "engine": "e" * 300, "device_kind": None}
+    assert Writer.of_header(header) == Writer("worker", "r", 1, "m", "e" * 256, "", 1)
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"), [({}, 1), ({"devices": 3}, 3), ({"devices": ["a:0", "a:1"]}, 2), ({"devices": "many"}, 1)]
+)
+def test_devices_are_counted_or_taken_as_one(devices: dict[str, object], count: int) -> None:
+    assert Writer.of_header({"kind": "worker", "id": "r", "incarnation": 1, **devices}).devices == count
+
+
+def test_every_fall_is_counted_with_what_was_before() -> None:
+    ledger = NodeLedger()
+    assert ledger.falls == 0
+    (first,) = ledger.record([(worker(), totals(prompt_tokens=-5))], 0.0)
+    assert (first.was, first.now) == (0, -5)
+    assert ledger.falls == 1
+    ledger.record([(worker(), totals(prompt_tokens=9, generated_tokens=4))], 1.0)
+    assert ledger.falls == 1
+    fallen = ledger.record([(worker(), totals(prompt_tokens=8, generated_tokens=3))], 2.0)
+    assert {(fall.name, fall.was, fall.now) for fall in fallen} == {("prompt_tokens", 9, 8), ("generated_tokens", 4, 3)}
+    assert ledger.falls == 3
+
+
+@pytest.mark.parametrize(("after_s", "shown"), [(SHOWN_S - 1, True), (SHOWN_S, False), (SHOWN_S + 1, False)])
+@pytest.mark.parametrize("serving", [None, frozenset[str]()])
+def test_a_row_leaves_when_nothing_moved_for_the_longest_window(
+    after_s: float, shown: bool, serving: frozenset[str] | None
+) -> None:
+    ledger = NodeLedger()
+    ledger.record([(worker(), totals(generated_tokens=1))], 0.0)
+    ledger.record([(worker(), totals(generated_tokens=2))], 200.0)
+    ledger.record([(worker(), totals(generated_tokens=2))], 400.0)
+    assert ("r0" in ledger.sums(200.0 + after_s, serving).replicas) is shown
+
+
+def test_all_routers_are_summed_and_workers_after_them_count() -> None:
+    ledger = NodeLedger()
+    routers = [(Writer("router", f"router-{n}", 1), totals(generated_tokens=10**n)) for n in range(3)]
+    ledger.record([*routers, (worker(model="b"), totals(generated_tokens=5))], 0.0)
+    ledger.record([(worker("r1", model="a"), totals(generated_tokens=6))], 0.0)
+    sums = ledger.sums(0.0, None)
+    assert sums.routers[INDEX["generated_tokens"]] == 111
+    assert {name: int(row[INDEX["generated_tokens"]]) for name, row in sums.models.items()} == {"a": 6, "b": 5}
+    assert list(sums.models) == ["a", "b"]
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 3, 1)])
+def test_the_newest_incarnation_speaks_for_a_replica_in_whatever_order_they_were_read(order: tuple[int, ...]) -> None:
+    ledger = NodeLedger()
+    for incarnation in order:
+        ledger.record([(worker(incarnation=incarnation), totals(generated_tokens=1))], 0.0)
+    assert ledger.sums(0.0, None).replicas["r0"][0].incarnation == 3

@@ -2,63 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from megatoken.counters import INDEX
-from megatoken.worker.throughput.decide.layout import Cell, Departed, Greeting, Layout, ReplicaFacts
-from megatoken.worker.throughput.decide.ledger import WIDTH, NodeSums, Totals, Writer
-from megatoken.worker.throughput.decide.rates import ClusterRates, RateRow
-
-TOKENS = INDEX["generated_tokens"]
-
-
-def facts(engine: str = "vllm", serving: bool = True, kind: str = "MI355X", model: str = "m") -> ReplicaFacts:
-    return ReplicaFacts(model, engine, kind, 1, serving)
-
-
-def greeting(rank: int, replica: ReplicaFacts | None = None, site: str = "", ledger: str = "") -> Greeting:
-    named = ((f"r{rank}", replica or facts()),)
-    return Greeting(f"agent-{rank}", f"node-{rank}", site, ledger or f"ledger-{rank}", ("m",), named)
-
-
-def made(tokens: int) -> Totals:
-    values = np.zeros(WIDTH, np.int64)
-    values[TOKENS] = tokens
-    values[INDEX["prompt_tokens"]] = 2 * tokens
-    values[INDEX["cached_tokens"]] = tokens // 2
-    return values
-
-
-class Cluster:
-    """Feeds Books as an agent would."""
-
-    def __init__(self, rates: dict[str, float] | None = None) -> None:
-        self.rates = ClusterRates(rates or {})
-        self.now = 1000.0
-        self.layout = Layout.of([])
-        self.ranks: list[int] = []
-
-    def arrange(self, *greetings: Greeting, departed: list[Departed] | None = None) -> None:
-        self.layout = Layout.of(greetings)
-        self.ranks = [int(g.agent.split("-")[1]) for g in greetings]
-        self.rates.learn(departed or [], self.now)
-        self.rates.arrange(self.layout)
-
-    def tick(self, after_s: float, *tokens: int) -> None:
-        self.now += after_s
-        vector = np.zeros(self.layout.length, np.int64)
-        for place, (rank, count) in enumerate(zip(self.ranks, tokens, strict=True)):
-            writer = Writer("worker", f"r{rank}", 1, "m")
-            sums = NodeSums(made(count), {"m": made(count)}, {f"r{rank}": (writer, made(count))})
-            vector += self.layout.encode(place, sums, False)
-        self.rates.update(self.layout.decode(vector)[0], self.now)
-
-    def row(self, kind: str, name: str) -> RateRow:
-        return next(row for row in self.rates.rows() if (row.kind, row.name) == (kind, name))
-
-    def rate(self, kind: str = "cluster", name: str = "cluster", window: int = 0) -> float:
-        return self.row(kind, name).rates[window].generated
+from megatoken.worker.throughput.decide.layout import Cell, Greeting, Layout
+from megatoken.worker.throughput.decide.ledger import WIDTH
+from megatoken.worker.throughput.decide.rates import Rate
+from tests.support.throughput_rates import TOKENS, Cluster, greeting, made
 
 
 def test_rates_over_each_window_are_exact_at_a_steady_rate() -> None:
@@ -176,40 +128,6 @@ def test_two_ranks_with_one_directory_count_once() -> None:
     assert cluster.row("cluster", "cluster").workers[TOKENS] == 500
 
 
-def test_sites_are_summed_where_they_are_declared() -> None:
-    cluster = Cluster()
-    cluster.arrange(greeting(0, site="paris"), greeting(1, site="oslo"), greeting(2, site="oslo"))
-    cluster.tick(1.0, 1, 2, 4)
-    assert cluster.row("site", "oslo").workers[TOKENS] == 6
-    assert [row.name for row in cluster.rates.rows() if row.kind == "site"] == ["oslo", "paris"]
-
-
-def test_efficiency_is_the_rate_over_what_the_replicas_make_alone() -> None:
-    cluster = Cluster({"m@MI355X": 100.0, "MI300X": 40.0})
-    cluster.arrange(greeting(0), greeting(1, facts(kind="MI300X")), greeting(2, facts(serving=False)))
-    for step in range(12):
-        cluster.tick(1.0, 90 * step, 40 * step, 0)
-    assert cluster.row("cluster", "cluster").efficiency == pytest.approx(130 / 140)
-    assert cluster.row("replica", "r0").efficiency == pytest.approx(0.9)
-    assert cluster.row("replica", "r2").efficiency == 0.0
-
-
-def test_efficiency_is_not_stated_when_a_stand_alone_rate_is_missing() -> None:
-    cluster = Cluster({"MI355X": 100.0})
-    cluster.arrange(greeting(0), greeting(1, facts(kind="unheard-of")))
-    for step in range(12):
-        cluster.tick(1.0, 90 * step, 40 * step)
-    assert cluster.row("cluster", "cluster").efficiency == 0.0
-    assert cluster.row("node", "node-0").efficiency == pytest.approx(0.9)
-
-
-def test_simulated_replicas_are_named_so() -> None:
-    cluster = Cluster()
-    cluster.arrange(greeting(0, facts(engine="simulated")))
-    cluster.tick(1.0, 1)
-    assert cluster.row("replica", "r0").engine == "simulated"
-
-
 def test_before_the_second_tick_every_rate_is_zero() -> None:
     cluster = Cluster()
     assert cluster.rates.cluster().workers.tolist() == [0] * WIDTH
@@ -244,3 +162,98 @@ def test_cells_of_a_thousand_nodes_update_in_milliseconds() -> None:
 
 def test_a_cell_is_a_value() -> None:
     assert Cell("l", "model", "m", "n", "s") == Cell("l", "model", "m", "n", "s")
+
+
+def test_a_window_reaches_back_to_the_point_of_its_age_exactly() -> None:
+    cluster = Cluster()
+    cluster.arrange(greeting(0))
+    for step in range(401):
+        cluster.tick(1.0, 3000 if step > 100 else 0)
+    assert cluster.rate(window=3) == 10.0
+    assert cluster.rate(window=2) == 0.0
+
+
+@pytest.mark.parametrize(("tick_s", "points"), [(1.0, 13 + 62), (6.0, 3 + 62), (20.0, 1 + 62)])
+def test_history_is_twelve_seconds_of_ticks_and_five_minutes_of_coarse_points(tick_s: float, points: int) -> None:
+    cluster = Cluster()
+    cluster.arrange(greeting(0))
+    for step in range(400):
+        cluster.tick(tick_s, step)
+    assert len(cluster.rates._fine) + len(cluster.rates._coarse) == points
+
+
+def test_a_tick_longer_than_the_window_is_measured_over_the_tick() -> None:
+    cluster = Cluster()
+    cluster.arrange(greeting(0))
+    for step in range(4):
+        cluster.tick(5.0, 100 * step)
+    assert cluster.rate(window=0) == 20.0
+
+
+def test_an_empty_tick_before_any_layout_counts_nothing() -> None:
+    cluster = Cluster()
+    cluster.rates.update(np.zeros((0, WIDTH), np.int64), 1.0)
+    assert cluster.rates.cluster().rates == tuple(Rate(window, 0.0, 0.0, 0.0) for window in (1, 10, 60, 300))
+
+
+def test_the_first_tick_states_no_rate_of_any_kind() -> None:
+    cluster = Cluster()
+    assert cluster.rates.cluster().rates == tuple(Rate(window, 0.0, 0.0, 0.0) for window in (1, 10, 60, 300))
+    cluster.arrange(greeting(0))
+    cluster.tick(1.0, 500)
+    assert cluster.row("model", "m").rates == tuple(Rate(window, 0.0, 0.0, 0.0) for window in (1, 10, 60, 300))
+
+
+def test_arranging_the_same_nodes_again_keeps_one_row_a_cell() -> None:
+    cluster = Cluster()
+    for _ in range(12):
+        cluster.arrange(greeting(0))
+        cluster.tick(1.0, 5)
+    assert len(cluster.rates._totals) == 3
+
+
+def test_learning_of_a_cell_that_is_known_does_not_begin_its_life_again() -> None:
+    cluster = Cluster()
+    cluster.arrange(greeting(0))
+    cluster.tick(1.0, 0)
+    cluster.tick(1.0, 100)
+    told = (Cell("ledger-0", "model", "m", "node-0", ""), tuple(made(50).tolist()))
+    cluster.arrange(greeting(0), departed=[told])
+    cluster.tick(1.0, 400)
+    assert cluster.rate(window=1) == 200.0
+
+
+def test_a_node_that_was_only_heard_of_begins_at_what_was_told() -> None:
+    cluster = Cluster()
+    told = (Cell("ledger-0", "model", "m", "node-0", ""), tuple(made(500).tolist()))
+    cluster.arrange(greeting(0), departed=[told])
+    cluster.tick(1.0, 500)
+    cluster.tick(1.0, 600)
+    assert cluster.rate("node", "node-0") == 100.0
+    assert cluster.rate("node", "node-0", 3) == 100.0
+
+
+def test_what_was_counted_out_of_sight_bends_no_rate_from_before() -> None:
+    cluster = Cluster()
+    cluster.arrange(greeting(0), greeting(1))
+    for step in range(5):
+        cluster.tick(1.0, 0, 10 * step)
+    cluster.arrange(greeting(0))
+    for _ in range(4):
+        cluster.tick(1.0, 0)
+    cluster.arrange(greeting(0), greeting(1))
+    cluster.tick(1.0, 0, 540)
+    cluster.tick(1.0, 0, 640)
+    assert cluster.rate("node", "node-1") == 100.0
+    assert cluster.rate("node", "node-1", 1) == 64.0
+
+
+def test_a_model_that_was_not_reduced_yet_has_no_rate() -> None:
+    cluster = Cluster()
+    bare = Greeting("agent-0", "node-0", "", "ledger-0", ("m",))
+    cluster.arrange(bare)
+    cluster.tick(1.0, 0)
+    cluster.tick(1.0, 10)
+    cluster.arrange(replace(bare, models=("m", "n")))
+    assert cluster.rate("model", "n") == 0.0
+    assert cluster.rate() == 10.0
