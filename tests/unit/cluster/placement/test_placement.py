@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 
@@ -18,34 +17,7 @@ from megatoken.cluster.placement.place import (
     TpSpan,
     place,
 )
-
-GIB = 1 << 30
-
-
-def node(name: str, devices: int = 8, *, kind: str = "mi355x", out: tuple[int, ...] = (), **fields: object) -> Node:
-    found = tuple(Device(kind, i, 288 * GIB, out="driver error" if i in out else "") for i in range(devices))
-    return Node(id=name, address=name, devices=found, **fields)  # type: ignore[arg-type]
-
-
-def cluster(*nodes: Node) -> Inventory:
-    return Inventory(nodes)
-
-
-def wanted(count: int, model: str = "m", tensor: int = 1, pipeline: int = 1, **fields: object) -> list[ReplicaRequest]:
-    shape = ReplicaRequest("", model, tensor, pipeline, **fields)  # type: ignore[arg-type]
-    return [replace(shape, replica=f"{model}-{number}") for number in range(count)]
-
-
-def all_placed(requests: list[ReplicaRequest], inventory: Inventory, *existing: Placement) -> list[Placement]:
-    outcomes = place(requests, inventory, existing)
-    assert not [outcome for outcome in outcomes if isinstance(outcome, Blocked)]
-    return [outcome for outcome in outcomes if isinstance(outcome, Placement)]
-
-
-def only_blocked(requests: list[ReplicaRequest], inventory: Inventory) -> Blocked:
-    blocked = [outcome for outcome in place(requests, inventory) if isinstance(outcome, Blocked)]
-    assert blocked
-    return blocked[0]
+from tests.support.placements import GIB, all_placed, cluster, node, only_blocked, wanted
 
 
 def test_eighty_seven_of_eighty_eight_devices_serve() -> None:
