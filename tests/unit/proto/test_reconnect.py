@@ -54,3 +54,37 @@ async def test_a_fault_that_the_caller_raises_again_ends_it() -> None:
 
     with pytest.raises(ValueError, match="ours"):
         await keep_connected(connect, Pauses(), raise_it)
+
+
+def test_pauses_that_nobody_set() -> None:
+    pauses = Pauses()
+    assert [pauses.after(lasted) for lasted in (0.0, 4.99, 0.0, 0.0, 0.0, 0.0, 0.0, 5.0)] == [
+        0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 0.05,
+    ]  # fmt: skip
+
+
+async def test_the_pause_is_by_how_long_the_connection_lasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    now, lasting = 1000.0, iter([0.0, 1.0, 4.9, 5.0, 0.5])
+
+    class Clock:
+        def time(self) -> float:
+            return now
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        slept.append(seconds)
+        now += seconds
+
+    async def connect() -> None:
+        nonlocal now
+        for seconds in lasting:
+            now += seconds
+            return
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(asyncio, "get_running_loop", Clock)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    with pytest.raises(asyncio.CancelledError):
+        await keep_connected(connect, Pauses(0.1, 10.0, 5.0), lambda _: None)
+    assert slept == [0.1, 0.2, 0.4, 0.1, 0.1]
