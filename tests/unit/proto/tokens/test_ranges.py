@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatoken.errors import RequestError
-from megatoken.tokens.ranges import MAX_SEED, RANGES, check_ranges
+from megatoken.tokens.ranges import MAX_SEED, RANGES, Range, check_ranges
 from megatoken.v1.tokens_pb2 import SamplingParams
 
 TINY = 1e-6  # more than a float32's rounding at 2
@@ -86,3 +86,43 @@ def test_greedy_choices_may_be_many() -> None:
 
 def test_what_is_not_set_is_not_judged() -> None:
     check_ranges(SamplingParams())
+
+
+@pytest.mark.parametrize(
+    ("allowed", "written"),
+    [
+        (Range(0.5), "at least 0.5"),
+        (Range(0.5, above=True), "above 0.5"),
+        (Range(-1, meaning=", all"), "at least -1, all"),
+        (Range(0.5, 2.0), "0.5 to 2"),
+        (Range(0.5, 2.0, above=True), "above 0.5 and at most 2"),
+    ],
+)
+def test_a_range_is_written_for_people(allowed: Range, written: str) -> None:
+    assert str(allowed) == written
+
+
+@pytest.mark.parametrize(
+    ("choices", "most"), [(1, MAX_SEED), (2, MAX_SEED - 1), (3, MAX_SEED - 2), (128, MAX_SEED - 127)]
+)
+def test_the_highest_seed_leaves_one_to_every_choice(choices: int, most: int) -> None:
+    check_ranges(SamplingParams(n=choices, seed=most))
+    if choices > 1:
+        with pytest.raises(RequestError, match=f"at most {most} with n = {choices}"):
+            check_ranges(SamplingParams(n=choices, seed=most + 1))
+
+
+@pytest.mark.parametrize("bias", [-100.0, 100.0, 0.0])
+def test_a_bias_within_its_range_is_let_through(bias: float) -> None:
+    check_ranges(SamplingParams(logit_bias={7: bias}))
+
+
+@pytest.mark.parametrize("bias", [-100.001, 100.001, math.nan, math.inf])
+def test_a_bias_outside_is_refused(bias: float) -> None:
+    with pytest.raises(RequestError, match=r"^sampling\.logit_bias\[7\]: "):
+        check_ranges(SamplingParams(logit_bias={6: 1.0, 7: bias}))
+
+
+def test_a_refusal_shows_six_places_of_a_number() -> None:
+    with pytest.raises(RequestError, match=r"^sampling\.min_p: 1\.234568 is"):
+        check_ranges(SamplingParams(min_p=1.23456789))
