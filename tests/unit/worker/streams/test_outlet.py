@@ -6,7 +6,7 @@ from megatoken.tokens.frames import token_columns
 from megatoken.tokens.outbox import MAX_FRAME_BYTES
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame
-from megatoken.worker.streams.outlet import LOOSE_FINISHES, Outlet
+from megatoken.worker.streams.outlet import FRAME_USAGE, LOOSE_FINISHES, WAITING_USAGE, Outlet
 from tests.support.parts import frame_part
 
 HALF = 100_000  # tokens; two of them in a part, and a frame holds one part
@@ -110,4 +110,22 @@ def test_a_closed_outlet_drops_what_waits_and_takes_no_more() -> None:
     outlet.push(frame_part([1], [9]))
     outlet.close()
     outlet.push(frame_part([1], [9]))
+    assert outlet.take() is None
+
+
+def test_reports_of_use_wait_up_to_their_bound_and_leave_in_bounded_frames() -> None:
+    outlet = Outlet()
+    for _ in range(WAITING_USAGE + 1):
+        outlet.state_usage(pb.LeaseUsage())
+    reported = []
+    while (taken := outlet.take()) is not None:
+        reported.append(len(taken.usage))
+    assert reported == [FRAME_USAGE] * (WAITING_USAGE // FRAME_USAGE)
+
+
+def test_a_closed_outlet_takes_no_report_of_use() -> None:
+    outlet = Outlet()
+    outlet.state_usage(pb.LeaseUsage())
+    outlet.close()
+    outlet.state_usage(pb.LeaseUsage())
     assert outlet.take() is None

@@ -12,7 +12,7 @@ from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1.frame_columns_pb2 import Frame
 from megatoken.worker.engines.engine import EngineRequest, EngineStep
 from megatoken.worker.streams.outlet import Outlet
-from megatoken.worker.streams.table import Running, StreamTable
+from megatoken.worker.streams.table import FIRST_SLOTS, Running, StreamTable
 
 
 def running(outlet: Outlet, choices: int = 1) -> Running:
@@ -108,3 +108,79 @@ def test_a_finish_of_a_stream_without_tokens_in_the_step_still_goes_out() -> Non
     taken = other.take()
     assert taken is not None
     assert pb.Finish.FromString(taken.parts[0].finishes[0]).stream == 2
+
+
+def step_of(slots: list[int], counts: list[int] | None = None) -> EngineStep:
+    tokens = np.arange(len(slots) if counts is None else sum(counts), dtype=U32)
+    return EngineStep(np.array(slots, U32), tokens, count=None if counts is None else np.array(counts, U32))
+
+
+def test_each_step_counts_its_tokens_and_the_time_since_the_last() -> None:
+    table, outlet = StreamTable(), Outlet()
+    table.open(outlet)
+    first, second = running(outlet), running(outlet)
+    first.arrived_s, second.arrived_s = 10.0, 11.0
+    table.allot(first, 1)
+    table.allot(second, 2)
+    slots = [first.request.slots[0], second.request.slots[0]]
+    gaps, began = table.advance(step_of(slots), 13.0)
+    assert (gaps.tolist(), began.tolist()) == ([3.0, 2.0], [True, True])
+    assert table.generated[slots].tolist() == [1, 1]
+    gaps, began = table.advance(step_of(slots, [3, 2]), 14.5)
+    assert (gaps.tolist(), began.tolist()) == ([1.5, 1.5], [False, False])
+    assert table.generated[slots].tolist() == [4, 3]
+    table.advance(step_of(slots[:1]), 15.0)
+    assert table.generated[slots].tolist() == [5, 3]
+
+
+def test_a_slot_begins_anew_with_its_next_request() -> None:
+    table, outlet = StreamTable(), Outlet()
+    table.open(outlet)
+    old, new = running(outlet), running(outlet)
+    table.allot(old, 1)
+    slot = old.request.slots[0]
+    table.advance(step_of([slot]), 1.0)
+    assert table.holds(slot, old)
+    table.free(slot)
+    assert not table.holds(slot, old)
+    table.allot(new, 2)
+    assert new.request.slots == (slot,)
+    assert table.holds(slot, new)
+    assert not table.holds(slot, old)
+    assert table.generated[slot] == 0
+
+
+def test_the_table_grows_only_when_no_slot_is_free() -> None:
+    table, outlet = StreamTable(), Outlet()
+    table.open(outlet)
+    for number in range(FIRST_SLOTS):
+        table.allot(running(outlet), number)
+    assert len(table.number) == FIRST_SLOTS
+    table.allot(running(outlet), FIRST_SLOTS)
+    assert len(table.number) == 2 * FIRST_SLOTS
+    assert table.live == FIRST_SLOTS + 1
+
+
+def test_a_slot_of_a_caller_that_is_gone_is_a_mistake_of_the_engine() -> None:
+    table, outlet = StreamTable(), Outlet()
+    table.open(outlet)
+    request = running(outlet)
+    table.allot(request, 1)
+    table.close(outlet)
+    assert table.outlets == []
+    with pytest.raises(LookupError, match="caller 0 is gone"):
+        table.split(step_of([request.request.slots[0]]), {})
+
+
+def test_a_callers_place_is_given_to_the_next_caller() -> None:
+    table, one, two, three = StreamTable(), Outlet(), Outlet(), Outlet()
+    table.open(one)
+    table.open(two)
+    table.close(one)
+    table.open(three)
+    assert table.outlets == [two, three]
+    requests = [running(two), running(three)]
+    for number, request in enumerate(requests):
+        table.allot(request, number)
+    table.split(step_of([request.request.slots[0] for request in requests]), {})
+    assert (received(two), received(three)) == ({0: [0]}, {1: [1]})
