@@ -144,8 +144,6 @@ def _observe(record: Record, seen: ProcessObservation, now: float) -> Record:
         return replace(
             record, state="FAILED", reason=reason, since_s=now, failures=failures, not_before_s=now + pause_s
         )
-    elif seen.phase is Phase.NONE and record.state == "READY":
-        return replace(record, state="STARTING", since_s=now)
     return record
 
 

@@ -99,3 +99,23 @@ def test_devices_are_to_blame_while_the_same_revision_serves_elsewhere() -> None
         for _ in range(3):
             book = die(book, 0.0, device, beside=(SERVING,))
     assert out(book, 1.0) == [0, 1, 2]
+
+
+def test_a_device_is_out_until_its_time_and_no_longer() -> None:
+    book = DeviceStrikes()
+    for _ in range(3):
+        book = die(book, 10.0, 3, beside=(SERVING,))
+    assert out(book, 10.0 + PAUSE_S - 0.1) == [3]
+    assert out(book, 10.0 + PAUSE_S) == []
+
+
+def test_a_wide_model_is_blamed_only_once_two_of_its_places_are_out() -> None:
+    book = DeviceStrikes()
+    for _ in range(3):
+        book = die(book, 0.0, 0, 1)
+    assert not book.blamed
+    assert out(book, 1.0) == [0, 1]
+    for _ in range(3):
+        book = die(book, 0.0, 2, 3)
+    assert book.blamed == {("m", "r")}
+    assert out(book, 1.0) == []

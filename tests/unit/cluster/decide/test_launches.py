@@ -19,7 +19,7 @@ from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.cluster.spec.load import load_spec
 from megatoken.router.config import RouterConfig
 from megatoken.router.edge.config import EdgeConfig
-from megatoken.worker.config import WorkerConfig
+from megatoken.worker.config import SimulatedConfig, WorkerConfig
 from megatoken.worker.throughput.config import AgentConfig
 
 HEAD = Node("h" * 56, "10.0.0.1", tuple(Device("cpu", number) for number in range(2)), name="alpha", head=True)
@@ -136,3 +136,58 @@ def test_the_models_environment_wins_and_the_interface_is_pinned() -> None:
     _, env = worker(wanted, Rank(0, HEAD.id, 0, "cpu"))
     assert (env["NCCL_IB_HCA"], env["X"], env["GLOO_SOCKET_IFNAME"]) == ("mine", "1", "eth7")
     assert env["MEGATOKEN_NODE_ADDRESS"] == "127.0.0.1"
+
+
+def test_wide_gpu_replicas_leave_the_choice_of_devices_to_ray() -> None:
+    def visible(*ranks: Rank, **model: Any) -> str | None:
+        return worker(spec(**model), *ranks, local=False)[1].get("HIP_VISIBLE_DEVICES")
+
+    near, far = Rank(0, OTHER.id, 2, "mi355x"), Rank(1, OTHER.id, 3, "mi355x", tensor=1)
+    assert visible(near, far, parallel={"tensor": 2}) is None
+    assert visible(near, far, parallel={"tensor": 2}, engine="simulated") == "2,3"
+    elsewhere = Rank(1, HEAD.id, 0, "mi355x", tensor=1)
+    assert visible(near, elsewhere, parallel={"tensor": 2}, engine="simulated") is None
+    assert visible(Rank(0, HEAD.id, 0, "cpu")) is None
+
+
+def test_the_simulated_engine_has_its_settings_and_no_other_engine_has_them() -> None:
+    rank = Rank(0, HEAD.id, 0, "cpu")
+    assert worker(spec(), rank)[0].simulated is None
+    plain = worker(spec(engine="simulated"), rank)[0].simulated
+    assert plain == SimulatedConfig()
+    paced = worker(spec(engine="simulated", simulated={"decode_tokens_per_s": 77.0}), rank)[0].simulated
+    assert paced is not None
+    assert paced.decode_tokens_per_s == 77.0
+
+
+def test_routers_and_edges_share_their_ports_and_show_metrics_where_no_client_is() -> None:
+    wanted = spec()
+    for local, host in ((True, "127.0.0.1"), (False, "10.0.0.1")):
+        router = as_read(router_launch("r", HEAD, wanted, context(local)), RouterConfig)
+        assert (router.host, router.metrics_host, router.own_port, router.reuse_port) == (host, host, 0, True)
+        edge = as_read(edge_launch("e", HEAD, wanted, context(local), HEAD), EdgeConfig)
+        assert (edge.host, edge.metrics_host, edge.metrics_port, edge.reuse_port) == (host, host, 0, True)
+    everywhere = ClusterSpec.model_validate(
+        {
+            "models": [{"name": "m", "source": "builtin:tiny-llama"}],
+            "routers": {"host": "0.0.0.0"},
+            "agents": {"host": "10.9.9.9"},
+        }
+    )
+    router = as_read(router_launch("r", HEAD, everywhere, context()), RouterConfig)
+    assert (router.host, router.metrics_host) == ("0.0.0.0", "127.0.0.1")
+    assert router.throughput_agent == "10.9.9.9:7800"
+    edge = as_read(edge_launch("e", OTHER, everywhere, context(local=False), HEAD), EdgeConfig)
+    assert edge.router == "10.0.0.1:7701", "every address is bound, and the node's own is dialled"
+
+
+def test_an_agent_knows_the_rates_that_were_measured_and_only_those() -> None:
+    wanted = spec(standalone_tokens_per_s={"mi355x": 0.5, "cpu": 0})
+    agent = as_read(agent_launch("a", HEAD, wanted, context()), AgentConfig)
+    assert agent.standalone_rates == {"m@mi355x": 0.5}
+
+
+def test_processes_are_told_their_node_s_address_where_there_is_more_than_one_machine() -> None:
+    for local, address in ((True, "127.0.0.1"), (False, "10.0.0.2")):
+        env = dict(agent_launch("a", OTHER, spec(), context(local)).env)
+        assert (env["MEGATOKEN_NODE_ADDRESS"], env["RAY_ADDRESS"]) == (address, "10.0.0.1:6379")

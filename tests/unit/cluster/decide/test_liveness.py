@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatoken.cluster.decide.liveness import Answered, Hang, Liveness, LivenessLimits
+from megatoken.cluster.decide.liveness import Answered, Hang, HangSeen, Liveness, LivenessLimits
 
 LIMITS = LivenessLimits(lease_s=30.0, hang_s=60.0, probe_s=30.0)
 
@@ -82,3 +82,22 @@ def test_a_lease_is_over_its_length_after_the_last_answer() -> None:
     assert Liveness().stamp_s("r") == 0.0
     liveness.serves([], 11.0)
     assert liveness.stamp_s("r") == 0.0, "forgotten"
+
+
+def test_a_token_that_does_not_come_counts_from_when_it_was_asked_for_until_a_step_is_seen() -> None:
+    seen = told(every_second(40, 7, 0))
+    seen.probe_failed("r", 0.0)
+    assert seen.hang("r", LIMITS, 45.0) is None, "a step was seen when it was asked"
+    seen.probe_failed("r", 35.0)
+    assert seen.hang("r", LIMITS, 45.0) == HangSeen(Hang.NO_TOKEN, 10.0)
+    seen.answered("r", Answered(46_000.0, 8, 0, 46.0))
+    assert seen.hang("r", LIMITS, 46.0) is None
+    assert seen.to_probe(LIMITS, 75.9) == []
+    assert seen.to_probe(LIMITS, 76.0) == ["r"], "it made a step at 46"
+
+
+def test_requests_without_a_step_hang_from_the_very_second() -> None:
+    still = told([(0.0, 5, 0), (59.9, 5, 3)])
+    assert still.hang("r", LIMITS, 59.9) is None
+    still.answered("r", Answered(60_000.0, 5, 3, 60.0))
+    assert still.hang("r", LIMITS, 60.0) == HangSeen(Hang.NO_STEP, 60.0)

@@ -4,10 +4,20 @@ from dataclasses import replace
 from typing import Any
 
 from megatoken.cluster.decide.backend import ProcessObservation
-from megatoken.cluster.decide.fleet import Fleet, Phase
+from megatoken.cluster.decide.fleet import Fleet, Phase, Replica
 from megatoken.cluster.decide.launches import LaunchContext
-from megatoken.cluster.decide.processes import BACKOFF_MAX_S, Decision, Record, Wanted, supervise, wanted_processes
+from megatoken.cluster.decide.processes import (
+    BACKOFF_MAX_S,
+    SETTLED_S,
+    Decision,
+    Record,
+    Wanted,
+    supervise,
+    wanted_processes,
+)
+from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.placement.place import Placement, Rank
 from megatoken.cluster.spec.cluster import ClusterSpec
 
 AROUND = LaunchContext("127.0.0.1:7700", {"routers.port": 1, "edge.port": 2, "agents.port": 3}, "10.0.0.0:6379", True)
@@ -123,3 +133,90 @@ def test_what_is_no_longer_wanted_stops() -> None:
     loop.tick(entries, {})
     loop.tick(entries, {name: SERVES})
     assert [stopped for stopped, _ in loop.tick((), {name: SERVES}).stop] == [name]
+
+
+def test_agents_run_on_the_head_and_wherever_something_serves() -> None:
+    third = Node("cccccccccccc", "10.0.0.2", (Device("cpu", 0),), name="third")
+    nodes = Inventory((HEAD, OTHER, third))
+    one = Replica("m-1", "m", "v1", 1, Placement("m-1", "m", (Rank(0, third.id, 0, "cpu"),)), 0.0)
+
+    def agents(fleet: Fleet, **spec: Any) -> list[str]:
+        found = wanted_processes(ClusterSpec.model_validate(spec), nodes, fleet, AROUND)
+        return [entry.slot for entry in found if entry.kind == "agent"]
+
+    assert agents(Fleet()) == ["agent-0"]
+    assert agents(Fleet((one,))) == ["agent-0", "agent-cccccccc-0"]
+    assert agents(Fleet((replace(one, state=ReplicaState.FAILED),))) == ["agent-0"]
+    everywhere = agents(Fleet(), routers={"per_node": True})
+    assert everywhere == ["agent-0", "agent-bbbbbbbb-0", "agent-cccccccc-0"]
+
+
+def test_without_a_head_the_first_node_that_lives_is_taken_for_it() -> None:
+    dead, alive = replace(HEAD, alive=False), OTHER
+    assert [(e.slot, e.launch.node) for e in wanted((dead, alive), agents={"enabled": False})] == [
+        ("router-0", OTHER.id)
+    ]
+
+
+def test_an_edge_asks_the_router_of_its_node_where_there_is_one() -> None:
+    model = [{"name": "a", "source": "x"}]
+
+    def near(**routers: Any) -> list[tuple[str, bool]]:
+        spec = {"agents": {"enabled": False}, "models": model, "edge": {"per_node": True}, "routers": routers}
+        found = wanted((HEAD, OTHER), replace(AROUND, local=False), **spec)
+        return [
+            (entry.slot, str(entry.launch.settings["router"]).startswith(OTHER.address))
+            for entry in found
+            if entry.kind == "edge"
+        ]
+
+    assert near(per_node=True) == [("edge-0", False), ("edge-bbbbbbbb-0", True)]
+    assert near(per_node=False) == [("edge-0", False), ("edge-bbbbbbbb-0", False)]
+
+
+def test_a_process_that_served_for_long_starts_its_count_of_failures_anew() -> None:
+    name = wanted(agents={"enabled": False})[0].launch.name
+    for after_s, failures in ((SETTLED_S - 0.1, 3), (SETTLED_S, 0)):
+        record = Record("router", "router-0", HEAD.id, state="READY", since_s=100.0, failures=3)
+        decision = supervise(wanted(agents={"enabled": False}), {name: SERVES}, {name: record}, 100.0 + after_s)
+        assert decision.records[name].failures == failures
+        assert decision.changed == ()
+
+
+def test_a_process_that_is_not_seen_any_more_is_started_again_at_once() -> None:
+    entries = wanted(agents={"enabled": False})
+    name = entries[0].launch.name
+    record = Record("router", "router-0", HEAD.id, state="READY", since_s=1.0)
+    decision = supervise(entries, {}, {name: record}, 100.0)
+    assert [launch.name for launch in decision.start] == [name]
+    assert decision.changed == ((name, replace(record, state="STARTING", since_s=100.0)),)
+    waits = replace(record, state="FAILED", not_before_s=100.1)
+    assert supervise(entries, {}, {name: waits}, 100.0).start == ()
+    assert supervise(entries, {}, {name: waits}, 100.1).start != ()
+
+
+def test_whoever_is_not_wanted_gets_its_grace_and_what_has_ended_none() -> None:
+    def stopped(seen: ProcessObservation, records: dict[str, Record]) -> Decision:
+        return supervise((), {"router-0.abc": seen}, records, 5.0)
+
+    record = Record("router", "router-0", HEAD.id, state="READY", grace_s=35.0)
+    decision = stopped(SERVES, {"router-0.abc": record})
+    assert decision.stop == (("router-0.abc", 35.0),)
+    assert decision.records["router-0.abc"].reason == "no longer wanted"
+    assert decision.changed[0][1].state == "DRAINING"
+    assert stopped(ProcessObservation(Phase.EXITED), {"router-0.abc": record}).stop == (("router-0.abc", 0.0),)
+    unknown = stopped(SERVES, {})  # of an earlier controller
+    assert unknown.stop == (("router-0.abc", 2.0),)
+    assert unknown.records["router-0.abc"].slot == "router-0"
+
+
+def test_what_replaces_a_process_is_told_from_what_ends_it() -> None:
+    entries = wanted(agents={"enabled": False})
+    old = Record("router", "router-0", HEAD.id, state="READY", grace_s=35.0)
+    strange = Record("router", "router-7", HEAD.id, state="READY", grace_s=35.0)
+    new = entries[0].launch.name
+    records = {new: replace(old), "router-0.old": old, "router-7.old": strange}
+    decision = supervise(entries, dict.fromkeys(records, SERVES), records, 5.0)
+    reasons = {name: record.reason for name, record in decision.records.items()}
+    assert reasons == {new: "", "router-0.old": "replaced", "router-7.old": "no longer wanted"}
+    assert [name for name, _ in decision.changed] == ["router-0.old", "router-7.old"]
