@@ -75,8 +75,16 @@ def test_between_replicas_and_in_a_replay_what_is_kept_of_the_stream_is_passed_o
     assert (listener.pieces, request.sent_tokens) == ([([21, 22, 23], [])], 4)
 
 
+def test_what_is_carried_goes_in_the_same_pieces() -> None:
+    fleet, request, listener = held(0)
+    request.carried = np.arange(MOST_TOKENS + 2, dtype=U32).tobytes()
+    flush_held(fleet.state, request)
+    assert [(len(tokens), tokens[0]) for tokens, _ in listener.pieces] == [(131_072, 0), (2, 131_072)]
+
+
 def test_a_request_in_no_slot_has_nothing_to_pass_on() -> None:
     fleet, request, listener = held(2)
     request.slot = -1
+    fleet.state.slots.generated[-1] = 5  # of another stream
     flush_held(fleet.state, request)
     assert listener.pieces == []

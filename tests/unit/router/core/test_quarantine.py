@@ -124,6 +124,7 @@ def test_the_ward_is_the_replica_with_the_fewest_leases_then_other_routers_reque
         ({"others": 1}, 5.001, True),
         ({"others": 1, "leased": 1}, 5.001, False),
         ({"leased": 1}, 9.9, False),
+        ({"leased": 1, "in_flight": 1}, 0.0, False),
     ],
 )
 def test_what_keeps_a_suspect_off_a_ward_grows_less_as_it_waits(

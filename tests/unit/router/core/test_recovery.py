@@ -240,6 +240,14 @@ def test_the_end_of_a_replica_that_was_drained_and_removed_is_no_death(
     assert (fleet.state.fleet.replicas == [None]) is gone
 
 
+def test_a_lost_replica_s_streams_count_as_lost_and_not_as_drained() -> None:
+    fleet = CoreFleet(replicas=2)
+    request = fleet.submit()
+    fleet.tokens(request, 1)
+    fleet.lose(fleet.replica_of(request))
+    assert fleet.pool.measures.resumes == {"lost": 1, "drained": 0}
+
+
 def test_a_session_that_is_given_up_is_cut_and_lost() -> None:
     fleet = CoreFleet(replicas=1)
     replica, link = fleet.replicas[0], fleet.link(fleet.replicas[0])

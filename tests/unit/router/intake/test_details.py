@@ -87,3 +87,5 @@ def test_details_without_a_token_go_at_once_wait_for_held_tokens_or_are_dropped_
     assert client_details(fleet) == ([(request.stream, [], [1, 2])] if passed else [])
     assert bool(woken) is passed
     assert request.held_details == ([raw] if way == "held" else [])
+    take_lone_details(fleet.state, request, [raw])
+    assert request.held_details == ([raw, raw] if way == "held" else [])

@@ -149,6 +149,16 @@ def test_held_delivery_gives_the_first_token_at_once_and_coalesced_ones_are_due_
     assert int(fleet.state.slots.sink[request.slot]) == DIRECT
 
 
+def test_rows_of_held_tokens_are_kept_in_order_until_their_tokens_go() -> None:
+    fleet = CoreFleet(replicas=1)
+    request = fleet.submit(delivery=tokens_pb2.DELIVERY_FIRST_THEN_ALL)
+    for rank in (1, 2, 3):
+        fleet.frame(fleet.replicas[0], stream=[request.slot], token=[rank], detail=[rows(request.slot, rank)])
+    assert [list(detail.logprobs.rank) for detail in details_of(fleet, request)] == [[1]]
+    fleet.finish(request)
+    assert [list(detail.logprobs.rank) for detail in details_of(fleet, request)] == [[1], [2], [3]]
+
+
 @pytest.mark.parametrize("delivery", [tokens_pb2.DELIVERY_COALESCE, tokens_pb2.DELIVERY_FIRST_THEN_ALL])
 def test_held_tokens_of_a_replay_wait_until_it_is_through(delivery: int) -> None:
     fleet = CoreFleet(replicas=2)

@@ -141,7 +141,8 @@ def test_what_is_measured_is_the_difference_between_reports_that_lie_far_enough_
     second = dict(zip(FIRST, (1000 + prompt, 2000 + generated, 3_000_000 + busy_us, 400 + steps), strict=True))
     report(fleet, replica, running=4, **second)
     assert replica.load_totals == tuple((second if counted else FIRST).values())
-    assert replica.step_s == pytest.approx(step_s)
+    assert replica.step_s == pytest.approx(step_s, rel=1e-9)
+    assert replica.steps == (steps if step_s else 0)
     assert capacity.observed == observed
     assert bool(fleet.pool.rates_by_kind) is bool(observed)
 

@@ -109,17 +109,31 @@ def test_a_foreign_stream_in_one_of_several_frames_spoils_no_other_count(counted
     assert fleet.received(own[1]) == ([7, 8, 9, 10] if counted else [2])
 
 
-def test_frames_with_and_without_counts_are_taken_together() -> None:
+@pytest.mark.parametrize("counted", [(False, False), (True, False), (False, True), (True, True)])
+def test_frames_with_and_without_counts_are_taken_together(counted: tuple[bool, bool]) -> None:
     fleet = CoreFleet(replicas=2)
     requests = [fleet.submit() for _ in range(2)]
-    first, second = (fleet.replica_of(request) for request in requests)
+    replicas = [fleet.replica_of(request) for request in requests]
+    made = [3 if one else 1 for one in counted]
     frames = [
-        (first, tokens_pb2.Frame(stream=[requests[0].slot], token=[5]).SerializeToString()),
-        (second, tokens_pb2.Frame(stream=[requests[1].slot], count=[3], token=[6, 7, 8]).SerializeToString()),
+        encoded(replica, request.slot, count=[3] if one else None)
+        for replica, request, one in zip(replicas, requests, counted, strict=True)
     ]
-    on_frames(fleet.state, frames, fleet.now)
-    assert [fleet.received(request) for request in requests] == [[5], [6, 7, 8]]
-    assert [replica.generated_tokens for replica in (first, second)] == [1, 3]
+    for turn in (1, 2):
+        on_frames(fleet.state, frames, fleet.now)
+        assert [fleet.received(one) for one in requests] == [list(range(count)) * turn for count in made]
+        assert [replica.generated_tokens for replica in replicas] == [count * turn for count in made]
+        assert fleet.pool.measures.generated_tokens == sum(made) * turn
+        assert fleet.state.frames == 2 * turn
+
+
+def test_foreign_tokens_of_every_frame_are_counted() -> None:
+    fleet = CoreFleet(replicas=2)
+    request = fleet.submit()
+    other = next(replica for replica in fleet.replicas if replica is not request.replica)
+    for turn in (1, 2):
+        on_frames(fleet.state, [encoded(other, request.slot)], fleet.now)
+        assert (fleet.state.ledger.foreign_tokens, other.generated_tokens) == (turn, 0)
 
 
 def test_a_first_token_is_urgent_and_a_later_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,13 +147,14 @@ def test_a_first_token_is_urgent_and_a_later_one_is_not(monkeypatch: pytest.Monk
     assert woken == [True, False]
 
 
-def test_tokens_of_a_session_that_left_are_dropped_and_others_get_theirs() -> None:
+@pytest.mark.parametrize("left", [0, 2])
+def test_tokens_of_a_session_that_left_are_dropped_and_others_get_theirs(left: int) -> None:
     fleet = CoreFleet(replicas=1)
-    left, there = fleet.submit(), fleet.submit()
-    fleet.state.slots.sink[left.slot] = 1
-    fleet.state.sinks.append(None)
-    on_frames(fleet.state, [encoded(fleet.replicas[0], left.slot, there.slot)], fleet.now)
-    assert fleet.received(there) == [1]
+    gone, there = fleet.submit(), fleet.submit()
+    fleet.state.sinks = [None, fleet.sink, None]
+    fleet.state.slots.sink[gone.slot], fleet.state.slots.sink[there.slot] = left, 1
+    on_frames(fleet.state, [encoded(fleet.replicas[0], gone.slot, there.slot)], fleet.now)
+    assert (fleet.received(gone), fleet.received(there)) == ([], [1])
     assert fleet.state.ledger.delivered_tokens == 1
 
 
