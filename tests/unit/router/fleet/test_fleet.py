@@ -197,6 +197,7 @@ def test_the_rate_of_a_model_is_that_of_those_that_serve_once_one_was_measured()
         ([(10, 10)] * 8 + [(10, 190)] * 2, 100, 22),  # long allowances weigh more: 100 of 460
         ([(50, 20)] * 8, 100, 100),  # more than was allowed counts as all of it
         ([(0, 0)] * 8, 100, 1),
+        ([(1, 1)] * 8, 100, 100),
     ],
 )
 def test_answers_are_expected_to_take_the_share_that_they_took(

@@ -87,3 +87,18 @@ def test_those_that_do_not_serve_are_not_named(lost: str) -> None:
     setattr(fleet.replicas[9], lost, lost == "draining")
     found = slow_replicas(fleet.pool, BreakerConfig(eject_ratio=0.25, max_ejected=0.5), 100.0)
     assert [replica.name for replica in found] == ["m-8"]
+
+
+def test_the_slow_of_every_kind_are_named() -> None:
+    assert slow([1.0, 1.0, 1.0, 8.0, 1.0, 1.0, 1.0, 9.0], kinds="aaaabbbb") == ["m-7", "m-3"]
+
+
+@pytest.mark.parametrize(("already_out", "found"), [(0, ["m-9", "m-8"]), (1, ["m-9"]), (2, []), (3, [])])
+def test_each_that_is_out_leaves_room_for_one_fewer(already_out: int, found: list[str]) -> None:
+    fleet = CoreFleet(replicas=10)
+    for replica, step_s in zip(fleet.replicas, [1.0] * 7 + [7.0, 8.0, 9.0], strict=True):
+        replica.step_s, replica.steps = step_s, 64
+    for replica in fleet.replicas[:already_out]:
+        replica.ejected_until_s = 200.0
+    config = BreakerConfig(eject_ratio=0.25, max_ejected=0.2)
+    assert [replica.name for replica in slow_replicas(fleet.pool, config, 100.0)] == found
