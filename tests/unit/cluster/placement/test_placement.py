@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -216,3 +217,28 @@ def test_what_blocks_a_replica_is_data_beside_the_sentence(
     requests: list[ReplicaRequest], inventory: Inventory, kind: BlockedKind
 ) -> None:
     assert only_blocked(requests, inventory).kind is kind
+
+
+def test_where_not_everything_fits_a_model_that_runs_already_comes_after_one_that_does_not() -> None:
+    inventory = cluster(node("a", 2))
+    (runs,) = all_placed(wanted(1, "m"), inventory)
+    more = [replace(wanted(1, "m")[0], replica="m-1"), *wanted(1, "n")]
+    outcomes = place(more, inventory, [runs])
+    assert [type(outcome) for outcome in outcomes] == [Blocked, Placement]
+
+
+@pytest.mark.parametrize("wide", [{"tensor": 4}, {"pipeline": 4}, {"tensor": 2, "pipeline": 2}])
+def test_where_not_everything_fits_the_widest_first_replica_comes_first(wide: dict[str, int]) -> None:
+    outcomes = place([*wanted(1, "narrow"), *wanted(1, "wide", **wide)], cluster(node("a", 4)))
+    assert [type(outcome) for outcome in outcomes] == [Blocked, Placement]
+
+
+def test_what_is_placed_beside_something_blocked_still_spreads() -> None:
+    outcomes = place([*wanted(1, "wide", tensor=9), *wanted(2, "n")], cluster(node("a", 4), node("b", 4)))
+    assert {outcome.driver_node for outcome in outcomes if isinstance(outcome, Placement)} == {"a", "b"}
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 0}, {"pipeline": 0}, {"data": 0}])
+def test_a_size_below_one_is_a_mistake_of_the_caller(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="replica m-0: parallel sizes must be at least 1"):
+        place([ReplicaRequest("m-0", "m", **sizes)], cluster(node("a")))

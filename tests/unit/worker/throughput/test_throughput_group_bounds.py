@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from megatoken.worker.throughput.decide.group import Attended, Attendee, Group, GroupPolicy, Groups, Stance
+from megatoken.worker.throughput.decide.group import (
+    Attended,
+    Attendee,
+    Group,
+    GroupPolicy,
+    Groups,
+    Stance,
+    common_backend,
+)
 
 POLICY = GroupPolicy(silence_s=1.5, settle_s=0.25, gather_s=0.25, gather_max_s=1.0, form_s=3.0, hold_s=0.5)
 
@@ -171,3 +179,42 @@ def test_a_group_that_might_be_adopted_is_waited_for_up_to_its_bound(
     assert (group is not None) is published
     if group is not None:
         assert (group.epoch, group.agents) == (8, ("a",))
+
+
+def test_a_second_agent_of_a_node_replaces_the_first_until_it_leaves() -> None:
+    groups = Groups(POLICY)
+    old, new = attendee("old"), replace(attendee("new"), node="node-old")
+    groups.attended(Attended(old), 0.0)
+    groups.attended(Attended(new), 0.125)
+    assert {agent: refused.text for agent, refused in groups.refusals().items()} == {
+        "old": "node node-old has a newer agent, new"
+    }
+    groups.left("new", 0.25)
+    assert groups.refusals() == {}
+
+
+def test_an_agent_that_changes_its_backends_is_judged_again() -> None:
+    groups = Groups(POLICY)
+    for name in "abc":
+        groups.attended(Attended(attendee(name)), 0.0)
+    assert groups.refusals() == {}
+    groups.attended(Attended(attendee("c", backends=("nccl/cuda",))), 0.125)
+    groups.attended(Attended(attendee("a")), 0.125)
+    assert set(groups.refusals()) == {"c"}
+    assert groups.attended(Attended(attendee("c", backends=("nccl/cuda",))), 0.25) == groups.refusals()["c"]
+
+
+@pytest.mark.parametrize(
+    ("offered", "common"),
+    [
+        ([], "gloo"),
+        ([()], "gloo"),
+        ([("gloo", "nccl/cuda"), ("nccl/cuda", "gloo")], "nccl/cuda"),
+        ([("gloo", "nccl/cuda"), ("gloo",)], "gloo"),
+        ([("mpi", "gloo"), ("gloo", "mpi")], "gloo"),
+        ([("mpi", "ucc")], "ucc"),
+        ([("nccl/cuda", "nccl/rocm")], "nccl/rocm"),
+    ],
+)
+def test_the_fastest_backend_that_most_can_use_is_common(offered: list[tuple[str, ...]], common: str) -> None:
+    assert common_backend(attendee(f"a{at}", backends=names) for at, names in enumerate(offered)) == common
