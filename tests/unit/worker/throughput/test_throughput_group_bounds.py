@@ -218,3 +218,47 @@ def test_an_agent_that_changes_its_backends_is_judged_again() -> None:
 )
 def test_the_fastest_backend_that_most_can_use_is_common(offered: list[tuple[str, ...]], common: str) -> None:
     assert common_backend(attendee(f"a{at}", backends=names) for at, names in enumerate(offered)) == common
+
+
+def published_at(groups: Groups, until: float, ticks: frozenset[float] = frozenset()) -> list[float]:
+    """When groups are published while agent a reports a failure every 1/8 s, but ticks at the given times."""
+    times = []
+    now = 0.375
+    while now <= until:
+        if now in ticks:
+            ticking(groups, "a", now)
+        else:
+            failed(groups, "a", now)
+        if groups.poll(now) is not None:
+            times.append(now)
+        now += 0.125
+    return times
+
+
+def test_a_group_that_never_ticks_is_tried_again_ever_more_rarely() -> None:
+    groups = Groups(POLICY)
+    groups.attended(Attended(attendee("a")), 0.0)
+    groups.poll(0.25)
+    assert published_at(groups, 4.0) == [0.375, 0.5, 1.0, 2.0, 4.0]
+
+
+def test_a_group_that_ticked_waits_out_its_pause_once_and_begins_with_short_ones() -> None:
+    groups = Groups(POLICY)
+    groups.attended(Attended(attendee("a")), 0.0)
+    groups.poll(0.25)
+    assert published_at(groups, 2.25, frozenset({1.125})) == [0.375, 0.5, 1.0, 2.0, 2.125, 2.25]
+
+
+@pytest.mark.parametrize(("now", "joins"), [(3.125, False), (3.25, True)])
+def test_a_group_that_does_not_form_is_waited_for_up_to_its_bound(now: float, joins: bool) -> None:
+    groups = Groups(POLICY)
+    groups.attended(Attended(attendee("a")), 0.0)
+    groups.poll(0.25)
+    at = 0.25
+    while at < now:
+        at += 0.125
+        groups.attended(Attended(attendee("a"), 1, Stance.FORMING), at)
+        groups.attended(Attended(attendee("b")), at)
+        group = groups.poll(at)
+        assert group is None or at == now
+    assert (group is not None) is joins
