@@ -295,3 +295,18 @@ TENSOR = "it must divide 4 attention heads and go evenly with 2 KV heads: one of
 )
 def test_every_size_is_checked_at_its_bound(experts: int, sizes: dict[str, int], problems: tuple[str, ...]) -> None:
     assert parallel_problems(replace(SMALL, experts=experts), **sizes) == problems
+
+
+def test_an_odd_split_rounds_down_to_whole_values() -> None:
+    odd = replace(SMALL, intermediate=25, hidden=2, vocab=33)
+    assert memory_need(odd, tensor=4, batched_tokens=10, runtime_bytes=0).workspace == 10 * 12 * 2 + 1024 * 8 * 4
+    assert memory_need(replace(SMALL, kv_heads=6), tensor=4).kv_per_token == 32
+
+
+def test_no_size_asked_for_is_one_of_each() -> None:
+    assert parallel_problems(replace(SMALL, layers=1, heads=1, kv_heads=1, experts=0)) == ()
+
+
+def test_a_tied_head_has_a_copy_on_the_last_of_two_stages() -> None:
+    heavy_end = replace(MIXED, layers=2, expert_intermediate=8, tied_head=True)
+    assert memory_need(heavy_end, pipeline=2).weights == 384 + 1984 + 512
