@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from megatoken.cluster.inventory.topology import Inventory
-from megatoken.cluster.placement.place import BlockedKind, Constraints, ReplicaRequest, Separate, TpSpan
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.cluster.placement.place import (
+    Blocked,
+    BlockedKind,
+    Constraints,
+    Placement,
+    Rank,
+    ReplicaRequest,
+    Separate,
+    TpSpan,
+    place,
+)
 from tests.support.placements import GIB, cluster, linked, node, only_blocked, wanted
 
 
@@ -206,3 +216,18 @@ def test_the_reason_and_the_way_out_are_whole_sentences(
 ) -> None:
     blocked = only_blocked(requests, inventory)
     assert (blocked.kind, blocked.reason, blocked.unblock) == (kind, reason, unblock)
+
+
+@pytest.mark.parametrize(("memory", "too_small"), [(0, False), (1, True)])
+def test_memory_that_is_unknown_is_never_called_too_small(memory: int, too_small: bool) -> None:
+    devices = (Device("mi355x", 0, memory), Device("mi355x", 1, 10))
+    blocked = only_blocked(wanted(3, device_memory_bytes=11), Inventory((Node("a", "a", devices),)))
+    assert (blocked.kind is BlockedKind.MEMORY) is too_small
+
+
+@pytest.mark.parametrize(("devices", "kind"), [(1, BlockedKind.CAPACITY), (2, BlockedKind.CONSTRAINT)])
+def test_anti_affinity_is_the_cause_when_without_it_the_devices_would_do(devices: int, kind: BlockedKind) -> None:
+    stands = Placement("n-0", "n", (Rank(0, "a", 0, "mi355x"),), avoid=("m",))
+    (outcome,) = place(wanted(1, tensor=2), cluster(node("a", devices + 1)), [stands])
+    assert isinstance(outcome, Blocked)
+    assert outcome.kind is kind
