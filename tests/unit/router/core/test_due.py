@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from megatoken.router.core.due import Due
 from megatoken.router.core.lifecycle import RequestState
 
+NUMBERS = count()
+
 
 def request(state: RequestState = RequestState.RUNNING) -> Any:
-    return SimpleNamespace(state=state)
+    return SimpleNamespace(state=state, number=next(NUMBERS))
 
 
 def test_entries_come_when_their_time_has_come_earliest_first_and_in_turn_at_the_same_time() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from megatoken.router.core.lifecycle import RequestState
 from megatoken.router.core.placement import place_waiting, routing_request
+from megatoken.router.fleet.fleet import Endpoint, Pool
 from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.streams.slots import DIRECT
 from tests.support.router_core import LENGTH, CoreFleet
@@ -177,3 +180,26 @@ def test_a_suspect_that_cannot_be_started_is_tried_nowhere(monkeypatch: pytest.M
     assert (request.state, other.trial) == (RequestState.FINISHED, None)
     fleet.tick()
     assert not other.ward
+
+
+def test_a_request_that_no_policy_can_choose_for_is_passed_over_at_once() -> None:
+    fleet = CoreFleet(replicas=1, max_running=1, admission={"replica_slack": 1.0})
+    fleet.state.faults.caught = lambda where, error: None  # type: ignore[method-assign]
+    running = fleet.submit()
+    odd, next_one = fleet.submit(affinity="odd"), fleet.submit()
+    choose = fleet.pool.policy.choose
+
+    class Picky:
+        name, wants_prefix = "picky", False
+
+        def choose(self, pool: Pool, asked: RoutingRequest, rng: random.Random) -> Endpoint | None:
+            if asked.affinity == "odd":
+                raise ValueError("odd")
+            return choose(pool, asked, rng)
+
+    fleet.pool.policy = Picky()
+    replica = fleet.replica_of(running)
+    replica.limit = 2
+    fleet.state.fleet.refresh(replica, fleet.now)
+    place_waiting(fleet.state, fleet.pool, fleet.now)
+    assert (odd.state, next_one.state) == (RequestState.FINISHED, RequestState.RUNNING)

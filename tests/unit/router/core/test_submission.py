@@ -38,6 +38,11 @@ def test_choices_are_seeded_one_after_the_other(n: int, seed: int, seeds: list[i
     assert [(sampling.seed, sampling.n) for sampling in sent] == [(one, sent_n) for one in seeds]
 
 
+def test_a_request_that_says_nothing_of_choices_is_sent_as_it_is() -> None:
+    fleet = CoreFleet(replicas=1)
+    assert not fleet.started(fleet.submit(seed=7)).sampling.HasField("n")
+
+
 def test_choices_without_a_seed_get_none() -> None:
     fleet = CoreFleet(replicas=1)
     fleet.submit(n=2, temperature=1.0)
@@ -139,9 +144,10 @@ def test_a_refusal_is_counted_unless_the_request_was_wrong_and_leaves_nothing(
     fleet = CoreFleet(replicas=1)
     for name, value in settings.items():
         setattr(fleet.state, name, value)
-    with pytest.raises(error):
-        fleet.submit(**fields)
-    assert fleet.state.ledger.refused == refused
+    for turn in (1, 2):
+        with pytest.raises(error):
+            fleet.submit(**fields)
+        assert fleet.state.ledger.refused == refused * turn
     assert (fleet.state.live, fleet.state.live_bytes, fleet.sink.requests) == (0, 0, {})
 
 

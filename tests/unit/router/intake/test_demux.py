@@ -59,6 +59,8 @@ def history(slots: SlotTable, pages: TokenPages, slot: int) -> list[int]:
         ),
         ((DIRECT, DIRECT), [1, 0], None, [5, 6], [], [(1, [5]), (0, [6])]),
         ((DIRECT, DIRECT), [1, 0], [2, 1], [5, 6, 7], [], [(1, [5, 6]), (0, [7])]),
+        ((DIRECT,) * 3, [0, 1, 2], None, [5, 6, 7], [], [(0, [5]), (1, [6]), (2, [7])]),
+        ((DIRECT,) * 3, [0, 1, 2], [1, 2, 1], [5, 6, 7, 8], [], [(0, [5]), (1, [6, 7]), (2, [8])]),
         ((0, DIRECT, 0), [0, 1, 2], None, [5, 6, 7], [(0, [100, 102], None, [5, 7])], [(1, [6])]),
         (
             (0, DIRECT, 1), [0, 1, 2], [2, 2, 1], [5, 6, 7, 8, 9],
@@ -98,6 +100,14 @@ def test_tokens_of_streams_that_their_sender_does_not_have_are_dropped(count: li
     assert slots.last_s[:3].tolist() == [9.0, 1.0, 9.0]
     both = sort(slots, pages, [0, 1, 2], None, [1, 2, 3], np.array([0, 1, 1]))
     assert (both.tokens, both.foreign, both.slots.tolist()) == (2, 1, [0, 1])
+
+
+@pytest.mark.parametrize("count", [None, [2, 1]])
+def test_a_frame_of_foreign_streams_alone_leaves_nothing(count: list[int] | None) -> None:
+    slots, pages = table(0, 0)
+    found = sort(slots, pages, [0, 1], count, [5, 6, 7][: sum(count or [1, 1])], 1)
+    assert (found.parts, found.direct, found.tokens, found.foreign) == ([], [], 0, sum(count or [1, 1]))
+    assert slots.generated[:2].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("stream", "fits"), [(7, True), (8, False), (9, False)])

@@ -73,7 +73,21 @@ def test_a_finish_names_its_replica_and_counts_what_the_client_has(named: str, t
     assert end is not None
     assert (end.replica, end.generated_tokens, end.cached_tokens) == (told, 2, 2)
     assert (fleet.state.ledger["cached_tokens"], fleet.pool.measures.cached_tokens) == (2, 2)
+    assert request.slot == -1
     fleet.check_idle()
+    fleet.finish(fleet.submit(), cached_tokens=3)
+    assert (fleet.state.ledger["cached_tokens"], fleet.pool.measures.cached_tokens) == (5, 5)
+
+
+def test_a_fault_after_the_slot_was_freed_frees_it_no_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = CoreFleet(replicas=1)
+    fleet.state.faults.caught = lambda where, error: None  # type: ignore[method-assign]
+    request = fleet.submit()
+    monkeypatch.setattr("megatoken.router.intake.finishes.settle", lambda *_: 1 / 0)
+    fleet.finish(request)
+    end = fleet.end(request)
+    assert end is not None
+    assert (end.code, fleet.state.slots.taken) == (13, 0)
 
 
 @pytest.mark.parametrize(("again", "told"), [(1, 3), (2, 3), (3, 3), (4, 4)])
@@ -113,6 +127,7 @@ def test_the_first_token_of_an_attempt_clears_request_and_replica_once() -> None
         assert (replica.prompt_outstanding, request.first_s) == (0, fleet.now)
         assert (fleet.state.ledger["prompt_tokens"], fleet.pool.measures.prompt_tokens) == (7, 7)
         assert (int(fleet.pool.measures.first_token_s.counts.sum()), fleet.pool.measures.first_token_s.sum) == (1, 1.5)
+    assert fleet.state.latencies.first_token.percentiles_ms((0.5,), fleet.now) == [pytest.approx(1500, rel=0.1)]
 
 
 def test_a_later_attempt_s_first_token_is_no_first_token_of_the_request() -> None:
@@ -127,8 +142,16 @@ def test_a_later_attempt_s_first_token_is_no_first_token_of_the_request() -> Non
     assert fleet.state.ledger["prompt_tokens"] == 3 + 4
 
 
-def test_another_request_s_first_token_ends_no_lone_try_and_closes_the_circuit_of_its_replica() -> None:
+def test_every_attempt_s_prompt_is_counted() -> None:
     fleet = CoreFleet(replicas=1)
+    for turn in (1, 2):
+        fleet.tokens(fleet.submit(prompt=(1, 2)), 1)
+        assert (fleet.state.ledger["prompt_tokens"], fleet.pool.measures.prompt_tokens) == (2 * turn, 2 * turn)
+
+
+@pytest.mark.parametrize("failures", [1, 5])
+def test_another_request_s_first_token_ends_no_lone_try_and_closes_the_circuit_of_its_replica(failures: int) -> None:
+    fleet = CoreFleet(replicas=1, breaker={"failures": failures})
     request, other = fleet.submit(), fleet.submit()
     replica = fleet.replicas[0]
     replica.trial = other

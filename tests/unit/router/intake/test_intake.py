@@ -126,3 +126,26 @@ def test_a_fault_in_a_usage_or_a_report_is_counted_and_costs_nobody(part: str, m
         monkeypatch.setattr("megatoken.router.intake.intake.take_load", lambda *_: 1 / 0)
         fleet.frame(fleet.replicas[0], load=tokens_pb2.Load(running=1))
     assert (caught, request.state, fleet.replicas[0].connected) == ([part], RequestState.RUNNING, True)
+
+
+def test_a_replica_that_is_given_up_costs_no_other_of_the_same_moment_its_tokens_or_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleet = CoreFleet(replicas=2, resume={"max_resumes": 0})
+    fleet.state.faults.caught = lambda where, error: None  # type: ignore[method-assign]
+    bad, good = fleet.submit(), fleet.submit()
+    monkeypatch.setattr("megatoken.router.intake.intake.details_by_slot", lambda *_: 1 / 0)
+    batch = [
+        encoded(fleet.replica_of(bad), detail=[tokens_pb2.Detail(stream=bad.slot)], stream=[bad.slot], token=[7]),
+        encoded(
+            fleet.replica_of(good),
+            stream=[good.slot],
+            token=[8],
+            finish=[tokens_pb2.Finish(stream=good.slot, reason=STOP)],
+        ),
+    ]
+    on_frames(fleet.state, batch, fleet.now)
+    assert (fleet.received(bad), fleet.received(good)) == ([], [8])
+    end = fleet.end(good)
+    assert end is not None
+    assert end.reason == STOP
