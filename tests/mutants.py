@@ -8,7 +8,8 @@ A mutant is a decision that is made otherwise: a comparison, a sign, an operator
 What mutmut does beside that (arguments left out or None, texts in capitals) the type checker refuses or a reader sees.
 
 Works on a copy in build/mutants, in the layout that is installed, since mutmut finds modules by their paths. Prints
-what went unnoticed, as differences, and writes bench-results/mutants.json. Exits with 1 below BAR.
+what went unnoticed, as differences, and writes bench-results/mutants.json. Mutants that change nothing that anybody
+could see are listed with the reason in equivalent_mutants.txt, and do not count. Exits with 1 below BAR.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Final
 from tests.support.paths import REPOSITORY as ROOT
 
 BAR: Final = 0.9
+EQUIVALENT: Final = ROOT / "tests" / "equivalent_mutants.txt"
 PURE: Final = (
     "cluster/decide", "cluster/placement", "cluster/inventory",
     "router/core", "router/intake", "router/streams", "router/fleet", "router/policies", "router/admission",
@@ -145,6 +147,21 @@ NAMES: Final = {  # mutmut.stats.status_by_exit_code
 }  # fmt: skip
 
 
+def equivalents() -> dict[str, set[str]]:
+    """By module: the differences that are listed. The file has a module, below it a difference, below that a reason."""
+    found: dict[str, set[str]] = {}
+    module = ""
+    for line in EQUIVALENT.read_text().splitlines():
+        depth = len(line) - len(line.lstrip())
+        if line.startswith("#") or not line.strip():
+            continue
+        if depth == 0:
+            module = installed_path(line.strip())
+        elif depth == 4:
+            found.setdefault(module, set()).add(line.strip())
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.mutants")
     parser.add_argument("modules", nargs="*", help="paths in the tree; default: what changed since --base")
@@ -168,12 +185,19 @@ def main() -> int:
     if not total:
         print("mutmut made no mutant", file=sys.stderr)
         return done.returncode or 2
+    listed = equivalents()
     for module, states in found.items():
+        unnoticed = [mutant for mutant, state in states.items() if state in ("survived", "not reached")]
+        lines = dict(zip(unnoticed, differences((work / "mutants" / module).read_text(), unnoticed), strict=True))
+        for mutant, line in list(lines.items()):
+            if line in listed.get(module, ()):
+                states[mutant] = "equivalent"
+                del lines[mutant]
         counts = Counter(states.values())
         print(f"{module}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
-        unnoticed = [mutant for mutant, state in states.items() if state in ("survived", "not reached")]
-        for line in differences((work / "mutants" / module).read_text(), unnoticed):
+        for line in lines.values():
             print(f"    {line}")
+    total = Counter(state for states in found.values() for state in states.values())
     caught = total["killed"] + total["timed out"]
     share = caught / max(1, caught + total["survived"] + total["not reached"])
     print(f"noticed: {share:.1%} of {sum(total.values())} mutants; the bar is {BAR:.0%}")

@@ -36,7 +36,9 @@ def _static(request: ReplicaRequest, nodes: Sequence[Node]) -> Explanation | Non
             return (
                 BlockedKind.CAPACITY if title == DEVICES else BlockedKind.CONSTRAINT,
                 f"{_need(request)}, but no node has {title} (there is: {_listed(known)}).",
-                f"Add such a node, or change the constraint on {title.split(' ')[0]}.",
+                "Add a node with devices."
+                if title == DEVICES
+                else f"Add such a node, or change the constraint on {title.split(' ')[0]}.",
             )
         devices = kept
     need = request.device_memory_bytes
@@ -102,7 +104,7 @@ def _capacity(
     fits = sum(host.fits(tensor, span, need) for host in hosts)
     free = sum(host.free for host in hosts)
     what = f"{_need(request)} ({_groups(request)})"
-    reason = f"{what}, but only {_devices(free)} stand free on the {len(hosts)} nodes it may use"
+    reason = f"{what}, but only {_devices(free)} stand free on the {len(hosts)} node{_s(len(hosts))} it may use"
     kind = BlockedKind.CAPACITY
     if free >= request.width:
         kind = BlockedKind.TOPOLOGY
