@@ -620,7 +620,7 @@ async def port_held(outcome: Outcome) -> None:
 
 async def run(scale: float) -> Outcome:
     """`scale`: the share of the calls at which the controller is killed; each harm to files is done at any scale."""
-    log = logging.getLogger("cluster")
+    log = logging.getLogger("megatoken.cluster")
     before = log.level
     log.setLevel(logging.CRITICAL + 1)  # it tells of each harm, with its stack
     try:

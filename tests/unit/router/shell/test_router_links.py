@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ async def test_a_link_uses_no_other_replica_at_its_address_and_tries_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, incarnation: int
 ) -> None:
     monkeypatch.setattr(link_module, "Pauses", lambda: Pauses(0.01, 0.01))
+    caplog.set_level(logging.WARNING, logger=link_module.__name__)  # whatever a library has switched off
     fleet = CoreFleet(replicas=1)
     (replica,) = fleet.replicas
     fleet.lose(replica)
