@@ -132,13 +132,20 @@ def _admit(
     ]
     state.callers.enter(caller, choices, cost, now, size_bytes)
     if own is not None:
-        try:
-            own(requests)
-        except BaseException:
-            for request in requests:
-                state.callers.leave(caller, request.cost_tokens, 0)
-            raise
+        _hand_over(state, requests, caller, own)
     return requests
+
+
+def _hand_over(
+    state: RouterState, requests: list[Request], caller: Caller, own: Callable[[list[Request]], None]
+) -> None:
+    """Tells the sink which requests are its own; gives the charge back if it does not take them."""
+    try:
+        own(requests)
+    except BaseException:
+        for request in requests:
+            state.callers.leave(caller, request.cost_tokens, 0)
+        raise
 
 
 def _choice_bytes(message: GenerateRequest, choice: int, choices: int) -> bytes:

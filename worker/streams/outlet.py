@@ -108,7 +108,9 @@ class Outlet:
     def take(self) -> Taken | None:
         """What waits, up to a frame's limits; None when nothing does."""
         load, self._load = self._load, None
-        usage, self._usage = self._usage[:FRAME_USAGE], self._usage[FRAME_USAGE:]
+        usage: list[pb.LeaseUsage] = []
+        if self._usage:
+            usage, self._usage = self._usage[:FRAME_USAGE], self._usage[FRAME_USAGE:]
         parts = self._outbox.take_parts()
         if self._outbox or self._usage:
             self._ready.set()

@@ -70,7 +70,7 @@ class FrameOutbox:
         self.urgent = True
 
     def add_refusals(self, finishes: list[bytes]) -> None:
-        """Ends that nothing else bounds: the caller is read from no further while too many wait."""
+        """Ends without a step or a frame of their own, refusals above all: their number tells who reads no answers."""
         if finishes:
             self.add_part(FramePart(None, None, None, _NONE, finishes))
             self.refusals += len(finishes)
