@@ -11,18 +11,18 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from megatoken.access.credentials import dump
 from megatoken.access.files import CredentialsFile
 from megatoken.cluster.controller.desired_state import DesiredState
 from megatoken.cluster.controller.events import EventLog
 from megatoken.cluster.controller.links import Links
 from megatoken.cluster.controller.polls import Polls, Readable
+from megatoken.cluster.controller.processes import STOP_GRACE_S, Processes
 from megatoken.cluster.controller.publisher import Members, Publisher
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.controller.status import (
@@ -49,11 +49,11 @@ from megatoken.cluster.decide.fleet import (
 )
 from megatoken.cluster.decide.launches import LOOPBACK, LaunchContext, worker_launch
 from megatoken.cluster.decide.liveness import LivenessLimits
-from megatoken.cluster.decide.processes import Record, supervise, wanted_processes
+from megatoken.cluster.decide.processes import wanted_processes
 from megatoken.cluster.decide.reconciler import reconcile
 from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Inventory
-from megatoken.cluster.secrets_keeper import SecretsKeeper, process_credentials
+from megatoken.cluster.secrets_keeper import SecretsKeeper
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.errors import NotFoundError, UnavailableError
 from megatoken.tls import ClientTls
@@ -64,11 +64,9 @@ Result = TypeVar("Result")
 
 BUSY_WAIT_S = 0.2  # between looks while something is on its way
 TAIL_S = 5.0  # for a process to say its last lines
-STOP_GRACE_S = 5.0  # of a worker that has no request left
 INSPECT_S = 5.0  # for the nodes of replicas that hang to say what their processes do
 STUCK_S = 180.0  # no call of Ray that returns takes this long; past it the controller is started anew
 STUCK_CHECK_S = 1.0
-CREDENTIALS_S = 2.0  # for processes to take new credentials; those that did not are told again at the next tick
 ROTATION_POLL_S = 0.1
 LIVE_STATES_MOVING = frozenset({ReplicaState.RESERVING, ReplicaState.STARTING, ReplicaState.DRAINING})
 
@@ -102,7 +100,6 @@ class Controller:
         self._wake = asyncio.Event()
         self.desired_state = DesiredState(store, self.tell, self._wake.set)
         self.fleet: Fleet = on_this_clock(store.fleet(), time.monotonic())
-        self.records: Mapping[str, Record] = {}
         self.backend_state = BackendState(complete=False)
         self.inventory = Inventory()
         self.devices = DeviceStrikes()
@@ -110,6 +107,7 @@ class Controller:
         self.publisher = Publisher(store, self.tell)
         self.credentials = CredentialsFile(secrets.own_path)
         self.links = Links(settings.tls, self.credentials.metadata)
+        self.processes = Processes(secrets, self._in_thread, self.tell, self._survived)
         self._polls = Polls(self.links, self._readable, self._survived)
         self.closed = asyncio.Event()
         self.address = ""
@@ -206,7 +204,7 @@ class Controller:
         for event in plan.events:
             self.tell(event)
         self._publish_snapshot()  # before anything is done: who drains or failed is told even if an action fails
-        await self._keep_secrets(backend, now)
+        await self._tell_secrets(backend, now)
         await self._apply(backend, plan.actions)
         self.desired_state.settle_updates(self.fleet)
         processes_left = await self._supervise(backend, now)
@@ -315,35 +313,16 @@ class Controller:
 
     async def _supervise(self, backend: Backend, now: float) -> bool:
         """Starts and stops routers, edges and agents; says whether any is left."""
-        live = any(replica.live for replica in self.fleet.replicas)
-        wanted = (
-            ()
-            if self.desired_state.stopping and not live
-            else wanted_processes(self.desired_state.spec, self.inventory, self.fleet, self._context)
-        )
         if not self.backend_state.complete:
             return True
-        decision = supervise(wanted, self.backend_state.processes, self.records, now)
-        self.records = decision.records
-        for name, record in decision.changed:
-            message = record.state + (f": {record.reason}" if record.reason else "")
-            self.tell(ClusterEvent("process.state", name, message, "observed", {"kind": record.kind}))
-
-        def call() -> None:
-            for launch in decision.start:
-                try:
-                    backend.start_process(launch)
-                except Exception:
-                    self._survived("start of a process")
-            for name, grace_s in decision.stop:
-                try:
-                    backend.stop_process(name, min(grace_s, STOP_GRACE_S) if self.desired_state.stopping else grace_s)
-                except Exception:
-                    self._survived("stop of a process")
-
-        if decision.start or decision.stop:
-            await self._in_thread(call)
-        return bool(self.backend_state.processes or decision.start)
+        live = any(replica.live for replica in self.fleet.replicas)
+        stopping = self.desired_state.stopping
+        wanted = (
+            ()
+            if stopping and not live
+            else wanted_processes(self.desired_state.spec, self.inventory, self.fleet, self._context)
+        )
+        return await self.processes.supervise(backend, self.backend_state, wanted, now, stopping=stopping)
 
     async def rotate_tokens(self) -> str:
         """Makes every token anew; the operator's, once all processes show theirs. Raises UnavailableError."""
@@ -354,25 +333,10 @@ class Controller:
             await asyncio.sleep(ROTATION_POLL_S)
         return self.secrets.operator_token
 
-    async def _keep_secrets(self, backend: Backend, now: float) -> None:
-        """Brings every running process to know the present secrets, and a rotation to its next step."""
-        if not self.backend_state.complete:
-            return
-        started = (Phase.STARTING, Phase.SERVING)
-        kinds = {name: "worker" for name, seen in self.backend_state.replicas.items() if seen.phase in started}
-        kinds |= {
-            name: name.partition("-")[0] for name, seen in self.backend_state.processes.items() if seen.phase in started
-        }
-        self.secrets.advance(kinds, now)
-        secrets = self.secrets.current
-        self._context = replace(self._context, secrets=secrets)
-        untold = self.secrets.untold(kinds)
-        made = {name: process_credentials(secrets, kinds[name], name) for name in untold}
-        self.secrets.told([name for name, own in made.items() if own is None], secrets)
-        texts = {name: dump(own) for name, own in made.items() if own is not None}
-        if texts:
-            took = await self._in_thread(lambda: backend.give_credentials(texts, CREDENTIALS_S))
-            self.secrets.told(took, secrets)
+    async def _tell_secrets(self, backend: Backend, now: float) -> None:
+        if self.backend_state.complete:
+            await self.processes.tell_secrets(backend, self.backend_state, now)
+            self._context = replace(self._context, secrets=self.secrets.current)
 
     def _moving(self) -> bool:
         """Whether something is on its way, so that the next look should come soon."""
@@ -380,7 +344,7 @@ class Controller:
             return True
         if any(replica.state in LIVE_STATES_MOVING for replica in self.fleet.replicas):
             return True
-        return any(record.state not in ("READY", "FAILED") for record in self.records.values())
+        return self.processes.moving
 
     # -- what others see --
 
@@ -416,7 +380,7 @@ class Controller:
             nodes=node_statuses(self.inventory, self.fleet, self.desired_state.desired.drained_nodes),
             models=model_statuses(self.fleet, self.desired_state.spec.models, replicas, readings, now),
             replicas=replicas,
-            processes=process_statuses(self.records, self.backend_state.processes, self.inventory),
+            processes=process_statuses(self.processes.records, self.backend_state.processes, self.inventory),
             throughput=self.links.sample,
         )
 
@@ -425,18 +389,8 @@ class Controller:
         return LivenessLimits(control.worker_lease_s, control.hang_s, control.probe_s)
 
     def _readable(self) -> Readable:
-        return Readable(
-            self.fleet.replicas, self._addresses("router"), self._addresses("agent"), self._liveness_limits()
-        )
-
-    def _addresses(self, kind: str) -> dict[str, str]:
-        found = {}
-        for name, record in self.records.items():
-            seen = self.backend_state.processes.get(name)
-            if record.kind == kind and record.state == "READY" and seen is not None and seen.facts:
-                # Routers of a node share an address; each has one of its own for us.
-                found[name] = str(seen.facts.get("own_address") or seen.facts["address"])
-        return found
+        routers, agents = (self.processes.addresses(kind, self.backend_state) for kind in ("router", "agent"))
+        return Readable(self.fleet.replicas, routers, agents, self._liveness_limits())
 
     async def tail(self, name: str, lines: int) -> str:
         """The last lines of a replica or process. Raises NotFoundError."""

@@ -476,7 +476,7 @@ class Run:
             workers = [held.worker for held in world.held.values() if held.worker is not None]
             renewed = all(world.lives in worker.renewed_by for worker in workers)
             untold = life.controller.secrets.untold([*world.held, *world.processes])
-            return renewed and set(world.processes) == set(life.controller.records) and not untold
+            return renewed and set(world.processes) == set(life.controller.processes.records) and not untold
 
         try:
             while not owned(self.life):
