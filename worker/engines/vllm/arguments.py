@@ -8,7 +8,7 @@ from vllm.lora.request import LoRARequest
 
 from megatoken.errors import RequestError
 from megatoken.worker.config import WorkerConfig
-from megatoken.worker.engines.ray import placement as ray_placement
+from megatoken.worker.engines.ranks import placement as rank_placement
 from megatoken.worker.engines.vllm.resume import PENALTIES_PROCESSOR, penalties_carry_over
 from megatoken.worker.models import resolve_source
 
@@ -40,7 +40,7 @@ def engine_arguments(config: WorkerConfig) -> dict[str, Any]:
         arguments["kv_cache_memory_bytes"] = int((config.kv_cache_gib or CPU_KV_CACHE_GIB) * GIB)
     elif config.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * GIB)
-    executor = ray_placement.executor_class(config)
+    executor = rank_placement.executor_class(config)
     if executor is not None:
         arguments["distributed_executor_backend"] = executor
     if penalties_carry_over(config):

@@ -36,7 +36,7 @@ from megatoken.errors import EngineDeadError, RequestError
 from megatoken.log import log_event
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.engine import EngineFacts, EngineLoad, EngineRequest, StepSink
-from megatoken.worker.engines.ray import placement as ray_placement
+from megatoken.worker.engines.ranks import placement as rank_placement
 from megatoken.worker.engines.requests import TRANSFERS
 from megatoken.worker.engines.vllm.arguments import engine_arguments, lora_modules
 from megatoken.worker.engines.vllm.metrics import VllmMetrics
@@ -95,7 +95,7 @@ class VllmEngine:
     def _configure(self) -> tuple[VllmConfig, type[Executor]]:
         arguments = AsyncEngineArgs(**engine_arguments(self._config))
         vllm_config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        ray_placement.use_placement_group(self._config, vllm_config)
+        rank_placement.use_placement_group(self._config, vllm_config)
         if self._config.device_kind == "cpu" and self._config.world_size == 1:
             # The rank lives in the engine core itself: no second process, and no ring buffer that spins on a core.
             return vllm_config, UniProcExecutor

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from megatoken.worker.config import WorkerConfig
-from megatoken.worker.engines.ray.placement import prepare_environment
+from megatoken.worker.engines.ranks.placement import prepare_environment
 from megatoken.worker.engines.vllm.plugins import OWNER_VARIABLE
 
 SOCKET_PATH_BYTES: Final = 107  # Linux: what the name of a Unix socket may have

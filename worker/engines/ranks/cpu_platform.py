@@ -12,10 +12,10 @@ from typing import Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from megatoken.worker.engines.ray.variables import DEVICE_VARIABLE
+from megatoken.worker.engines.ranks.variables import DEVICE_VARIABLE
 
-WORKER_CLASS = "megatoken.worker.engines.ray.cpu_worker.StageCpuWorker"
-COMMUNICATOR_CLASS = "megatoken.worker.engines.ray.cpu_communicator.HostCpuCommunicator"
+WORKER_CLASS = "megatoken.worker.engines.ranks.cpu_worker.StageCpuWorker"
+COMMUNICATOR_CLASS = "megatoken.worker.engines.ranks.cpu_communicator.HostCpuCommunicator"
 
 
 class RayCpuPlatform(CpuPlatform):  # type: ignore[misc]

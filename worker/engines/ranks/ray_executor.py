@@ -3,7 +3,7 @@
 vLLM notices the loss at once and asks the engine core's loop to stop, but the loop may be waiting for the lost rank's
 answer: queues between hosts are not woken by that, and the wait lasts VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS (300 s). So
 the process gets a moment to end in order, and is ended. Used on nodes with accelerators as it is, and by
-cpu_executor.py on CPU nodes. Handed to vLLM as a class by placement.py, because vLLM's check for pipeline
+cpu_ray_executor.py on CPU nodes. Handed to vLLM as a class by placement.py, because vLLM's check for pipeline
 parallelism accepts no path.
 """
 
@@ -19,7 +19,7 @@ from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
 from megatoken.process.tag import tag_process
-from megatoken.worker.engines.ray.variables import REPLICA_VARIABLE
+from megatoken.worker.engines.ranks.variables import REPLICA_VARIABLE
 
 ORDERLY_END_S: Final = 1.0
 

@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from megatoken.worker.config import WorkerConfig
-from megatoken.worker.engines.ray.variables import DEVICE_VARIABLE, REPLICA_VARIABLE
+from megatoken.worker.engines.ranks.variables import DEVICE_VARIABLE, REPLICA_VARIABLE
 
 CPU_RESOURCE = "cpu_device"
 
@@ -38,10 +38,10 @@ def executor_class(config: WorkerConfig) -> type | None:
     if config.placement_group_id is None:
         return None
     if config.device_kind == "cpu":
-        from megatoken.worker.engines.ray.cpu_executor import CpuRayExecutor
+        from megatoken.worker.engines.ranks.cpu_ray_executor import CpuRayExecutor
 
         return CpuRayExecutor
-    from megatoken.worker.engines.ray.executor import MortalRayExecutor
+    from megatoken.worker.engines.ranks.ray_executor import MortalRayExecutor
 
     return MortalRayExecutor
 

@@ -13,8 +13,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped,unused-ignore]
 from vllm.v1.executor import ray_executor_v2
 
-from megatoken.worker.engines.ray.executor import MarkedRank, MortalRayExecutor
-from megatoken.worker.engines.ray.variables import DEVICE_VARIABLE
+from megatoken.worker.engines.ranks.ray_executor import MarkedRank, MortalRayExecutor
+from megatoken.worker.engines.ranks.variables import DEVICE_VARIABLE
 
 # Copied from the engine core to its ranks, before they import anything.
 EARLY_VARIABLES = (

@@ -11,7 +11,7 @@ from typing import Any
 from vllm.distributed import get_pp_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from megatoken.worker.engines.ray.cpu_communicator import SEGMENT_VARIABLE
+from megatoken.worker.engines.ranks.cpu_communicator import SEGMENT_VARIABLE
 
 
 class StageCpuWorker(CPUWorker):  # type: ignore[misc]
