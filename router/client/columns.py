@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 from typing import Final
 
 import grpc
@@ -61,6 +62,27 @@ def error_of(code: int, message: str, retry_after_ms: int = 0) -> MegatokenError
     return MegatokenError(message)
 
 
+@dataclass(slots=True)
+class Numbers:
+    """Stream numbers that a session gave out: from `first` on, around the end of 32 bits, up to before `following`."""
+
+    first: int
+    following: int
+
+    def take(self, choices: int) -> int:
+        """The first of so many in a row."""
+        stream = self.following if self.following + choices <= 1 << 32 else 1
+        self.following = stream + choices
+        return stream
+
+    def __contains__(self, stream: object) -> bool:
+        if not isinstance(stream, int):
+            return False
+        if self.first <= self.following:
+            return self.first <= stream < self.following
+        return stream >= self.first or stream < self.following
+
+
 class ColumnSession:
     """`open`, `submit` and `cancel` as often as you like, `frames` in one task, `close`."""
 
@@ -70,14 +92,16 @@ class ColumnSession:
         metadata: tuple[tuple[str, str], ...] = (),
         tls: ClientTls | None = None,
         max_request_bytes: int = wire.MAX_REQUEST_BYTES,
+        first: int = 1,
     ) -> None:
+        """`first`: the first request's stream number."""
         self._max_request_bytes = max_request_bytes
         self.address = address
         self._metadata = metadata
         self._tls = tls
         self._channel: aio.Channel | None = None
         self._session: SessionClient | None = None
-        self._next = 1
+        self.numbers = Numbers(first, first)
 
     async def open(self, timeout_s: float) -> None:
         """Raises UnavailableError when the router does not answer in time."""
@@ -99,10 +123,7 @@ class ColumnSession:
         """
         if len(request) > self._max_request_bytes:
             raise wire.too_large(len(request), self._max_request_bytes)
-        stream = self._next
-        if stream + choices > 1 << 32:
-            stream = 1
-        self._next = stream + choices
+        stream = self.numbers.take(choices)
         self._opened.start(stream, request)
         return stream
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatoken.router.core import continuation, quarantine
+from megatoken.router.core import quarantine
 from megatoken.router.core.accounts import charge, occupy, uncharge
 from megatoken.router.core.ending import LENGTH, end, fail
 from megatoken.router.core.lifecycle import RequestEvent
@@ -14,6 +14,7 @@ from megatoken.router.fleet.fleet import Endpoint, Pool
 from megatoken.router.fleet.prefix_index import cached_tokens
 from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.streams.slots import DIRECT
+from megatoken.tokens import continuation
 from megatoken.tokens.frames import U32
 from megatoken.v1 import tokens_pb2
 

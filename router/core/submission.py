@@ -7,7 +7,6 @@ from collections.abc import Callable
 from megatoken.errors import DrainingError, MegatokenError, RequestError, UnavailableError
 from megatoken.router.admission import admission
 from megatoken.router.admission.validation import check_priority, check_request, pool_of
-from megatoken.router.core import continuation
 from megatoken.router.core.ending import CANCELLED, end, fail
 from megatoken.router.core.lifecycle import RequestState
 from megatoken.router.core.placement import place_waiting
@@ -15,6 +14,7 @@ from megatoken.router.core.request import Request, Sink
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.prefix_index import block_hashes
 from megatoken.router.identity.callers import Caller
+from megatoken.tokens import continuation
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 

@@ -51,6 +51,9 @@ class EdgeLimits(_Part):
     )
     request_timeout_s: float = Field(default=0.0, ge=0, description="deadline given to each request; 0: none")
     connect_timeout_s: float = Field(default=10.0, gt=0, description="wait for the router before a request gets 503")
+    router_return_s: float = Field(
+        default=30.0, ge=0, description="how long a running request waits for a lost router to be back; 0: it fails"
+    )
     drain_s: float = Field(default=30.0, ge=0, description="how long running requests may still take after SIGTERM")
     keep_alive_s: float = Field(default=75.0, gt=0, description="an idle HTTP connection is closed after this")
 

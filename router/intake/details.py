@@ -5,7 +5,7 @@ With the session's columns, with a request's own tokens (direct takes those), or
 
 from __future__ import annotations
 
-from megatoken.router.core import continuation
+from megatoken.router.core.prompt_rows import new_prompt_rows
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import Endpoint
@@ -24,7 +24,7 @@ def details_by_slot(state: RouterState, replica: Endpoint, frame: Frame) -> dict
         request = state.slots.owner[slot]
         if request is not None:
             detail.stream = int(state.slots.stream[slot])
-            if detail.prompt_logprobs.rank and not continuation.new_prompt_rows(request, detail):
+            if detail.prompt_logprobs.rank and not new_prompt_rows(request, detail):
                 continue
             found.setdefault(slot, []).append(detail.SerializeToString())
     return found

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from megatoken.router.core import continuation
 from megatoken.router.core.held import flush_held
 from megatoken.router.core.recovery import lose
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
 from megatoken.router.intake.first_token import first_token
+from megatoken.tokens import continuation
 from megatoken.v1 import tokens_pb2
 
 EACH: Final = 0  # tokens.proto, Delivery

@@ -349,22 +349,30 @@ async def test_one_failing_choice_ends_the_others(stage: Stage) -> None:
         stage.router.step_s = 0.0
 
 
-async def test_a_lost_router_fails_what_runs_and_is_found_again(stage: Stage) -> None:
-    stage.router.script = lambda _: [504] * 5000
-    stage.router.step_s = 0.01
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_lost_router_costs_no_request_a_token(stage: Stage, streamed: bool) -> None:
+    stage.router.script = lambda request: [*PARIS, EOS, END][request.resumed_tokens :]
+    stage.router.step_s = 0.05
+    before = len(stage.router.requests)
+
+    async def ask() -> str:
+        if not streamed:
+            answer = await stage.client.chat.completions.create(model="smol", messages=QUESTION)
+            return answer.choices[0].message.content or ""
+        chunks = await stage.client.chat.completions.create(model="smol", messages=QUESTION, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks if chunk.choices])
+
     try:
-        running = asyncio.create_task(post(stage, "/v1/chat/completions", model="smol", messages=QUESTION))
-        await until(lambda: stage.router.requests)
-        await stage.router.break_sessions()
-        response = await asyncio.wait_for(running, 10)
-        assert response.status_code == 503
-        assert response.headers["retry-after"] == "1"
+        running = asyncio.create_task(ask())
+        for times in (1, 2):
+            await until(lambda times=times: len(stage.router.requests) == before + times)  # type: ignore[misc]
+            await asyncio.sleep(0.12)
+            await stage.router.break_sessions()
+        assert await asyncio.wait_for(running, 20) == "The capital of France is Paris."
     finally:
         stage.router.step_s = 0.0
-    stage.router.script = lambda _: [*PARIS, EOS, END]
-    await until_connected(stage)
-    answer = await stage.client.chat.completions.create(model="smol", messages=QUESTION)
-    assert answer.choices[0].message.content == "The capital of France is Paris."
+    resumed = [request.resumed_tokens for request in stage.router.requests[before:]]
+    assert resumed[0] == 0 < resumed[1] < resumed[2]
 
 
 async def until_connected(stage: Stage) -> None:

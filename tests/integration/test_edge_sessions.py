@@ -170,7 +170,7 @@ async def test_requests_of_a_closed_session_are_told(tmp_path: Path) -> None:
 
 async def test_a_link_closes_although_one_cancel_is_lost() -> None:
     async with FakeRouter(lambda _: [7, END]) as router:
-        link = RouterLink(router.address, lambda _: None, lambda _: None)
+        link = RouterLink(router.address, lambda _: None, lambda *_: None)
         once = link._one_session
         began = asyncio.Event()
 

@@ -1,22 +1,36 @@
-"""Hands the frames of the router to the requests they are for, once per frame.
+"""Hands the frames of the router to the requests they are for, once per frame, and carries them over its loss.
 
 All models of an edge share its sessions. A receiver is one request of vLLM's layer (vllm/engine_core). After each frame
 the `after_frame` hooks run, so that a model's engine core gives vLLM one batch of outputs per frame.
+
+When the router is lost, requests wait for it or its successor, and go on from the tokens that their receivers have
+(megatoken.tokens.continuation). A router that drains takes no new request: such a one waits for the next session too.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from megatoken.errors import UnavailableError
+from megatoken.errors import MegatokenError, UnavailableError
 from megatoken.router.edge.router_session.streams import Streams
+from megatoken.tokens.continuation import drop_rows, needs_replay, prefix_request
 from megatoken.tokens.frames import token_columns
 from megatoken.v1.frame_columns_pb2 import Frame, GenerateRequest
-from megatoken.v1.tokens_pb2 import FINISH_REASON_ERROR, Detail, Finish
+from megatoken.v1.tokens_pb2 import (
+    FINISH_REASON_CANCELLED,
+    FINISH_REASON_ERROR,
+    FINISH_REASON_LENGTH,
+    RESUME_OFF,
+    Detail,
+    Finish,
+)
 
-UNAVAILABLE = 14  # gRPC status number
+MOST_LOSSES = 5  # of one request
+DEADLINE_EXCEEDED, UNAVAILABLE = 4, 14  # gRPC status numbers
 
 
 class Receiver(Protocol):
@@ -37,7 +51,7 @@ class Observer(Protocol):
 
 
 class LinkToRouter(Protocol):
-    """The way to the router; link.RouterLink is one."""
+    """The way to the router; link.RouterLink is one. No two requests get one number, whatever session they are of."""
 
     problem: str
 
@@ -46,6 +60,27 @@ class LinkToRouter(Protocol):
     async def wait_connected(self, timeout_s: float) -> bool: ...
     def submit(self, request: bytes) -> int: ...
     def cancel(self, stream: int) -> None: ...
+    def renew(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Running:
+    """What is kept of a request from its departure to its end."""
+
+    receiver: Receiver
+    model: str
+    began_s: float
+    request: bytes
+    """As it was sent first."""
+    had: array[int] = field(default_factory=lambda: array("I"))
+    """Tokens that the receiver was fed."""
+    again: int = 0
+    """Of `had`, how many the router is still to send once more: a replay."""
+    rows_ahead: bool = False
+    """Log probabilities of the prompt came before the first token; what goes on would bring them again."""
+    losses: int = 0
+    """Sessions that were lost under it: it might be what breaks them."""
+    waits_since_s: float = 0.0
 
 
 class Session:
@@ -57,15 +92,20 @@ class Session:
         observer: Observer,
         clock: Callable[[], float],
         after_frame: list[Callable[[], None]],
+        return_s: float = 0.0,
     ) -> None:
+        """`return_s`: how long a request waits for a lost router."""
         self.streams: Streams[Receiver] = Streams()
         self._after_frame = after_frame
         self._connect_timeout_s = connect_timeout_s
+        self._return_s = return_s
         self._observer = observer
         self._clock = clock
         self._link: LinkToRouter | None = None
-        self._opened: dict[int, tuple[str, float]] = {}  # model and time of departure, by stream
+        self._opened: dict[int, Running] = {}  # by stream
         self._silent: set[int] = set()  # streams without a first token
+        self._replaying: set[int] = set()  # streams that send again what was had
+        self._waiting: dict[str, Running] = {}  # without a router, by request
 
     def attach(self, link: LinkToRouter) -> None:
         """Gives the session its link; before any request."""
@@ -77,8 +117,8 @@ class Session:
 
     @property
     def running(self) -> int:
-        """Requests at the router, cancelled ones whose Finish has not come included."""
-        return len(self.streams)
+        """Requests at the router, cancelled ones whose Finish has not come and those that wait for it included."""
+        return len(self.streams) + len(self._waiting)
 
     async def wait_connected(self) -> None:
         """Waits for the router. Raises UnavailableError when it does not answer in time."""
@@ -89,14 +129,21 @@ class Session:
         """Sends a request. Raises UnavailableError without a router, RequestError for one that is too large for it."""
         if self._link is None:
             raise UnavailableError("the edge is not connected to a router")
-        number = self._link.submit(request.SerializeToString())
-        self.streams.add(number, receiver.request_id, receiver)
-        self._opened[number] = (request.model, self._clock())
+        raw = request.SerializeToString()
+        number = self._link.submit(raw)
+        self._enter(number, Running(receiver, request.model, self._clock(), raw))
         self._silent.add(number)
         self._observer.started(request.model)
 
+    def _enter(self, number: int, running: Running) -> None:
+        self.streams.add(number, running.receiver.request_id, running.receiver)
+        self._opened[number] = running
+
     def cancel(self, request_id: str) -> None:
         """Aborts a request; its receiver is fed no more. Unknown ids are ignored: the request ended already."""
+        waiting = self._waiting.pop(request_id, None)
+        if waiting is not None:
+            self._ended(waiting, Finish(reason=FINISH_REASON_CANCELLED))
         number = self.streams.cancel(request_id)
         if number is not None and self._link is not None:
             self._link.cancel(number)
@@ -107,16 +154,16 @@ class Session:
         numbers = stream.tolist()
         if self._silent:
             self._note_first_tokens(numbers)
-        by_stream = self.streams.by_stream
-        if count is None and not frame.detail and not frame.finish:
+        opened, by_stream = self._opened, self.streams.by_stream
+        if count is None and not frame.detail and not frame.finish and not self._replaying:
             for number, value in zip(numbers, token.tolist(), strict=True):
                 receiver = by_stream.get(number)
                 if receiver is not None:
+                    opened[number].had.append(value)
                     receiver.feed([value], None, None)
         else:
             self._feed_mixed(frame, numbers, None if count is None else count.tolist(), token.tolist())
-        for hook in self._after_frame:
-            hook()
+        self._flush()
 
     def _feed_mixed(self, frame: Frame, stream: list[int], count: list[int] | None, token: list[int]) -> None:
         tokens: dict[int, list[int]] = defaultdict(list)
@@ -133,34 +180,172 @@ class Session:
         for number in finishes:
             tokens[number]
         for number, values in tokens.items():
-            finish = finishes.get(number)
-            receiver = self.streams.by_stream.get(number)
+            self._feed_one(number, values, details.get(number), finishes.get(number))
+
+    def _feed_one(self, number: int, values: list[int], details: list[Detail] | None, finish: Finish | None) -> None:
+        receiver = self.streams.by_stream.get(number)
+        running = self._opened.get(number)
+        if receiver is None or running is None:  # cancelled
             if finish is not None:
                 self._note_end(number, finish)
-                self.streams.finish(number, None if receiver is None else receiver.request_id)
-            if receiver is not None:
-                receiver.feed(values, details.get(number), finish)
-
-    def on_lost(self, problem: str) -> None:
-        """The link broke: every running request fails with UNAVAILABLE."""
-        finish = Finish(reason=FINISH_REASON_ERROR, code=UNAVAILABLE, message=problem)
-        for number in list(self._opened):
+                self.streams.finish(number, None)
+            return
+        if number in self._replaying:
+            values, details, finish = self._not_had(number, running, values, details, finish)
+            if not values and details is None and finish is None:
+                return
+        if finish is not None and finish.draining and not values and not running.had:
+            self._wait(number, running)
+            if self._link is not None:
+                self._link.renew()
+            return
+        if finish is not None:
             self._note_end(number, finish)
-        for receiver in self.streams.lose_all():
-            receiver.feed([], None, finish)
+            self.streams.finish(number, receiver.request_id)
+        running.had.extend(values)
+        running.rows_ahead = running.rows_ahead or bool(details and not running.had)
+        receiver.feed(values, details, finish)
+
+    def _not_had(
+        self, number: int, running: Running, values: list[int], details: list[Detail] | None, finish: Finish | None
+    ) -> tuple[list[int], list[Detail] | None, Finish | None]:
+        """Of what a replay brings, what the receiver was not fed before."""
+        at = len(running.had) - running.again
+        old = min(running.again, len(values))
+        if running.had[at : at + old].tolist() != values[:old] or (finish is not None and old < running.again):
+            self._replaying.discard(number)
+            self._cancel_quietly(number, finish)
+            return [], None, error_finish("the router was lost, and the seeded request gave other tokens when repeated")
+        running.again -= old
+        left = old
+        for detail in details or ():
+            rows = min(left, len(detail.logprobs.rank))
+            drop_rows(detail, rows)
+            left -= rows
+        if not running.again:
+            self._replaying.discard(number)
+        return values[old:], [detail for detail in details or () if detail.logprobs.rank] or None, finish
+
+    def _cancel_quietly(self, number: int, finish: Finish | None) -> None:
+        if finish is None and self._link is not None:
+            self._link.cancel(number)
+
+    def _wait(self, number: int, running: Running) -> None:
+        """Takes a request out of the session, to be sent again in the next one."""
+        self._opened.pop(number)
+        self.streams.finish(number, running.receiver.request_id)
+        self._silent.discard(number)
+        self._replaying.discard(number)
+        running.waits_since_s = self._clock()
+        self._waiting[running.receiver.request_id] = running
+
+    def on_connected(self) -> None:
+        """The link has a session: what waits for it goes on."""
+        for request_id, running in list(self._waiting.items()):
+            if self._link is None or not self._link.connected:
+                return
+            raw, complete = self._rest_of(running)
+            if complete is not None:
+                del self._waiting[request_id]
+                self._feed_end(running, complete)
+                continue
+            try:
+                number = self._link.submit(raw)
+            except UnavailableError:
+                return
+            except MegatokenError as error:  # with its tokens it is larger than a router takes
+                del self._waiting[request_id]
+                self._feed_end(running, error_finish(str(error)))
+                continue
+            del self._waiting[request_id]
+            self._enter(number, running)
+            if running.again:
+                self._replaying.add(number)
+            if not running.had:
+                self._silent.add(number)
+        self._flush()
+
+    def _rest_of(self, running: Running) -> tuple[bytes, Finish | None]:
+        """What to send for the rest of a request, or how it ends without another token."""
+        request = GenerateRequest.FromString(running.request)
+        if request.timeout_ms:
+            left_ms = request.timeout_ms - round((self._clock() - running.began_s) * 1000)
+            if left_ms <= 0:
+                return b"", error_finish("the request's time is over", DEADLINE_EXCEEDED)
+            request.timeout_ms = left_ms
+        had = len(running.had)
+        if request.sampling.HasField("max_tokens") and 0 < request.sampling.max_tokens <= had:
+            return b"", Finish(reason=FINISH_REASON_LENGTH, generated_tokens=had)
+        raw = request.SerializeToString()
+        if not had:
+            return raw, None
+        if needs_replay(request.sampling):
+            running.again = had
+            return raw, None
+        return prefix_request(raw, running.had.tobytes()), None
+
+    def on_lost(self, problem: str, streams: Container[int]) -> None:
+        """A session of the link broke, with what ran of these streams.
+
+        Its requests wait for the next one; those that cannot go on fail with UNAVAILABLE.
+        """
+        gone = error_finish(problem)
+        for number, running in list(self._opened.items()):
+            if number not in streams:
+                continue
+            if number not in self.streams.by_stream:
+                self._note_end(number, gone)
+                self.streams.finish(number, None)
+            elif self._may_go_on(running):
+                running.losses += 1
+                self._wait(number, running)
+            else:
+                self._note_end(number, gone)
+                self.streams.finish(number, running.receiver.request_id)
+                running.receiver.feed([], None, gone)
+        self._flush()
+
+    def _may_go_on(self, running: Running) -> bool:
+        if not self._return_s or running.rows_ahead or running.losses >= MOST_LOSSES:
+            return False
+        return GenerateRequest.FromString(running.request).resume != RESUME_OFF
+
+    def give_up(self, *, at_once: bool = False) -> None:
+        """Ends what has waited for a router long enough, or all that waits. Called about once a second."""
+        now = self._clock()
+        for request_id, running in list(self._waiting.items()):
+            if at_once or now - running.waits_since_s >= self._return_s:
+                del self._waiting[request_id]
+                problem = self._link.problem if self._link is not None else "the edge is not connected to a router"
+                self._feed_end(running, error_finish(problem))
+        self._flush()
+
+    def _flush(self) -> None:
         for hook in self._after_frame:
             hook()
+
+    def _feed_end(self, running: Running, finish: Finish) -> None:
+        self._ended(running, finish)
+        running.receiver.feed([], None, finish)
 
     def _note_first_tokens(self, numbers: list[int]) -> None:
         now = self._clock()
         for number in self._silent.intersection(numbers):
             self._silent.discard(number)
-            model, began = self._opened[number]
-            self._observer.first_token(model, now - began)
+            running = self._opened[number]
+            self._observer.first_token(running.model, now - running.began_s)
 
     def _note_end(self, number: int, finish: Finish) -> None:
-        opened = self._opened.pop(number, None)
+        running = self._opened.pop(number, None)
         self._silent.discard(number)
-        if opened is not None:
-            model, began = opened
-            self._observer.ended(model, self._clock() - began, finish)
+        self._replaying.discard(number)
+        if running is not None:
+            self._ended(running, finish)
+
+    def _ended(self, running: Running, finish: Finish) -> None:
+        self._observer.ended(running.model, self._clock() - running.began_s, finish)
+
+
+def error_finish(problem: str, code: int = UNAVAILABLE) -> Finish:
+    """The end of a request that failed on this side of the router."""
+    return Finish(reason=FINISH_REASON_ERROR, code=code, message=problem)

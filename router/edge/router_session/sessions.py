@@ -101,15 +101,25 @@ class Sessions:
             self._upkeep.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._upkeep
-        for _, link in self._open.values():
+        for session, link in self._open.values():
             await link.close()
+            session.give_up(at_once=True)
         await self._channel.close(None)
 
     def _connect(self, key: str | None) -> tuple[Session, RouterLink]:
         config = self._config
-        session = Session(config.limits.connect_timeout_s, self._observer, time.monotonic, self.after_frame)
+        limits = config.limits
+        session = Session(
+            limits.connect_timeout_s, self._observer, time.monotonic, self.after_frame, limits.router_return_s
+        )
         link = RouterLink(
-            config.router, session.on_frame, session.on_lost, config.router_tls, key, config.limits.max_request_bytes
+            config.router,
+            session.on_frame,
+            session.on_lost,
+            config.router_tls,
+            key,
+            limits.max_request_bytes,
+            session.on_connected,
         )
         session.attach(link)
         link.start()
@@ -121,6 +131,8 @@ class Sessions:
             await asyncio.sleep(UPKEEP_S)
             if self._keys is not None:
                 self._keys.refresh()
+            for session, _ in self._open.values():
+                session.give_up()
             now = time.monotonic()
             for name in [name for name, (session, _) in self._open.items() if session.running or self._users[name]]:
                 self._used_s[name] = now

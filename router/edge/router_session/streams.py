@@ -43,11 +43,3 @@ class Streams(Generic[Request]):
         else:
             del self.by_request[request_id]
             del self.by_stream[number]
-
-    def lose_all(self) -> list[Request]:
-        """The session broke: every running request, oldest first."""
-        lost = list(self.by_stream.values())
-        self.by_stream.clear()
-        self.by_request.clear()
-        self.closing.clear()
-        return lost

@@ -175,7 +175,7 @@ async def test_an_edge_link_goes_on_after_an_unreadable_certificate(
 
     monkeypatch.setattr(edge_module, "ColumnSession", session)
     async with FakeRouter(lambda _: []) as router:
-        link = edge_module.RouterLink(router.address, lambda _: None, lambda _: None)
+        link = edge_module.RouterLink(router.address, lambda _: None, lambda *_: None)
         link.start()
         assert await link.wait_connected(5.0)
         assert link.faults == 2
@@ -190,7 +190,7 @@ async def test_an_edge_link_whose_receiver_fails_tells_the_others_and_goes_on(mo
         raise KeyError("a defect")
 
     async with FakeRouter(lambda _: [7]) as router:
-        link = edge_module.RouterLink(router.address, fail, lost.append)
+        link = edge_module.RouterLink(router.address, fail, lambda problem, _streams: lost.append(problem))
         link.start()
         assert await link.wait_connected(5.0)
         link.submit(b"")

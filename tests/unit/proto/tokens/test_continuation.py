@@ -1,13 +1,12 @@
-"""How a request goes on elsewhere: which needs a replay, what the next worker is sent, which rows are new."""
+"""How a request goes on elsewhere: by prefix or by replay, and what its client has had already."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatoken.router.core.continuation import drop_rows, needs_replay, new_prompt_rows, prefix_request
+from megatoken.tokens.continuation import drop_rows, needs_replay, prefix_request
 from megatoken.tokens.frames import pack
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 
@@ -62,34 +61,3 @@ def test_the_first_rows_are_dropped_from_every_column(dropped: int, left: tuple[
     detail = tokens_pb2.Detail(stream=4, logprobs=rows(1, 2, 3, width=width), prompt_logprobs=rows(7))
     drop_rows(detail, dropped)
     assert detail == tokens_pb2.Detail(stream=4, logprobs=rows(*left, width=width))
-
-
-@pytest.mark.parametrize(
-    ("had", "here", "sent", "new", "had_after"),
-    [
-        (0, 0, (1, 2), (1, 2), 2),
-        (2, 2, (3, 4), (3, 4), 4),
-        (1, 0, (1, 2), (2,), 2),
-        (2, 0, (1, 2), (), 2),
-        (3, 0, (1, 2), (), 3),
-        (3, 2, (3, 4), (4,), 4),
-        (3, 3, (4,), (4,), 4),
-        (5, 1, (2, 3), (), 5),
-    ],
-)
-def test_of_the_prompt_s_rows_only_those_stay_that_the_client_has_not_had(
-    had: int, here: int, sent: tuple[int, ...], new: tuple[int, ...], had_after: int
-) -> None:
-    request: Any = SimpleNamespace(prompt_rows=had, prompt_rows_here=here)
-    detail = tokens_pb2.Detail(prompt_logprobs=rows(*sent))
-    assert new_prompt_rows(request, detail) is bool(new)
-    assert detail == (tokens_pb2.Detail(prompt_logprobs=rows(*new)) if new else tokens_pb2.Detail())
-    assert (request.prompt_rows, request.prompt_rows_here) == (had_after, here + len(sent))
-
-
-@pytest.mark.parametrize("ranks", [(), (3,)])
-def test_a_detail_without_new_rows_of_the_prompt_is_kept_for_its_tokens_rows(ranks: tuple[int, ...]) -> None:
-    request: Any = SimpleNamespace(prompt_rows=1, prompt_rows_here=0)
-    detail = tokens_pb2.Detail(prompt_logprobs=rows(1), logprobs=rows(*ranks))
-    assert new_prompt_rows(request, detail) is bool(ranks)
-    assert not detail.HasField("prompt_logprobs")

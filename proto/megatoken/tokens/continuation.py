@@ -1,21 +1,16 @@
-"""How a request goes on elsewhere: which way is exact for it, and the request that the next worker gets. Pure.
+"""How a request goes on elsewhere: which way is exact for it, and the request that the next one gets. Pure.
 
 Two ways. *Prefix*: prompt plus the tokens so far become the new prompt, limits become what remains. Exact wherever the
 next token depends on the tokens alone: greedy or unseeded sampling, top-k/p, bias, repetition penalty; and, since the
 worker is told how many of them were generated, presence and frequency penalties and structured output. *Replay*: the
 request is sent again as it was, and the tokens that the client has are checked and swallowed; for seeded sampling,
-whose random numbers have a state of their own.
+whose random numbers have a state of their own. A router does it when a replica is lost, an edge when its router is.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
-
-if TYPE_CHECKING:
-    from megatoken.router.core.request import Request
-    from megatoken.v1 import tokens_pb2
 
 
 def needs_replay(sampling: tokens_pb2.SamplingParams) -> bool:
@@ -41,28 +36,12 @@ def prefix_request(raw: bytes, generated: bytes) -> bytes:
 
 def drop_rows(detail: tokens_pb2.Detail, rows: int) -> None:
     """Takes the log probabilities of the first `rows` tokens out of a Detail: the client has had them."""
-    _drop_first(detail.logprobs, rows)
+    drop_first(detail.logprobs, rows)
     detail.ClearField("prompt_logprobs")
 
 
-def new_prompt_rows(request: Request, detail: tokens_pb2.Detail) -> bool:
-    """Leaves in a Detail the prompt's rows that the client has not had; whether anything is left of it at all.
-
-    They come ahead of the first token, so an attempt that ends before that token has perhaps sent some or all of them,
-    and the next attempt, which is sent the request as it was, sends them again.
-    """
-    rows = len(detail.prompt_logprobs.rank)
-    old = min(rows, max(0, request.prompt_rows - request.prompt_rows_here))
-    request.prompt_rows_here += rows
-    request.prompt_rows = max(request.prompt_rows, request.prompt_rows_here)
-    if old == rows:
-        detail.ClearField("prompt_logprobs")
-    elif old:
-        _drop_first(detail.prompt_logprobs, old)
-    return old < rows or bool(detail.logprobs.rank)
-
-
-def _drop_first(values: tokens_pb2.Logprobs, rows: int) -> None:
+def drop_first(values: tokens_pb2.Logprobs, rows: int) -> None:
+    """Takes the first rows out of log probabilities."""
     width = values.width
     for column, per_row in ((values.token, width), (values.logprob, width), (values.rank, 1)):
         del column[: rows * per_row]
