@@ -105,6 +105,9 @@ class WorkerConfig(BaseModel):
     simulated: SimulatedConfig | None = Field(default=None, description="settings of the simulated engine")
     ray_address: str | None = Field(default=None, description="Ray cluster of the ranks; with placement_group_id")
     placement_group_id: str | None = Field(default=None, description="hex id; set: vLLM's Ray executor runs in it")
+    rank_devices: tuple[int, ...] = Field(
+        default=(), description="with placement_group_id: the planned device of each rank on its node"
+    )
 
     max_requests: int = Field(
         default=32_768, ge=1, le=1_000_000, description="requests taken at once; more get OVERLOADED"
@@ -134,6 +137,8 @@ class WorkerConfig(BaseModel):
             raise ValueError("simulated is needed with engine simulated; {} takes every default")
         if (self.placement_group_id is None) != (self.ray_address is None):
             raise ValueError("placement_group_id and ray_address go together")
+        if self.placement_group_id is not None and len(self.rank_devices) != self.world_size:
+            raise ValueError(f"rank_devices: {len(self.rank_devices)} devices for {self.world_size} ranks; one each")
         return self
 
     @property

@@ -24,7 +24,8 @@ from megatoken.worker.config import SimulatedConfig, WorkerConfig
 from megatoken.worker.throughput.config import AgentConfig
 
 LOOPBACK = "127.0.0.1"
-GPU_VISIBILITY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+DEVICES = "MEGATOKEN_NODE_DEVICES"  # the planned ones; the node's actor makes of it what drivers read
+NODE_ADDRESS = "MEGATOKEN_NODE_ADDRESS"  # the node's actor makes of it addresses and interfaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def worker_launch(
     node = _require_node(inventory, replica.placement.driver_node)
     ranks = replica.placement.ranks
     on_cpu, simulated = ranks[0].kind == CPU_KIND, model.engine == "simulated"
-    over_ray = len(ranks) > 1 and not simulated
+    over_ray = len(replica.placement.nodes) > 1 and not simulated
     config = WorkerConfig(
         replica=replica.id,
         process_tag=replica_tag(context.directory(node.id).parent, replica.id),
@@ -85,15 +86,15 @@ def worker_launch(
         env=dict(model.env),
         ray_address=context.ray_address if over_ray else None,
         placement_group_id=placement_group_id if over_ray else None,
+        rank_devices=tuple(rank.device for rank in ranks) if over_ray else (),
         start_timeout_s=model.start_timeout_s,
         lease_s=spec.control.worker_lease_s,
         tls=spec.security.server_tls,
         log_level=spec.log_level,
     )
     env = dict(model.env)
-    if not on_cpu and len(replica.placement.nodes) == 1 and not over_ray:
-        devices = ",".join(str(rank.device) for rank in ranks)
-        env = {**dict.fromkeys(GPU_VISIBILITY, devices), **env}
+    if not on_cpu and not over_ray:
+        env[DEVICES] = ",".join(str(rank.device) for rank in ranks if rank.node == node.id)
     return _launch(replica.id, config, node, spec, context, "worker", env)
 
 
@@ -229,12 +230,12 @@ def _reachable(host: str, node: Node) -> str:
 
 
 def _environment(spec: ClusterSpec, node: Node, context: LaunchContext) -> dict[str, str]:
-    """For engines and agents. MEGATOKEN_NODE_ADDRESS makes the node's actor fill in addresses and interfaces."""
+    """For engines and agents."""
     env = dict(spec.network.env)
     if spec.network.interface:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
             env.setdefault(name, spec.network.interface)
-    env["MEGATOKEN_NODE_ADDRESS"] = LOOPBACK if context.local else node.address
+    env[NODE_ADDRESS] = LOOPBACK if context.local else node.address
     env["RAY_ADDRESS"] = context.ray_address
     return env
 

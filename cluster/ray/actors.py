@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from megatoken.cluster.decide.launches import DEVICES, NODE_ADDRESS
 from megatoken.cluster.ray.child import Child, Launch
+from megatoken.process.devices import visibility
+from megatoken.process.interface import interface_of
 from megatoken.process.tag import tagged_processes
 
 CONTROLLER_NAME = "controller"
@@ -58,9 +60,15 @@ class ProcessActor:
 
 
 def node_environment(launch: dict[str, Any]) -> dict[str, str]:
-    """The launch's environment with what only the node itself knows: its address and the interface that has it."""
+    """The launch's environment with what only the node knows: its address' interface, and what its devices are called.
+
+    Raises ValueError for a device that this node's Ray was not given.
+    """
     env = dict(launch["env"])
-    address = env.pop("MEGATOKEN_NODE_ADDRESS", "")
+    devices = env.pop(DEVICES, "")
+    if devices:
+        env |= visibility(os.environ, [int(device) for device in devices.split(",")])
+    address = env.pop(NODE_ADDRESS, "")
     if address:
         env.setdefault("VLLM_HOST_IP", address)
         interface = interface_of(address)
@@ -68,16 +76,6 @@ def node_environment(launch: dict[str, Any]) -> dict[str, str]:
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
                 env.setdefault(name, os.environ.get(name) or interface)  # what `ray start` was given there stands
     return env
-
-
-def interface_of(address: str) -> str:
-    """The name of the interface that has `address`; empty when none has."""
-    import psutil  # ray brings it along
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.family in (socket.AF_INET, socket.AF_INET6) and entry.address == address for entry in addresses):
-            return str(name)
-    return ""
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -24,10 +24,20 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 CONTROL_FIELDS = ("replicas", "policy", "drain_timeout_s", "start_timeout_s", "update", "standalone_tokens_per_s")
 
 
+CHOSEN = "VISIBLE_DEVICES"  # ends the names by which drivers are told which devices there are
+
+
 class SpecPart(BaseModel):
     """A section of the spec: immutable, and a field it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def refuse_visible_devices(env: dict[str, str]) -> None:
+    """Raises ValueError for an environment that would take the choice of devices from the plan."""
+    for name in env:
+        if name.endswith(CHOSEN):
+            raise ValueError(f"env.{name} is not allowed; the plan chooses devices among those that a node's Ray has")
 
 
 def require_policy(field: str, policy: str) -> None:
@@ -133,6 +143,7 @@ class ModelSpec(SpecPart):
                 raise ValueError(f"engine_args.{name} is not allowed; {NO_ADAPTERS}")
             if words.startswith("data_parallel"):
                 raise ValueError(f"engine_args.{name} is not allowed; {NO_DATA_PARALLEL}")
+        refuse_visible_devices(self.env)
         if self.name in self.placement.anti_affinity and self.replicas > 1:
             raise ValueError("placement.anti_affinity names the model itself; use placement.separate: node")
         return self

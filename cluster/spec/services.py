@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from megatoken.cluster.spec.model import SpecPart
+from megatoken.cluster.spec.model import SpecPart, refuse_visible_devices
 from megatoken.router.config import (
     AdmissionConfig,
     BreakerConfig,
@@ -136,3 +136,8 @@ class NetworkSpec(SpecPart):
 
     interface: str | None = Field(None, description="for Gloo, NCCL, RCCL; unset: that of the node's address")
     env: dict[str, str] = Field(default_factory=dict, description="e.g. NCCL_IB_HCA; for every engine and agent")
+
+    @model_validator(mode="after")
+    def _leaves_devices_to_the_plan(self) -> Self:
+        refuse_visible_devices(self.env)
+        return self

@@ -1,8 +1,8 @@
 """A Ray cluster over the hosts of a network: one Ray node each, with token authentication and CPU device slots.
 
-It starts what people start by hand (`ray start --head`, `ray start --address`), with small object stores and the
-failure detection of a deployed cluster, and hands out the environment that a driver or a `megatoken` command needs.
-Called by the command line (`python -m deploy.netns`) and by tests.
+It starts what people start by hand (`ray start --head`, `ray start --address`) under the supervisor that launchers use,
+with small object stores and the failure detection of a deployed cluster, and hands out the environment that a driver or
+a `megatoken` command needs. Called by the command line (`python -m deploy.netns`) and by tests.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from deploy.netns.hosts import Host, Network, NetworkError
 from megatoken.cluster.launchers.failure_detection import FAILURE_DETECTION
 
 GCS_PORT = 6379
+NODE_DIRECTORY = "/tmp/node"  # of the supervisor, in the host
 START_TIMEOUT_S = 180.0
 PARALLEL_STARTS = 8
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's floor is 75 MiB; tokens do not travel through it
@@ -29,9 +30,19 @@ REPOSITORY = Path(__file__).parents[2]
 class RayNodes:
     """Ray on the hosts of a network; the first started is the head."""
 
-    def __init__(self, network: Network, devices: int, detection: Mapping[str, str] | None = None) -> None:
-        """`devices` is the number of cpu_device slots that each node offers."""
+    def __init__(
+        self,
+        network: Network,
+        devices: int,
+        detection: Mapping[str, str] | None = None,
+        *,
+        gpus: int | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """`devices`: cpu_device slots of each node. `gpus`: what it claims to have. `env`: of Ray and its actors."""
         self.network = network
+        self.gpus = gpus
+        self.env = dict(env or {})
         self.devices = devices
         self.detection = dict(FAILURE_DETECTION if detection is None else detection)
         self.token_file = network.directory / "ray-token"
@@ -89,20 +100,30 @@ class RayNodes:
         slots = self.devices if devices is None else devices
         head = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
         role = head if host is self.head else [f"--address={self.address}"]
+        supervisor = [sys.executable, "-m", "megatoken.cluster.launchers.node", "start", "--directory", NODE_DIRECTORY]
         command = [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", *role),
+            *(*supervisor, "--address", host.address, "--"),
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role),
             *(f"--node-ip-address={host.address}", "--num-cpus=2", "--disable-usage-stats"),
             *(f"--object-store-memory={OBJECT_STORE_BYTES}", f"--resources={json.dumps({'cpu_device': slots})}"),
+            *([] if self.gpus is None else [f"--num-gpus={self.gpus}"]),
             f"--labels={','.join(f'{key}={value}' for key, value in {'host': host.name, **(labels or {})}.items())}",
         ]
-        environment = self.environment(host)
+        environment = self.environment(host, **self.env)
         del environment["RAY_ADDRESS"]
         host.run(command, environment, timeout_s=START_TIMEOUT_S)
 
     def stop_node(self, host: Host) -> None:
-        """Kills the host's Ray processes, its workers included, as a crash of the node's Ray would."""
+        """Kills the host's Ray processes, its workers and its supervisor included: it does not start again."""
+        self._kill(host, lambda command: "ray" in command)
+
+    def crash_node(self, host: Host) -> None:
+        """Kills the host's Ray processes, its workers included. Its supervisor starts Ray again."""
+        self._kill(host, lambda command: "ray" in command and "megatoken.cluster.launchers.node" not in command)
+
+    def _kill(self, host: Host, chosen: Callable[[str], bool]) -> None:
         for pid, command in host.processes().items():
-            if "ray" in command:
+            if chosen(command):
                 try:
                     os.kill(pid, 9)
                 except ProcessLookupError:

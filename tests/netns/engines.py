@@ -96,7 +96,8 @@ def start_worker(nodes: RayNodes, host: Host, group: str | None, **config: Any) 
         **config,
     }
     if group is not None:
-        whole |= {"ray_address": nodes.address, "placement_group_id": group}
+        ranks = config.get("tensor_parallel", 1) * config.get("pipeline_parallel", 1)
+        whole |= {"ray_address": nodes.address, "placement_group_id": group, "rank_devices": [0] * ranks}
     path = f"/tmp/{whole['replica']}.json"
     host.path(path).write_text(json.dumps(whole))
     log = host.path(f"/tmp/{whole['replica']}.log")

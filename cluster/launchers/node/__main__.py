@@ -6,9 +6,10 @@
     stop  --directory D
     exec  --head HOST:PORT -- COMMAND   (no supervision: Slurm has its own)
 
-`run` stays in the foreground: for containers, systemd and Slurm. It adopts whatever its Ray leaves behind (Linux child
-subreaper) and ends it, so that after `stop` no process of that Ray is left, and no other Ray on the machine is touched,
-as `ray stop` would. `--then` runs once Ray is up: the head brings the cluster's controller up with it.
+`run` stays in the foreground: for containers and systemd. A Ray that ran and ended (it ends itself when its node is cut
+off for long) is started again, so that a node comes back with its link. The supervisor adopts whatever its Ray leaves
+behind (Linux child subreaper) and ends it, so that after `stop` no process of that Ray is left, and no other Ray on the
+machine is touched, as `ray stop` would. `--then` runs whenever Ray is up: the head brings the controller up with it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import select
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatoken.backoff import doubling_pause_s
 from megatoken.cluster.launchers.node.environment import (
     AddressError,
     interface_addresses,
@@ -36,6 +39,10 @@ STARTED = "Ray runtime started."  # what `ray start` prints when its processes r
 PID_FILE, LOG_FILE = "node.pid", "node.log"
 STOP_S = 20.0  # for `ray start --block` to end its processes in order, before they are killed
 POLL_S = 0.2
+READ_BYTES = 65_536
+RESTART_S, RESTART_MAX_S = 1.0, 30.0  # pauses before Ray is started again
+SETTLED_S = 60.0  # a Ray that ran this long starts the pauses anew
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main() -> int:
@@ -84,7 +91,10 @@ def start(directory: Path, timeout_s: float) -> int:
 
 
 def run(directory: Path, command: list[str], env: dict[str, str], then: str | None) -> int:
-    """Ray in the foreground until it ends or SIGTERM comes; then nothing of it is left."""
+    """Ray in the foreground until SIGTERM comes, started again whenever it ends; then nothing of it is left.
+
+    A first start that fails is the caller's to know of: it ends this with Ray's own status.
+    """
     lock = (directory / PID_FILE).open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,38 +106,76 @@ def run(directory: Path, command: list[str], env: dict[str, str], then: str | No
     lock.flush()
     (directory / "ready").unlink(missing_ok=True)
     adopt_orphans()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, _interrupt)
-    ray = None
+    failures, ran = 0, False
     try:
-        ray = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return _follow(ray, directory, env, then)
+        while True:
+            began_s = time.monotonic()
+            status, up = _run_once(directory, command, env, then)
+            ran = ran or up
+            if not ran:
+                return status
+            failures = 1 if time.monotonic() - began_s >= SETTLED_S else failures + 1
+            pause_s = doubling_pause_s(failures, RESTART_S, RESTART_MAX_S)
+            print(f"megatoken node: Ray ended with status {status}; started again in {pause_s:.0f} s", flush=True)
+            time.sleep(pause_s)
     except KeyboardInterrupt:
         return 0
     except OSError as error:
         print(f"megatoken node: {command[0]} cannot be run: {error.strerror}", file=sys.stderr)
         return 127
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        _end(ray)
-        (directory / "ready").unlink(missing_ok=True)
         (directory / PID_FILE).unlink(missing_ok=True)
 
 
-def _follow(ray: subprocess.Popen[bytes], directory: Path, env: dict[str, str], then: str | None) -> int:
+def _run_once(directory: Path, command: list[str], env: dict[str, str], then: str | None) -> tuple[int, bool]:
+    """One life of Ray, after which nothing of it is left: its status, and whether it came up. A signal interrupts."""
+    ray = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        return _follow(ray, directory, env, then)
+    finally:
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+        _end(ray)
+        (directory / "ready").unlink(missing_ok=True)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _follow(ray: subprocess.Popen[bytes], directory: Path, env: dict[str, str], then: str | None) -> tuple[int, bool]:
     """Passes Ray's output on; once it runs, runs `then` and tells whoever waits."""
     up = False
-    for raw in ray.stdout or ():
-        line = raw.decode(errors="replace")
-        print(line, end="", flush=True)
+    for line in _output(ray):
+        print(line, flush=True)
         if not up and STARTED in line:
-            up = True
             if then and subprocess.run(shlex.split(then), env=env, check=False).returncode:
                 print(f"megatoken node: failed once Ray ran: {then}", file=sys.stderr)
-                return 1
+                return 1, False
+            up = True
             (directory / "ready").touch()
-    return ray.wait()
+    return ray.wait(), up
+
+
+def _output(ray: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Its lines until it has ended. What it leaves behind may hold the pipe open for longer."""
+    if ray.stdout is None:
+        raise RuntimeError("Ray's output is not a pipe")
+    output, ended, partial = ray.stdout.fileno(), os.pidfd_open(ray.pid), b""
+    watched = {output, ended}
+    try:
+        while True:
+            readable, _, _ = select.select(watched, [], [])
+            if output in readable:
+                chunk = os.read(output, READ_BYTES)
+                if not chunk:
+                    watched.discard(output)
+                *lines, partial = (partial + chunk).split(b"\n")
+                yield from (line.decode(errors="replace") for line in lines)
+            elif ended in readable:
+                return
+    finally:
+        os.close(ended)
+        ray.stdout.close()
 
 
 def _end(ray: subprocess.Popen[bytes] | None) -> None:

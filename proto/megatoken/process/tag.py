@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 PREFIX: Final = "megatoken:"
+_marks: Final[list[int]] = []  # the descriptor of this process's mark
 STATES: Final = {"T": "stopped", "t": "stopped by a debugger", "Z": "dead", "D": "waiting for a device or a disk"}
 
 
@@ -31,14 +32,12 @@ def replica_tag(cluster_directory: Path, replica: str) -> str:
 
 
 def tag_process(replica: str, part: str) -> None:
-    """Marks this process for as long as it lives; what it forks is marked "engine" in its place."""
-    descriptor = os.memfd_create(_name(replica, part), os.MFD_CLOEXEC)
-
-    def retag() -> None:
-        os.close(descriptor)
-        os.memfd_create(_name(replica, "engine"), os.MFD_CLOEXEC)
-
-    os.register_at_fork(after_in_child=retag)
+    """Marks this process until it is marked anew or ends; what it forks is marked "engine" in its place."""
+    if not _marks:
+        os.register_at_fork(after_in_child=lambda: tag_process(replica, "engine"))
+    while _marks:
+        os.close(_marks.pop())
+    _marks.append(os.memfd_create(_name(replica, part), os.MFD_CLOEXEC))
 
 
 def tagged_processes(replica: str, proc: Path = Path("/proc")) -> list[TaggedProcess]:

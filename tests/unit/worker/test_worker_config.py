@@ -23,6 +23,10 @@ def test_defaults_make_a_simulated_worker() -> None:
         ({}, "source is needed"),
         ({"engine": "simulated"}, "simulated is needed"),
         ({"source": "x", "placement_group_id": "ab"}, "go together"),
+        (
+            {"source": "x", "placement_group_id": "ab", "ray_address": "h:1", "rank_devices": (0, 1)},
+            "rank_devices: 2 devices for 1 ranks",
+        ),
         ({"source": "x", "ray_address": "a:1"}, "go together"),
         ({"source": "x", "unknown": 1}, "unknown"),
         ({"source": "x", "port": 70_000}, "port"),

@@ -7,13 +7,12 @@ before it imports vLLM (the platform is chosen, and threads are counted, at impo
 from __future__ import annotations
 
 import os
-import socket
 from typing import Any
 
-import psutil  # type: ignore[import-untyped,unused-ignore]
 from vllm.v1.executor import ray_executor_v2
 
-from megatoken.worker.engines.ranks.ray_executor import MarkedRank, MortalRayExecutor
+from megatoken.process.interface import interface_of
+from megatoken.worker.engines.ranks.ray_executor import PlacedRank, PlacedRayExecutor
 from megatoken.worker.engines.ranks.variables import DEVICE_VARIABLE
 
 # Copied from the engine core to its ranks, before they import anything.
@@ -29,7 +28,7 @@ EARLY_VARIABLES = (
 )
 
 
-class CpuRank(MarkedRank):
+class CpuRank(PlacedRank):
     """A rank process on a CPU slot."""
 
     def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
@@ -43,12 +42,12 @@ class CpuRank(MarkedRank):
         # Left alone, Gloo takes the address that the host name resolves to, which is loopback on many machines; and the
         # engine core would hand on the name of its own node's interface.
         interface = interface_of(address)
-        if interface is not None:
+        if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         super().initialize_worker(*arguments, **options)
 
 
-class CpuRayExecutor(MortalRayExecutor):
+class CpuRayExecutor(PlacedRayExecutor):
     """Runs one rank per CPU slot of the replica's placement group."""
 
     rank_class = CpuRank
@@ -60,11 +59,3 @@ class CpuRayExecutor(MortalRayExecutor):
             if name in os.environ:
                 variables.setdefault(name, os.environ[name])
         return environment
-
-
-def interface_of(address: str) -> str | None:
-    """The name of the network interface that has this IP address, or None."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address and entry.family in (socket.AF_INET, socket.AF_INET6) for entry in addresses):
-            return str(name)
-    return None

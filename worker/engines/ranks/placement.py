@@ -1,8 +1,8 @@
-"""Puts a replica's engine into the placement group that was reserved for it, with rank i in bundle i.
+"""Where the ranks of a replica run: inside the worker's node as its children, across nodes as Ray's actors.
 
-The worker itself is no Ray process: it hands the group's id on inside vLLM's configuration, and the engine core, which
-is a Ray driver of its own, connects by RAY_ADDRESS. Ranks are actors of that driver's job, so Ray ends them when the
-engine core dies, however it dies. Called by worker/engines/vllm/engine.py when the config names a placement group.
+Across nodes, rank i is in bundle i of the placement group that was reserved. The worker itself is no Ray process: it
+hands the group's id on inside vLLM's configuration, and the engine core, which is a Ray driver of its own, connects by
+RAY_ADDRESS. Ranks are actors of that driver's job, so Ray ends them when the engine core dies, however it dies.
 """
 
 from __future__ import annotations
@@ -11,39 +11,45 @@ import os
 from typing import Any
 
 from megatoken.worker.config import WorkerConfig
-from megatoken.worker.engines.ranks.variables import DEVICE_VARIABLE, REPLICA_VARIABLE
+from megatoken.worker.engines.ranks.variables import DEVICE_VARIABLE, DEVICES_VARIABLE, REPLICA_VARIABLE
 
 CPU_RESOURCE = "cpu_device"
 
 
 def prepare_environment(config: WorkerConfig) -> None:
-    """Sets what vLLM needs to find Ray. Call it before vLLM is imported; without a group, it does nothing."""
-    if config.placement_group_id is None or config.ray_address is None:
+    """Sets what a replica of several ranks needs. Call it before vLLM is imported; for one rank it does nothing."""
+    if config.world_size == 1:
         return
-    os.environ["RAY_ADDRESS"] = config.ray_address
-    os.environ[REPLICA_VARIABLE] = config.tag
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Rank i in bundle i, as planned; vLLM's own order sorts nodes by their random ids.
-    os.environ["VLLM_RAY_BUNDLE_INDICES"] = ",".join(str(rank) for rank in range(config.world_size))
-    address = config.advertise_host or config.host
-    os.environ.setdefault("VLLM_HOST_IP", address)
+    environment = os.environ
+    environment[REPLICA_VARIABLE] = config.tag
     if config.device_kind == "cpu":
-        os.environ[DEVICE_VARIABLE] = CPU_RESOURCE
-        # Ranks share a node's cores with other replicas' ranks, which vLLM's own binding knows nothing of.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        environment[DEVICE_VARIABLE] = CPU_RESOURCE
+    if config.ray_address is None:
+        return
+    environment["RAY_ADDRESS"] = config.ray_address
+    environment["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Rank i in bundle i, as planned; vLLM's own order sorts nodes by their random ids.
+    environment["VLLM_RAY_BUNDLE_INDICES"] = ",".join(str(rank) for rank in range(config.world_size))
+    environment[DEVICES_VARIABLE] = ",".join(str(device) for device in config.rank_devices)
+    address = config.advertise_host or config.host
+    environment.setdefault("VLLM_HOST_IP", address)
 
 
 def executor_class(config: WorkerConfig) -> type | None:
     """The executor for `distributed_executor_backend`, or None to leave the choice to vLLM."""
     if config.placement_group_id is None:
-        return None
+        if config.world_size == 1:
+            return None
+        from megatoken.worker.engines.ranks.local_executor import LocalExecutor
+
+        return LocalExecutor
     if config.device_kind == "cpu":
         from megatoken.worker.engines.ranks.cpu_ray_executor import CpuRayExecutor
 
         return CpuRayExecutor
-    from megatoken.worker.engines.ranks.ray_executor import MortalRayExecutor
+    from megatoken.worker.engines.ranks.ray_executor import PlacedRayExecutor
 
-    return MortalRayExecutor
+    return PlacedRayExecutor
 
 
 def use_placement_group(config: WorkerConfig, vllm_config: Any) -> None:

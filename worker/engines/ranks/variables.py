@@ -6,3 +6,4 @@ from typing import Final
 
 DEVICE_VARIABLE: Final = "MEGATOKEN_CPU_RAY_DEVICE"  # names the Ray resource that counts CPU slots
 REPLICA_VARIABLE: Final = "MEGATOKEN_REPLICA"  # tells rank processes, wherever they run, whose they are
+DEVICES_VARIABLE: Final = "MEGATOKEN_RANK_DEVICES"  # the planned device of each rank of a replica that spans nodes

@@ -103,12 +103,16 @@ def test_each_process_gets_credentials_of_its_own_and_no_secret_in_its_config() 
     assert edge_launch("edge-0", HEAD, wanted, rotated, HEAD).credentials == "", "it shows its callers' keys"
 
 
-def test_one_device_runs_without_ray_and_several_in_their_placement_group() -> None:
+def test_ray_places_the_ranks_of_a_replica_across_nodes_and_of_no_other() -> None:
     alone, _ = worker(spec(), Rank(0, HEAD.id, 0, "cpu"))
     assert (alone.placement_group_id, alone.cpu_ranks) == (None, 1)
     wide, _ = worker(spec(parallel={"tensor": 2}), Rank(0, HEAD.id, 0, "cpu"), Rank(1, HEAD.id, 1, "cpu", tensor=1))
-    assert (wide.placement_group_id, wide.ray_address) == ("ab" * 14, "10.0.0.1:6379")
+    assert (wide.placement_group_id, wide.ray_address, wide.rank_devices) == (None, None, ())
     assert wide.devices == ("rank 0: alpha device 0", "rank 1: alpha device 1")
+    ranks = Rank(0, HEAD.id, 3, "cpu"), Rank(1, OTHER.id, 1, "cpu", stage=1)
+    spread, _ = worker(spec(parallel={"pipeline": 2}), *ranks)
+    assert (spread.placement_group_id, spread.ray_address) == ("ab" * 14, "10.0.0.1:6379")
+    assert spread.rank_devices == (3, 1)
 
 
 def test_ranks_that_share_a_nodes_cores_take_a_share_each() -> None:
@@ -125,7 +129,7 @@ def test_ranks_that_share_a_nodes_cores_take_a_share_each() -> None:
 
 def test_a_gpu_replica_sees_its_planned_device_and_takes_no_cpu_share() -> None:
     config, env = worker(spec(), Rank(0, OTHER.id, 5, "mi355x"), local=False)
-    assert (env["CUDA_VISIBLE_DEVICES"], env["HIP_VISIBLE_DEVICES"], config.cpu_ranks) == ("5", "5", None)
+    assert (env["MEGATOKEN_NODE_DEVICES"], config.cpu_ranks) == ("5", None)
     assert (config.host, config.node, config.site, config.device_kind) == ("10.0.0.2", "beta", "oslo", "mi355x")
 
 
@@ -138,16 +142,17 @@ def test_the_models_environment_wins_and_the_interface_is_pinned() -> None:
     assert env["MEGATOKEN_NODE_ADDRESS"] == "127.0.0.1"
 
 
-def test_wide_gpu_replicas_leave_the_choice_of_devices_to_ray() -> None:
-    def visible(*ranks: Rank, **model: Any) -> str | None:
-        return worker(spec(**model), *ranks, local=False)[1].get("HIP_VISIBLE_DEVICES")
+def test_the_process_on_a_node_is_told_the_planned_devices_unless_its_ranks_take_them_themselves() -> None:
+    def devices(*ranks: Rank, **model: Any) -> str | None:
+        return worker(spec(**model), *ranks, local=False)[1].get("MEGATOKEN_NODE_DEVICES")
 
-    near, far = Rank(0, OTHER.id, 2, "mi355x"), Rank(1, OTHER.id, 3, "mi355x", tensor=1)
-    assert visible(near, far, parallel={"tensor": 2}) is None
-    assert visible(near, far, parallel={"tensor": 2}, engine="simulated") == "2,3"
+    near, far = Rank(0, OTHER.id, 2, "mi355x"), Rank(1, OTHER.id, 5, "mi355x", tensor=1)
+    assert devices(near, far, parallel={"tensor": 2}) == "2,5"
+    assert devices(near, far, parallel={"tensor": 2}, engine="simulated") == "2,5"
     elsewhere = Rank(1, HEAD.id, 0, "mi355x", tensor=1)
-    assert visible(near, elsewhere, parallel={"tensor": 2}, engine="simulated") is None
-    assert visible(Rank(0, HEAD.id, 0, "cpu")) is None
+    assert devices(near, elsewhere, parallel={"tensor": 2}) is None
+    assert devices(near, elsewhere, parallel={"tensor": 2}, engine="simulated") == "2"
+    assert devices(Rank(0, HEAD.id, 0, "cpu")) is None
 
 
 def test_the_simulated_engine_has_its_settings_and_no_other_engine_has_them() -> None:

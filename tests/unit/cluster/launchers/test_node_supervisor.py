@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,23 @@ def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(tmp_path: Path
     assert failed.returncode == 7
     assert failed.stderr.strip() == "megatoken node: Ray did not start: ERROR: no memory left"
     assert not (tmp_path / "node" / "node.pid").exists()
+
+
+def test_a_ray_that_ends_is_started_again_and_nothing_of_the_old_one_is_left(tmp_path: Path) -> None:
+    directory, daemon = tmp_path / "node", tmp_path / "daemon"
+    assert node("start", directory, sys.executable, "-c", RAY, str(daemon)).returncode == 0
+    try:
+        first, supervisor = int(daemon.read_text()), int((directory / "node.pid").read_text())
+        (ray,) = [pid for pid in descendants(supervisor) if pid != first]
+        os.kill(ray, signal.SIGKILL)
+        wait_until(lambda: daemon.read_text() not in ("", str(first)))
+        wait_until((directory / "ready").exists)
+        assert not lives(first)
+        assert "Ray ended with status -9; started again in 1 s" in (directory / "node.log").read_text()
+    finally:
+        assert node("stop", directory).returncode == 0
+    assert not lives(int(daemon.read_text()))
+    assert not lives(supervisor)
 
 
 def test_a_command_that_fails_once_ray_runs_takes_ray_down(tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ def complaints(text: str) -> tuple[str, ...] | None:
             "lora_modules is not allowed; adapters",
         ),
         ("models: [{name: a, source: x, engine_args: {--max-loras: 2}}]", "merge each into its base model"),
+        (
+            "models: [{name: a, source: x, env: {HIP_VISIBLE_DEVICES: '1'}}]",
+            "env.HIP_VISIBLE_DEVICES is not allowed; the plan chooses devices",
+        ),
+        ("network: {env: {ROCR_VISIBLE_DEVICES: '1'}}", "env.ROCR_VISIBLE_DEVICES is not allowed; the plan chooses"),
         ("models: [{name: a, source: x, policy: lora}]", "policy: 'lora' is not allowed; adapters are not served"),
         ("routers: {policy: lora}", "routers.policy: 'lora' is not allowed; adapters are not served"),
         ("models: [{name: a, source: x, placement: {anti_affinity: [z]}}]", "anti_affinity: 'z' is not allowed"),

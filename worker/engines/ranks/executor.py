@@ -1,0 +1,63 @@
+"""What is ours in both of vLLM's executors: ranks say where they run, and a lost one ends the engine core in seconds.
+
+vLLM notices the loss at once and asks the engine core's loop to stop, but the loop may be waiting for the lost rank's
+answer: queues between hosts are not woken by that, and the wait lasts VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS (300 s). So
+the process gets a moment to end in order, and is ended. local_executor.py and ray_executor.py put this before vLLM's
+own classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from typing import Any, Final
+
+from megatoken.process.devices import VISIBILITY
+from megatoken.process.tag import tag_process
+from megatoken.worker.engines.ranks.variables import REPLICA_VARIABLE
+
+ORDERLY_END_S: Final = 1.0
+
+_log = logging.getLogger("vllm.megatoken")  # vLLM sets its own logger up in every process, spawned ones included
+
+
+class MortalExecutor:
+    """An executor that takes its engine core along when it fails, and writes into its log where its ranks run."""
+
+    def _post_init_executor(self) -> None:
+        super()._post_init_executor()  # type: ignore[misc]
+        for said in self.collective_rpc(report_rank):  # type: ignore[attr-defined]
+            _log.info("%s", said)
+
+    def shutdown(self) -> None:
+        """Ends the ranks. vLLM calls it from its monitor's thread, with `is_failed` set, when one was lost."""
+        if getattr(self, "is_failed", False):
+            threading.Thread(target=_end_process, name="executor-failed", daemon=True).start()
+        super().shutdown()  # type: ignore[misc]
+
+
+def mark_rank(rank: int) -> None:
+    """Lets this process be found as a rank of its replica."""
+    replica = os.environ.get(REPLICA_VARIABLE)
+    if replica:
+        tag_process(replica, f"rank {rank}")
+
+
+def report_rank(worker: Any) -> str:
+    """Runs in each rank: marks its process, and says which device it was given."""
+    mark_rank(worker.rank)
+    given = worker.vllm_config.parallel_config.assigned_physical_gpu_ids or ()
+    visible = next((os.environ[name] for name in VISIBILITY if os.environ.get(name)), "")
+    devices = [str(device) for device in given] or [name for name in visible.split(",") if name]
+    device = devices[worker.local_rank] if devices else "none"
+    return f"rank {worker.rank}: host {socket.gethostname()}, process {os.getpid()}, device {device}"
+
+
+def _end_process() -> None:
+    """Ends this process, in case it has not ended by itself; its ranks end with it."""
+    time.sleep(ORDERLY_END_S)
+    _log.error("a rank was lost and the engine core still waits for it: ending the engine core")
+    os._exit(1)
