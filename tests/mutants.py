@@ -2,6 +2,7 @@
 
     python -m tests.mutants                 what changed since BASE (origin/main)
     python -m tests.mutants --all           every pure module
+    python -m tests.mutants --all --go-on   the same, from where the last run was cut off
     python -m tests.mutants router/core/accounts.py --tests tests/unit/router/core ...
 
 A mutant is a decision that is made otherwise: a comparison, a sign, an operator, a number, a condition or a branch.
@@ -169,6 +170,7 @@ def main() -> int:
     parser.add_argument("--base", default=os.environ.get("BASE", "origin/main"))
     parser.add_argument("--tests", nargs="+", default=TESTS, help="what may notice; default: all that is fit")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "mutants", help="the folder of the copy")
+    parser.add_argument("--go-on", action="store_true", help="with the copy of a run that was cut off")
     parser.add_argument("--at-once", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     modules = pure_modules() if arguments.all else arguments.modules or changed_modules(arguments.base)
@@ -176,7 +178,8 @@ def main() -> int:
         print("no pure module changed")
         return 0
     work = arguments.work.resolve()
-    prepare(work, modules, arguments.tests)
+    if not arguments.go_on:
+        prepare(work, modules, arguments.tests)
     print(f"{len(modules)} modules", flush=True)
     command = [sys.executable, "driver.py", "run", "--max-children", str(arguments.at_once)]
     done = subprocess.run(command, cwd=work, check=False)

@@ -6,7 +6,9 @@ import pytest
 
 from megatoken.router.core.lifecycle import RequestState
 from megatoken.router.fleet.fleet import Endpoint
+from megatoken.router.intake.arrival import decode
 from megatoken.router.intake.intake import on_frames
+from megatoken.tokens.frames import MalformedFrame
 from megatoken.v1 import tokens_pb2
 from tests.support.router_core import STOP, CoreFleet
 
@@ -149,3 +151,16 @@ def test_a_replica_that_is_given_up_costs_no_other_of_the_same_moment_its_tokens
     end = fleet.end(good)
     assert end is not None
     assert end.reason == STOP
+
+
+@pytest.mark.parametrize(("beyond", "refused"), [(-1, False), (0, True), (1, True)])
+def test_a_stream_beyond_the_slots_is_malformed(beyond: int, refused: bool) -> None:
+    fleet = CoreFleet()
+    request = fleet.submit()
+    replica = fleet.replica_of(request)
+    _, raw = encoded(replica, stream=[fleet.state.slots.size + beyond], token=[1])
+    if not refused:
+        assert decode(fleet.state, replica, raw).stream.tolist() == [fleet.state.slots.size - 1]
+        return
+    with pytest.raises(MalformedFrame, match=f"but there are {fleet.state.slots.size}"):
+        decode(fleet.state, replica, raw)
