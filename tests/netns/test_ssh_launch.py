@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import time
@@ -12,21 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from deploy.netns.hosts import Host, Network
+from deploy.netns.hosts import Network
 from megatoken.cluster.cli.__main__ import main
 from megatoken.cluster.launchers.load import launch_of
 from megatoken.cluster.launchers.ssh.run import LaunchError, SshCluster
 from megatoken.cluster.launchers.ssh.script import ssh_artefacts
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.cluster.spec.load import dump_spec, parse_spec
+from tests.netns.sshd import MISSING, PORT, keygen, public, start_sshd
 
-SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
-pytestmark = pytest.mark.skipif(
-    not (Path(SSHD).exists() and shutil.which("ssh-keygen")), reason="openssh-server is not installed"
-)
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 PREFIX = Path(sys.prefix)
 TOKEN = "7" * 64
-PORT = 2222
 
 
 @dataclass
@@ -86,30 +82,6 @@ def ssh_hosts(make_network: Callable[[int], Network], tmp_path: Path) -> SshHost
     (tmp_path / "wrong_key").write_text("\n".join(wrong) + "\n")
     (tmp_path / "unknown_key").write_text(known[0] + "\n")
     return SshHosts(network, tmp_path)
-
-
-def keygen(name: str, directory: Path) -> None:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)], check=True, timeout=20)
-
-
-def public(key: Path) -> str:
-    return " ".join(key.with_suffix(".pub").read_text().split()[:2])
-
-
-def start_sshd(host: Host, keys: Path) -> None:
-    """An sshd with its own key in the host; its files lie in the host's own /tmp."""
-    home = host.path("/tmp/sshd")
-    home.mkdir(mode=0o700)
-    shutil.copy(keys / host.name, home / "key")
-    shutil.copy(keys / "client.pub", home / "authorized")
-    (home / "key").chmod(0o600)
-    config = (
-        f"Port {PORT}\nListenAddress {host.address}\nHostKey /tmp/sshd/key\nAuthorizedKeysFile /tmp/sshd/authorized\n"
-        "PasswordAuthentication no\nPermitRootLogin prohibit-password\nStrictModes no\nUsePAM no\nPidFile none\n"
-    )
-    (home / "config").write_text(config)
-    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd's privilege separation directory
-    host.run([SSHD, "-f", "/tmp/sshd/config", "-E", "/tmp/sshd/log"])
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
