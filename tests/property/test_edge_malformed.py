@@ -17,13 +17,19 @@ from megatoken.router.edge.router_session.session import Session
 from megatoken.router.identity.callers import CallerRegistry
 from megatoken.tokens.frames import MalformedFrame, pack
 from megatoken.v1.frame_columns_pb2 import Frame, GenerateRequest
-from megatoken.v1.tokens_pb2 import Detail, Finish, Logprobs
+from megatoken.v1.tokens_pb2 import Detail, Finish, Logprobs, SamplingParams
 
 STREAMS = 4
+EVERY = range(1 << 32)
 small = st.integers(0, STREAMS + 1)
 columns = st.one_of(st.binary(max_size=24), st.lists(small, max_size=6).map(pack))
 finishes = st.builds(
-    Finish, stream=small, reason=st.integers(0, 6), code=st.integers(0, 20), message=st.text(max_size=8)
+    Finish,
+    stream=small,
+    reason=st.integers(0, 6),
+    code=st.integers(0, 20),
+    message=st.text(max_size=8),
+    draining=st.booleans(),
 )
 details = st.builds(
     Detail,
@@ -70,6 +76,8 @@ class Link:
 
     def cancel(self, stream: int) -> None: ...
 
+    def renew(self) -> None: ...
+
 
 class Balance:
     """Counts what started and what ended."""
@@ -86,27 +94,38 @@ class Balance:
         self.running -= 1
 
 
-@given(st.lists(st.one_of(frames, st.sampled_from(["cancel 0", "cancel 1", "lost"])), max_size=12))
+@given(
+    st.lists(st.one_of(frames, st.sampled_from(["cancel 0", "cancel 1", "lost", "connected", "late"])), max_size=16),
+    st.sampled_from([0.0, 1.0]),
+    st.booleans(),
+)
 @settings(max_examples=300, deadline=None)
-def test_no_sequence_of_frames_breaks_the_books(events: list[Any]) -> None:
-    balance = Balance()
-    session = Session(1.0, balance, lambda: 0.0, [])
+def test_no_sequence_of_frames_breaks_the_books(events: list[Any], return_s: float, seeded: bool) -> None:
+    """Whether a lost router's requests wait for it or not, and go on by prefix or by replay."""
+    balance, now = Balance(), 0.0
+    session = Session(1.0, balance, lambda: now, [], return_s)
     session.attach(Link())
     receivers = [Receiver(str(number)) for number in range(STREAMS)]
     for receiver in receivers:
-        session.open(receiver, GenerateRequest(model="m"))
+        session.open(receiver, GenerateRequest(model="m", sampling=SamplingParams(seed=1) if seeded else None))
     for event in events:
         if event == "lost":
-            session.on_lost("gone")
+            session.on_lost("gone", EVERY)
+        elif event == "connected":
+            session.on_connected()
+        elif event == "late":
+            now += return_s
+            session.give_up()
         elif isinstance(event, str):
             session.cancel(event[-1])
         else:
             try:
                 session.on_frame(event)
             except MalformedFrame:
-                session.on_lost("malformed")
+                session.on_lost("malformed", EVERY)
         assert session.running == balance.running
-    session.on_lost("the end")
+    session.on_lost("the end", EVERY)
+    session.give_up(at_once=True)
     assert session.running == balance.running == 0
 
 
