@@ -16,7 +16,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install
 # One line that counts, instead of pip's hundreds.
 COUNT   := awk '/^ *(Collecting|Processing|Requirement already)/ { printf "\r      %d packages seen", ++n; fflush() } /^Installing/ { printf ", installing"; fflush() } END { print "" }'
 
-.PHONY: help demo test test-failed lint format setup model test-unit test-multinode chaos fuzz mutants bench bench-plan bench-router bench-throughput proto clean
+.PHONY: help demo test test-failed lint format setup model test-unit test-multinode fleet chaos fuzz mutants bench bench-plan bench-router bench-throughput proto clean
 
 ## help: this list.
 help:
@@ -73,6 +73,10 @@ test-unit: $(VENV)/.installed
 ## test-multinode: several hosts as network namespaces; needs root.
 test-multinode: setup
 	$(PYTEST) tests/netns
+
+## fleet: one fleet with everything on, over three hosts on this machine, while its parts die; needs root.
+fleet: setup
+	$(PYTEST) tests/netns/test_fleet.py
 
 ## chaos: campaigns of faults in full, about 15 minutes; `make test` runs a short form of each.
 chaos: setup

@@ -161,8 +161,12 @@ class Unreachable(CommandError):
 
 
 def open_sync_channel(address: str, tls: ClientTls | None) -> grpc.Channel:
-    """A blocking channel, plain or TLS."""
+    """A blocking channel, plain or TLS. Raises Unreachable for certificates that cannot be read."""
     if tls is None:
         return grpc.insecure_channel(address)
     options = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
-    return grpc.secure_channel(address, tls.credentials(), options=options)
+    try:
+        credentials = tls.credentials()
+    except OSError as error:
+        raise Unreachable(f"the controller at {address} cannot be reached: {error}") from None
+    return grpc.secure_channel(address, credentials, options=options)

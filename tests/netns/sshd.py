@@ -30,6 +30,7 @@ def start_sshd(host: Host, keys: Path) -> None:
     (home / "key").chmod(0o600)
     config = (
         f"Port {PORT}\nListenAddress {host.address}\nHostKey /tmp/sshd/key\nAuthorizedKeysFile /tmp/sshd/authorized\n"
+        "SetEnv MEGATOKEN_STATE_DIR=/tmp/state\n"
         "PasswordAuthentication no\nPermitRootLogin prohibit-password\nStrictModes no\nUsePAM no\nPidFile none\n"
     )
     (home / "config").write_text(config)

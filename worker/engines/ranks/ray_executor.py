@@ -9,6 +9,8 @@ pipeline parallelism accepts no path.
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -17,7 +19,7 @@ from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
 from megatoken.process.devices import visible_devices
 from megatoken.worker.engines.ranks.executor import MortalExecutor, mark_rank
-from megatoken.worker.engines.ranks.variables import DEVICES_VARIABLE, REPLICA_VARIABLE
+from megatoken.worker.engines.ranks.variables import DEVICES_VARIABLE, REPLICA_VARIABLE, SOCKETS_VARIABLE
 
 
 class PlacedRank(RayWorkerProc):  # type: ignore[misc]
@@ -26,6 +28,10 @@ class PlacedRank(RayWorkerProc):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, rank: int, *arguments: Any, **options: Any) -> None:
         mark_rank(rank)
         self._planned_rank = rank
+        sockets = os.environ.get(SOCKETS_VARIABLE)
+        if sockets:
+            node = ray_executor_v2.ray.get_runtime_context().get_node_id()
+            os.environ[SOCKETS_VARIABLE] = sockets_on(Path(sockets), node)
         super().__init__(vllm_config, rank, *arguments, **options)
 
     def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
@@ -47,5 +53,15 @@ class PlacedRayExecutor(MortalExecutor, RayExecutorV2):  # type: ignore[misc]
     def _build_runtime_env(self) -> dict[str, Any]:
         environment: dict[str, Any] = super()._build_runtime_env()
         variables = environment.setdefault("env_vars", {})
-        variables |= {name: os.environ[name] for name in (REPLICA_VARIABLE, DEVICES_VARIABLE) if name in os.environ}
+        handed_on = (REPLICA_VARIABLE, DEVICES_VARIABLE, SOCKETS_VARIABLE)
+        variables |= {name: os.environ[name] for name in handed_on if name in os.environ}
         return environment
+
+
+def sockets_on(driver: Path, node: str) -> str:
+    """Where ranks of a node have the sockets that they talk through: `driver` is where the engine core has them.
+
+    Each node has a folder of its own beside it, named for the beginning of the node's id.
+    """
+    own = next((path for path in driver.parent.glob("*") if path.is_dir() and node.startswith(path.name)), None)
+    return str(driver if driver.is_dir() else own or tempfile.gettempdir())

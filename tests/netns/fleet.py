@@ -1,0 +1,338 @@
+"""The fleet of test_fleet.py: its spec, its certificates and keys, `megatoken` over ssh, and clients of its edges."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import yaml
+
+from deploy.netns.hosts import Host, Network
+from megatoken.cluster.client.control import CommandError, client_of
+from megatoken.cluster.client.records import read_records
+from megatoken.process.tag import PREFIX
+from megatoken.v1 import control_pb2
+from tests.netns.sshd import PORT, keygen, public, start_sshd
+from tests.support.certificates import Authority
+
+KEY = "flagship-key"
+SLOTS = {"node0": 2, "node1": 3, "node2": 3}
+UP_S = 400.0
+EDGE_PORT = 8000
+STREAMS = 3  # of each model
+TOKENS = {"smol": 24, "tiny": 48}
+QUESTIONS = ("What is the capital of Japan?", "Name three colours.", "Count to five.")
+
+
+class Fleet:
+    """Made of a network; `up` brings it up, `down` takes it down and looks at what is left."""
+
+    def __init__(self, network: Network, directory: Path) -> None:
+        self.network, self.directory, self.head = network, directory, network.hosts[0]
+        self.pki = network.directory / "pki"  # seen from every host, which /tmp is not
+        self.pki.mkdir(mode=0o700)
+        self.authority = Authority(self.pki)
+        everywhere = [host.address for host in network.hosts]
+        self.cert_file, self.key_file = self.authority.issue("node", hosts=everywhere)
+        self.keys_file = self.pki / "keys.json"
+        self.keys_file.write_text(
+            json.dumps({"keys": [{"name": "team", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]})
+        )
+        self.keys_file.chmod(0o600)
+        keygen("client", directory)
+        for host in network.hosts:
+            keygen(host.name, directory)
+            start_sshd(host, directory)
+        (directory / "known_hosts").write_text(
+            "".join(f"[{host.address}]:{PORT} {public(directory / host.name)}\n" for host in network.hosts)
+        )
+        self.spec = self._spec()
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MEGATOKEN_"))},
+            "MEGATOKEN_STATE_DIR": str(directory / "state"),
+        }
+
+    def _spec(self) -> dict[str, Any]:
+        tls = {"cert_file": str(self.cert_file), "key_file": str(self.key_file), "ca_file": str(self.authority.ca_file)}
+        engine = {
+            "dtype": "float32",
+            "max_model_len": 256,
+            "max_running": 8,
+            "kv_cache_gib": 0.2,
+            "cpu_threads": 1,
+            "env": {"MEGATOKEN_CPU_SHARED_MEMORY": "0"},  # many ranks share two cores: their waits give them away
+        }
+        return {
+            "cluster": "flagship",
+            "control": {"worker_lease_s": 10, "hang_s": 6, "probe_s": 3},
+            "routers": {"per_node": True, "resume": {"wait_s": 240, "max_resumes": 20}},
+            "edge": {"per_node": True},
+            "agents": {"enabled": True},
+            "security": {"tls": {**tls, "mutual": True}, "api_keys_file": str(self.keys_file)},
+            "models": [
+                {
+                    "name": "tiny",
+                    "source": "builtin:tiny-llama",
+                    "parallel": {"tensor": 2, "pipeline": 2},
+                    "placement": {"nodes": [host.address for host in self.network.hosts[1:]]},
+                    **engine,
+                },
+                {"name": "smol", "source": "builtin:smollm2-135m-instruct", "parallel": {"pipeline": 2}, **engine},
+            ],
+            "launch": {
+                "ssh": {
+                    "hosts": [
+                        {"host": host.address, "cpu_devices": SLOTS[host.name], "rack": host.name}
+                        for host in self.network.hosts
+                    ],
+                    "user": "root",
+                    "port": PORT,
+                    "identity_file": str(self.directory / "client"),
+                    "known_hosts_file": str(self.directory / "known_hosts"),
+                    "start_timeout_s": 150,
+                    "prefix": sys.prefix,
+                    "directory": "/tmp/mt",
+                }
+            },
+        }
+
+    def megatoken(self, *words: str, timeout_s: float = 60.0) -> str:
+        """Runs `megatoken WORDS` on this machine, as the operator; returns what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "megatoken.cluster.cli", *words],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        if done.returncode:
+            raise CommandError(f"megatoken {' '.join(words)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def up(self) -> None:
+        path = self.directory / "spec.yaml"
+        path.write_text(yaml.safe_dump(self.spec))
+        self.megatoken("up", "-f", str(path), "--timeout", str(UP_S), timeout_s=UP_S + 60)
+        (record,) = read_records(self.directory / "state")
+        self.control = client_of(record)
+
+    def down(self) -> None:
+        self.megatoken("down", timeout_s=180)
+        left = [f"{host.name}: {text}" for host in self.network.hosts for text in host.processes().values()]
+        left = [text for text in left if "sshd" not in text]
+        if left:
+            raise AssertionError(f"left behind by `megatoken down`: {left}")
+
+    def scale(self, model: str, replicas: int) -> None:
+        self.megatoken("scale", f"{model}={replicas}")
+        next(entry for entry in self.spec["models"] if entry["name"] == model)["replicas"] = replicas
+
+    def change_model(self, name: str, **fields: Any) -> None:
+        """Applies the spec with a model's fields changed."""
+        next(entry for entry in self.spec["models"] if entry["name"] == name).update(fields)
+        path = self.directory / "changed.yaml"
+        path.write_text(yaml.safe_dump({**self.spec, "launch": None, "ray": {"address": f"{self.head.address}:6379"}}))
+        self.megatoken("apply", "-f", str(path))
+
+    # -- looking --
+
+    def status(self) -> control_pb2.ClusterStatus:
+        return self.control.status()
+
+    def wait(self, met: Callable[[control_pb2.ClusterStatus], bool], timeout_s: float) -> control_pb2.ClusterStatus:
+        """The first status that meets a condition, while the controller may be away. Raises with the events."""
+        deadline, last = time.monotonic() + timeout_s, ""
+        while True:
+            try:
+                status = self.status()
+                if met(status):
+                    return status
+                last = "\n".join(f"{row.replica} {row.state} {row.reason}" for row in status.replicas)
+            except CommandError as error:
+                last = str(error)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not met within {timeout_s:g} s; last: {last}\n{self._events()}")
+            time.sleep(0.1)
+
+    def _events(self) -> str:
+        try:
+            return self.megatoken("events")[-6000:]
+        except CommandError as error:
+            return str(error)
+
+    def ready(self, model: str, count: int, timeout_s: float = 30.0) -> list[control_pb2.ReplicaStatus]:
+        """The READY replicas of a model, once there are `count` and no other of it is live."""
+
+        def met(status: control_pb2.ClusterStatus) -> bool:
+            live = [row for row in status.replicas if row.model == model and row.state not in ("STOPPED", "FAILED")]
+            return len(live) == count and all(row.state == "READY" for row in live)
+
+        rows = self.wait(met, timeout_s).replicas
+        return [row for row in rows if row.model == model and row.state == "READY"]
+
+    def failed(self, status: control_pb2.ClusterStatus) -> set[str]:
+        """Replicas that failed, also those that `status` shows no more."""
+        return {row.replica for row in status.replicas if row.state == "FAILED"}
+
+    def blocked(self, status: control_pb2.ClusterStatus, model: str) -> str:
+        return next(row.blocked for row in status.models if row.model == model)
+
+    def hosts_of(self, replica: control_pb2.ReplicaStatus) -> list[Host]:
+        """The hosts of its ranks, in rank order, each once."""
+        found = [re.search(r": (\S+) device", line) for line in replica.ranks]
+        names = dict.fromkeys(match[1] for match in found if match)
+        return [next(host for host in self.network.hosts if name in (host.address, host.name)) for name in names]
+
+    def pids(self, host: Host, words: str) -> list[int]:
+        return [pid for pid, command in host.processes().items() if words in command]
+
+    def crash_ray(self, host: Host) -> None:
+        """Kills every process of a host's Ray but its supervisor, which starts it again."""
+        for pid, command in host.processes().items():
+            if "sshd" not in command and "megatoken.cluster.launchers.node" not in command:
+                try:
+                    os.kill(pid, 9)
+                except ProcessLookupError:
+                    continue
+
+
+def tagged(fleet: Fleet, host: Host, replica: str, part: str) -> list[int]:
+    """Processes of a host that are a part of a replica ("worker", "engine", "rank"), by part."""
+    found = []
+    for pid in host.processes():
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                name = os.readlink(link)
+            except OSError:
+                continue
+            if name.startswith(f"/memfd:{PREFIX}") and f"-{replica}:{part}" in name:
+                found.append((name, pid))
+    return [pid for _, pid in sorted(found)]
+
+
+@dataclass
+class Report:
+    """What clients saw."""
+
+    answers: Counter[str] = field(default_factory=Counter)
+    asked_again: Counter[str] = field(default_factory=Counter)  # a door died under it
+    wrong: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    slowest_s: float = 0.0
+
+
+class Clients:
+    """openai clients that stream from a thread, each through the edges in turn, until `stop`."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.report = Report()
+        self._fleet = fleet
+        self._expected: dict[tuple[str, str], str] = {}
+        self._stopping = threading.Event()
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+
+    def __enter__(self) -> Clients:
+        self._thread.start()
+        if not self._started.wait(120):
+            raise RuntimeError(f"the fleet does not answer: {self.report}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join(120)
+
+    def answered(self, more: int, timeout_s: float = 120.0) -> None:
+        """Waits until every model has answered so often since now."""
+        before = Counter(self.report.answers)
+        deadline = time.monotonic() + timeout_s
+        while any(self.report.answers[model] - before[model] < more for model in TOKENS):
+            if time.monotonic() > deadline or self.report.wrong or self.report.lost:
+                raise AssertionError(f"{self.report}, before: {before}")
+            time.sleep(0.1)
+
+    def stop(self) -> Report:
+        """Lets every running request end."""
+        self._stopping.set()
+        self._thread.join(300)
+        if self._thread.is_alive():
+            raise AssertionError("a request hangs")
+        return self.report
+
+    async def _run(self) -> None:
+        fleet = self._fleet
+        cert, key = fleet.authority.issue("client")
+        context = ssl.create_default_context(cafile=fleet.authority.ca_file)
+        context.load_cert_chain(cert, key)
+        doors = [
+            openai.AsyncOpenAI(
+                base_url=f"https://{host.address}:{EDGE_PORT}/v1",
+                api_key=KEY,
+                max_retries=0,
+                http_client=httpx.AsyncClient(verify=context, timeout=httpx.Timeout(300, connect=3)),
+            )
+            for host in fleet.network.hosts
+        ]
+        for model in TOKENS:
+            for question in QUESTIONS:
+                self._expected[model, question] = await self._ask(doors[0], model, question)
+        self._started.set()
+        asks = [self._keep_asking(doors, model, number) for model in TOKENS for number in range(STREAMS)]
+        await asyncio.gather(*asks)
+
+    async def _keep_asking(self, doors: Iterable[openai.AsyncOpenAI], model: str, number: int) -> None:
+        doors, turn = list(doors), number
+        while not self._stopping.is_set():
+            question = QUESTIONS[number % len(QUESTIONS)]
+            began = time.monotonic()
+            while True:
+                turn += 1
+                try:
+                    text = await self._ask(doors[turn % len(doors)], model, question)
+                    break
+                except (openai.APIConnectionError, httpx.TransportError) as error:
+                    self.report.asked_again[model] += 1
+                    if time.monotonic() - began > 300:
+                        self.report.lost.append(f"{model}: {error!r}")
+                        return
+                    await asyncio.sleep(0.5)
+                except openai.APIError as error:
+                    self.report.lost.append(f"{model}: {error!r}")
+                    return
+            self.report.slowest_s = max(self.report.slowest_s, time.monotonic() - began)
+            self.report.answers[model] += 1
+            if text != self._expected[model, question]:
+                self.report.wrong.append(f"{model}: {text!r} for {self._expected[model, question]!r}")
+
+    async def _ask(self, door: openai.AsyncOpenAI, model: str, question: str) -> str:
+        chunks = await door.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": question}],
+            temperature=0,
+            max_tokens=TOKENS[model],
+            stream=True,
+        )
+        parts, ended = [], None
+        async for chunk in chunks:
+            if chunk.choices:
+                parts.append(chunk.choices[0].delta.content or "")
+                ended = chunk.choices[0].finish_reason
+        if ended is None:
+            raise httpx.ReadError("the stream ended early")
+        return "".join(parts)
