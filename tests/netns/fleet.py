@@ -34,7 +34,7 @@ KEY = "flagship-key"
 SLOTS = {"node0": 2, "node1": 3, "node2": 3}
 UP_S = 400.0
 EDGE_PORT = 8000
-STREAMS = 3  # of each model
+STREAMS = 1  # of each model
 TOKENS = {"smol": 24, "tiny": 48}
 QUESTIONS = ("What is the capital of Japan?", "Name three colours.", "Count to five.")
 

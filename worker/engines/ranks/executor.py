@@ -13,11 +13,12 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any, Final
 
 from megatoken.process.devices import VISIBILITY
 from megatoken.process.tag import tag_process
-from megatoken.worker.engines.ranks.variables import REPLICA_VARIABLE
+from megatoken.worker.engines.ranks.variables import LOSS_VARIABLE, REPLICA_VARIABLE
 
 ORDERLY_END_S: Final = 1.0
 
@@ -35,8 +36,23 @@ class MortalExecutor:
     def shutdown(self) -> None:
         """Ends the ranks. vLLM calls it from its monitor's thread, with `is_failed` set, when one was lost."""
         if getattr(self, "is_failed", False):
+            try:
+                note_loss(self.lost_ranks())
+            except Exception:  # the end of the engine core must not hang on its reason
+                _log.exception("which rank was lost is not known")
             threading.Thread(target=_end_process, name="executor-failed", daemon=True).start()
         super().shutdown()  # type: ignore[misc]
+
+    def lost_ranks(self) -> list[int]:
+        """Ranks whose processes have ended."""
+        raise NotImplementedError
+
+
+def note_loss(ranks: list[int]) -> None:
+    """Tells the worker, which reads it once the engine core has ended (placement.py)."""
+    path = os.environ.get(LOSS_VARIABLE)
+    if path:
+        Path(path).write_text(" ".join(map(str, ranks)))
 
 
 def mark_rank(rank: int) -> None:

@@ -13,3 +13,6 @@ from megatoken.worker.engines.ranks.executor import MortalExecutor
 
 class LocalExecutor(MortalExecutor, MultiprocExecutor):  # type: ignore[misc]
     """Runs one rank per planned device of this node."""
+
+    def lost_ranks(self) -> list[int]:
+        return [worker.rank for worker in self.workers if not worker.proc.is_alive()]

@@ -8,10 +8,11 @@ RAY_ADDRESS. Ranks are actors of that driver's job, so Ray ends them when the en
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from megatoken.worker.config import WorkerConfig
-from megatoken.worker.engines.ranks.variables import DEVICE_VARIABLE, DEVICES_VARIABLE, REPLICA_VARIABLE
+from megatoken.worker.engines.ranks.variables import DEVICE_VARIABLE, DEVICES_VARIABLE, LOSS_VARIABLE, REPLICA_VARIABLE
 
 CPU_RESOURCE = "cpu_device"
 
@@ -22,6 +23,7 @@ def prepare_environment(config: WorkerConfig) -> None:
         return
     environment = os.environ
     environment[REPLICA_VARIABLE] = config.tag
+    environment[LOSS_VARIABLE] = str(_loss_file(config))
     if config.device_kind == "cpu":
         environment[DEVICE_VARIABLE] = CPU_RESOURCE
     if config.ray_address is None:
@@ -33,6 +35,20 @@ def prepare_environment(config: WorkerConfig) -> None:
     environment[DEVICES_VARIABLE] = ",".join(str(device) for device in config.rank_devices)
     address = config.advertise_host or config.host
     environment.setdefault("VLLM_HOST_IP", address)
+
+
+def lost_ranks(config: WorkerConfig) -> list[int]:
+    """The ranks that took the engine core along, once it has ended; empty when none did."""
+    try:
+        ranks = [int(rank) for rank in _loss_file(config).read_text().split()]
+    except (OSError, ValueError):
+        return []
+    _loss_file(config).unlink(missing_ok=True)
+    return ranks
+
+
+def _loss_file(config: WorkerConfig) -> Path:
+    return Path(config.counters_dir).parent / f"{config.replica}.lost"
 
 
 def executor_class(config: WorkerConfig) -> type | None:

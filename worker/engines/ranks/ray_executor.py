@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayActorError
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
@@ -49,6 +50,20 @@ class PlacedRayExecutor(MortalExecutor, RayExecutorV2):  # type: ignore[misc]
     def _init_executor(self) -> None:
         ray_executor_v2.RayWorkerProc = self.rank_class  # the executor names its rank class in no other place
         super()._init_executor()
+
+    def lost_ranks(self) -> list[int]:
+        ray = ray_executor_v2.ray
+        runs = {handle.run_ref: handle.rank for handle in self.ray_worker_handles if handle.run_ref is not None}
+        ended, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0)
+        died = []
+        for reference in ended:
+            try:
+                ray.get(reference)
+            except RayActorError:
+                died.append(runs[reference])
+            except Exception:
+                continue  # it ended because another did
+        return sorted(died) or sorted(runs[reference] for reference in ended)
 
     def _build_runtime_env(self) -> dict[str, Any]:
         environment: dict[str, Any] = super()._build_runtime_env()

@@ -186,10 +186,16 @@ class VllmEngine:
                 if step is not None:
                     self._sink.on_step(step)
         except VllmEngineDeadError:
-            self._died("vLLM's engine core ended" + _exit_codes(client))
+            self._died(self._loss() + "vLLM's engine core ended" + _exit_codes(client))
         except Exception as error:  # whatever breaks the reader, the replica can serve no more: it must be replaced
             _log.exception("reading the engine core's output failed")
             self._died(f"reading vLLM's engine core failed: {error!r}")
+
+    def _loss(self) -> str:
+        """Which ranks the engine core lost before it ended; empty when none."""
+        ranks, devices = rank_placement.lost_ranks(self._config), self._config.devices
+        names = [devices[rank] if rank < len(devices) else f"rank {rank}" for rank in ranks]
+        return f"lost {', '.join(names)}: " if names else ""
 
     def _died(self, reason: str) -> None:
         if not self._stopping:

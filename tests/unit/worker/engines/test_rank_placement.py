@@ -1,5 +1,6 @@
 """What a worker sets for an engine of several ranks, inside a node and across nodes; one rank needs nothing."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.ranks import cpu_platform_plugin
 from megatoken.worker.engines.ranks import placement as rank_placement
 
+OWN = {"MEGATOKEN_REPLICA": "r", "MEGATOKEN_LOST_RANKS": "/r.lost"}
 GROUP = {"ray_address": "10.0.0.1:6379", "placement_group_id": "ab" * 18}
 
 
@@ -39,13 +41,13 @@ def test_one_rank_needs_nothing_and_keeps_vllms_platform_and_executor(environmen
 
 def test_ranks_inside_a_node_need_no_ray(environment: dict[str, str]) -> None:
     rank_placement.prepare_environment(config(tensor_parallel=2))
-    assert environment == {"MEGATOKEN_REPLICA": "r", "MEGATOKEN_CPU_RAY_DEVICE": "cpu_device"}
+    assert environment == {"MEGATOKEN_CPU_RAY_DEVICE": "cpu_device", **OWN}
     assert cpu_platform_plugin.activate() == cpu_platform_plugin.PLATFORM
 
 
 def test_ranks_inside_a_node_of_accelerators_keep_vllms_platform(environment: dict[str, str]) -> None:
     rank_placement.prepare_environment(config(tensor_parallel=2, device_kind="mi355x"))
-    assert environment == {"MEGATOKEN_REPLICA": "r"}
+    assert environment == OWN
     assert cpu_platform_plugin.activate() is None
 
 
@@ -69,3 +71,12 @@ def test_the_operators_own_address_stands(environment: dict[str, str]) -> None:
     environment["VLLM_HOST_IP"] = "192.168.7.7"
     rank_placement.prepare_environment(config(**GROUP, pipeline_parallel=2))
     assert environment["VLLM_HOST_IP"] == "192.168.7.7"
+
+
+@pytest.mark.parametrize(("written", "ranks"), [("3", [3]), ("0 2", [0, 2]), ("", []), ("x", []), (None, [])])
+def test_a_lost_rank_is_read_once(tmp_path: Path, written: str | None, ranks: list[int]) -> None:
+    own = config(counters_dir=str(tmp_path / "counters"), tensor_parallel=2)
+    if written is not None:
+        (tmp_path / "r.lost").write_text(written)
+    assert rank_placement.lost_ranks(own) == ranks
+    assert rank_placement.lost_ranks(own) == []
