@@ -79,10 +79,10 @@ class Fleet:
         }
         return {
             "cluster": "flagship",
-            "control": {"worker_lease_s": 10, "hang_s": 6, "probe_s": 3},
+            "control": {"worker_lease_s": 10, "hang_s": 20, "probe_s": 5},  # two cores start engines and serve at once
             "routers": {"per_node": True, "resume": {"wait_s": 240, "max_resumes": 20}},
             "edge": {"per_node": True},
-            "agents": {"enabled": True},
+            "agents": {"enabled": True, "tick_s": 2, "deadline_s": 10},
             "security": {"tls": {**tls, "mutual": True}, "api_keys_file": str(self.keys_file)},
             "models": [
                 {

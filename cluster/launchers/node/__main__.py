@@ -6,10 +6,11 @@
     stop  --directory D
     exec  --head HOST:PORT -- COMMAND   (no supervision: Slurm has its own)
 
-`run` stays in the foreground: for containers and systemd. A Ray that ran and ended (it ends itself when its node is cut
-off for long) is started again, so that a node comes back with its link. The supervisor adopts whatever its Ray leaves
-behind (Linux child subreaper) and ends it, so that after `stop` no process of that Ray is left, and no other Ray on the
-machine is touched, as `ray stop` would. `--then` runs whenever Ray is up: the head brings the controller up with it.
+`run` stays in the foreground: for containers and systemd. A node's Ray that ran and ended (it ends itself when it is
+cut off for long) is started again, so that a node comes back with its link; the head's is not. The supervisor adopts
+whatever its Ray leaves behind (Linux child subreaper) and ends it, so that after `stop` no process of that Ray is left,
+and no other Ray on the machine is touched, as `ray stop` would. `--then` runs once Ray is up: the head brings the
+cluster's controller up with it.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from megatoken.cluster.launchers.node.environment import (
     node_environment,
     resolve_address,
 )
-from megatoken.process.tree import adopt_orphans, descendants, end_all_below, send
+from megatoken.process.tree import adopt_orphans, descendants, end_all_below, reap_orphans, send
 
 STARTED = "Ray runtime started."  # what `ray start` prints when its processes run
 PID_FILE, LOG_FILE = "node.pid", "node.log"
 STOP_S = 20.0  # for `ray start --block` to end its processes in order, before they are killed
 POLL_S = 0.2
 READ_BYTES = 65_536
+HEAD = "--head"  # its store lies in memory: a new one is a new cluster, and old nodes would wait for it for ever
+REAP_S = 0.5  # between looks for adopted processes that have ended
 RESTART_S, RESTART_MAX_S = 1.0, 30.0  # pauses before Ray is started again
 SETTLED_S = 60.0  # a Ray that ran this long starts the pauses anew
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -91,7 +94,7 @@ def start(directory: Path, timeout_s: float) -> int:
 
 
 def run(directory: Path, command: list[str], env: dict[str, str], then: str | None) -> int:
-    """Ray in the foreground until SIGTERM comes, started again whenever it ends; then nothing of it is left.
+    """Ray in the foreground until SIGTERM comes, a node's started again when it ends; then nothing of it is left.
 
     A first start that fails is the caller's to know of: it ends this with Ray's own status.
     """
@@ -114,7 +117,7 @@ def run(directory: Path, command: list[str], env: dict[str, str], then: str | No
             began_s = time.monotonic()
             status, up = _run_once(directory, command, env, then)
             ran = ran or up
-            if not ran:
+            if not ran or HEAD in command:
                 return status
             failures = 1 if time.monotonic() - began_s >= SETTLED_S else failures + 1
             pause_s = doubling_pause_s(failures, RESTART_S, RESTART_MAX_S)
@@ -164,7 +167,8 @@ def _output(ray: subprocess.Popen[bytes]) -> Iterator[str]:
     watched = {output, ended}
     try:
         while True:
-            readable, _, _ = select.select(watched, [], [])
+            readable, _, _ = select.select(watched, [], [], REAP_S)
+            reap_orphans(ray.pid)
             if output in readable:
                 chunk = os.read(output, READ_BYTES)
                 if not chunk:

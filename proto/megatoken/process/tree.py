@@ -80,6 +80,16 @@ def reap(child: int = 0) -> int | None:
             found = abs(os.waitstatus_to_exitcode(status))
 
 
+def reap_orphans(child: int) -> None:
+    """Collects adopted children that have ended, and never `child`: whoever started it waits for it."""
+    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    try:
+        while (ended := os.waitid(os.P_ALL, 0, flags)) is not None and ended.si_pid != child:
+            os.waitpid(ended.si_pid, os.WNOHANG)
+    except ChildProcessError:  # none is left
+        return
+
+
 def end_all_below(limit_s: float) -> None:
     """Kills everything below this process until nothing is left, for at most `limit_s`."""
     deadline = time.monotonic() + limit_s

@@ -34,12 +34,16 @@ class MortalExecutor:
             _log.info("%s", said)
 
     def shutdown(self) -> None:
-        """Ends the ranks. vLLM calls it from its monitor's thread, with `is_failed` set, when one was lost."""
+        """Ends the ranks. vLLM calls it from its monitor's thread, with `is_failed` set, when one was lost.
+
+        The engine core calls it too, when an answer of a rank was an error because another was lost; all end then, so
+        the first call is the one that sees who was first.
+        """
+        try:
+            note_loss(self.lost_ranks())
+        except Exception:  # the end of the engine core must not hang on its reason
+            _log.exception("which rank was lost is not known")
         if getattr(self, "is_failed", False):
-            try:
-                note_loss(self.lost_ranks())
-            except Exception:  # the end of the engine core must not hang on its reason
-                _log.exception("which rank was lost is not known")
             threading.Thread(target=_end_process, name="executor-failed", daemon=True).start()
         super().shutdown()  # type: ignore[misc]
 
@@ -51,7 +55,7 @@ class MortalExecutor:
 def note_loss(ranks: list[int]) -> None:
     """Tells the worker, which reads it once the engine core has ended (placement.py)."""
     path = os.environ.get(LOSS_VARIABLE)
-    if path:
+    if path and ranks and not Path(path).exists():
         Path(path).write_text(" ".join(map(str, ranks)))
 
 

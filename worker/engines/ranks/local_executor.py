@@ -15,4 +15,4 @@ class LocalExecutor(MortalExecutor, MultiprocExecutor):  # type: ignore[misc]
     """Runs one rank per planned device of this node."""
 
     def lost_ranks(self) -> list[int]:
-        return [worker.rank for worker in self.workers if not worker.proc.is_alive()]
+        return [worker.rank for worker in getattr(self, "workers", ()) if not worker.proc.is_alive()]

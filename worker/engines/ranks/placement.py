@@ -24,6 +24,7 @@ def prepare_environment(config: WorkerConfig) -> None:
     environment = os.environ
     environment[REPLICA_VARIABLE] = config.tag
     environment[LOSS_VARIABLE] = str(_loss_file(config))
+    _loss_file(config).unlink(missing_ok=True)
     if config.device_kind == "cpu":
         environment[DEVICE_VARIABLE] = CPU_RESOURCE
     if config.ray_address is None:

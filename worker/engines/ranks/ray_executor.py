@@ -53,7 +53,10 @@ class PlacedRayExecutor(MortalExecutor, RayExecutorV2):  # type: ignore[misc]
 
     def lost_ranks(self) -> list[int]:
         ray = ray_executor_v2.ray
-        runs = {handle.run_ref: handle.rank for handle in self.ray_worker_handles if handle.run_ref is not None}
+        handles = getattr(self, "ray_worker_handles", ())
+        runs = {handle.run_ref: handle.rank for handle in handles if handle.run_ref is not None}
+        if not runs:  # they have not started yet
+            return []
         ended, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0)
         died = []
         for reference in ended:

@@ -25,6 +25,13 @@ open(sys.argv[1], "w").write(str(daemon.pid))
 print("Ray runtime started.", flush=True)
 time.sleep(300)
 """
+# Leaves a process behind, whose parent is gone and which ends soon.
+LEAVES_ONE = """
+import subprocess, sys, time
+subprocess.run(["sh", "-c", f"sleep 0.3 >/dev/null 2>&1 & echo $! >{sys.argv[1]}"])
+print("Ray runtime started.", flush=True)
+time.sleep(300)
+"""
 FAILS = "import sys; print('ERROR: no memory left'); sys.exit(7)"
 
 
@@ -93,6 +100,27 @@ def test_a_ray_that_ends_is_started_again_and_nothing_of_the_old_one_is_left(tmp
         assert node("stop", directory).returncode == 0
     assert not lives(int(daemon.read_text()))
     assert not lives(supervisor)
+
+
+def test_the_heads_ray_is_not_started_again(tmp_path: Path) -> None:
+    directory, daemon = tmp_path / "node", tmp_path / "daemon"
+    assert node("start", directory, sys.executable, "-c", RAY, str(daemon), "--head").returncode == 0
+    first, supervisor = int(daemon.read_text()), int((directory / "node.pid").read_text())
+    (ray,) = [pid for pid in descendants(supervisor) if pid != first]
+    os.kill(ray, signal.SIGKILL)
+    wait_until(lambda: not lives(supervisor))
+    assert not lives(first)
+
+
+def test_what_is_adopted_is_collected_when_it_ends(tmp_path: Path) -> None:
+    """A process that ended and that nobody waits for would look alive to whoever asks for it."""
+    directory, orphan = tmp_path / "node", tmp_path / "orphan"
+    assert node("start", directory, sys.executable, "-c", LEAVES_ONE, str(orphan)).returncode == 0
+    try:
+        wait_until(lambda: orphan.exists() and orphan.read_text() != "")
+        wait_until(lambda: not Path(f"/proc/{orphan.read_text().strip()}").exists())
+    finally:
+        assert node("stop", directory).returncode == 0
 
 
 def test_a_command_that_fails_once_ray_runs_takes_ray_down(tmp_path: Path) -> None:
