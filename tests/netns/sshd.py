@@ -11,6 +11,7 @@ from deploy.netns.hosts import Host
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 MISSING = "" if Path(SSHD).exists() and shutil.which("ssh-keygen") else "openssh-server is not installed"
 PORT = 2222
+STATE_DIR = "/tmp/state"  # of `megatoken` on a host: its own, and not that of the machine's user
 
 
 def keygen(name: str, directory: Path) -> None:
@@ -30,7 +31,7 @@ def start_sshd(host: Host, keys: Path) -> None:
     (home / "key").chmod(0o600)
     config = (
         f"Port {PORT}\nListenAddress {host.address}\nHostKey /tmp/sshd/key\nAuthorizedKeysFile /tmp/sshd/authorized\n"
-        "SetEnv MEGATOKEN_STATE_DIR=/tmp/state\n"
+        f"SetEnv MEGATOKEN_STATE_DIR={STATE_DIR}\n"
         "PasswordAuthentication no\nPermitRootLogin prohibit-password\nStrictModes no\nUsePAM no\nPidFile none\n"
     )
     (home / "config").write_text(config)

@@ -11,6 +11,7 @@ import pytest
 
 from deploy.netns import hosts
 from deploy.netns.ray_nodes import RayNodes
+from megatoken.v1 import control_pb2
 from tests.netns.engines import start_worker
 from tests.netns.host_clusters import HostCluster, Traffic, ask, running
 
@@ -40,7 +41,7 @@ SPEC = {
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[RayNodes]:
-    """Three nodes of 1, 2 and 1 slots: two replicas of two stages fit in one way only, across hosts."""
+    """Three nodes of 1, 2 and 1 slots: of two replicas of two stages one fits inside a host, and one across two."""
     if reason := hosts.missing_requirement():
         pytest.skip(reason)
     with hosts.Network.create(3) as network:
@@ -64,14 +65,23 @@ def cluster(nodes: RayNodes, expected: list[list[int]]) -> Iterator[HostCluster]
         yield started
 
 
+def ranks_on(replica: control_pb2.ReplicaStatus, host: hosts.Host) -> list[str]:
+    return [line for line in replica.ranks if f" {host.address} " in line or f" {host.name} " in line]
+
+
 def test_two_replicas_span_three_hosts_and_answer_as_one_engine_does(
     cluster: HostCluster, expected: list[list[int]]
 ) -> None:
     replicas = cluster.wait_ready("tiny", 2, START_S)
-    ranks = [len(cluster.nodes.ray_pids(host, "CpuRank")) for host in cluster.nodes.network.hosts]
-    assert sum(ranks) == 4
-    assert ranks == [1, 2, 1]
     assert all(len(replica.ranks) == 2 for replica in replicas)
+    hosts_of = [
+        [host.name for host in cluster.nodes.network.hosts for _ in ranks_on(replica, host)] for replica in replicas
+    ]
+    assert sorted(hosts_of) == [["node0", "node2"], ["node1", "node1"]], (
+        "one across hosts, by Ray, and one inside, without"
+    )
+    placed = [len(cluster.nodes.ray_pids(host, "CpuRank")) for host in cluster.nodes.network.hosts]
+    assert placed == [1, 0, 1]
     assert ask(cluster.router, "tiny", PROMPTS, TOKENS) == expected
 
 

@@ -18,11 +18,12 @@ from megatoken.cluster.launchers.ssh.run import LaunchError, SshCluster
 from megatoken.cluster.launchers.ssh.script import ssh_artefacts
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.cluster.spec.load import dump_spec, parse_spec
-from tests.netns.sshd import MISSING, PORT, keygen, public, start_sshd
+from tests.netns.sshd import MISSING, PORT, STATE_DIR, keygen, public, start_sshd
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 PREFIX = Path(sys.prefix)
 TOKEN = "7" * 64
+LOGIN = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "MEGATOKEN_STATE_DIR": STATE_DIR}  # as sshd gives it
 
 
 @dataclass
@@ -156,7 +157,7 @@ def test_the_rendered_scripts_bring_a_whole_cluster_up_and_down(ssh_hosts: SshHo
         status = [str(PREFIX / "bin" / "megatoken"), "status", "--cluster", "sshtest"]
 
         def both_ready() -> bool:
-            shown = head.run(status, {"PATH": "/usr/bin:/bin", "HOME": str(Path.home())}, check=False).stdout
+            shown = head.run(status, LOGIN, check=False).stdout
             return shown.count("READY") >= 2
 
         wait_until(both_ready, 150)
