@@ -101,6 +101,8 @@ def test_a_killed_worker_is_replaced_under_a_new_id(
     worker = cluster.worker_pid(lost)
     parent = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
     with Traffic(cluster.router, "sim", PROMPTS, TOKENS, streams=6) as traffic:
+        # A replica that has just replaced another may be READY a moment before the router gives it a request.
+        cluster.wait(lambda status: any(row.running for row in status.replicas if row.replica == lost.replica), TOLD_S)
         os.kill(worker if victim == "worker process" else parent, signal.SIGKILL)
         status = cluster.wait(lambda status: lost.replica in ids(status, "FAILED"), TOLD_S)
         reason = next(row.reason for row in status.replicas if row.replica == lost.replica)
