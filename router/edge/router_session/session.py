@@ -64,7 +64,7 @@ class LinkToRouter(Protocol):
 
 
 @dataclass(slots=True)
-class Running:
+class OpenRequest:
     """What is kept of a request from its departure to its end."""
 
     receiver: Receiver
@@ -102,10 +102,10 @@ class Session:
         self._observer = observer
         self._clock = clock
         self._link: LinkToRouter | None = None
-        self._opened: dict[int, Running] = {}  # by stream
+        self._opened: dict[int, OpenRequest] = {}  # by stream
         self._silent: set[int] = set()  # streams without a first token
         self._replaying: set[int] = set()  # streams that send again what was had
-        self._waiting: dict[str, Running] = {}  # without a router, by request
+        self._waiting: dict[str, OpenRequest] = {}  # without a router, by request
 
     def attach(self, link: LinkToRouter) -> None:
         """Gives the session its link; before any request."""
@@ -131,11 +131,11 @@ class Session:
             raise UnavailableError("the edge is not connected to a router")
         raw = request.SerializeToString()
         number = self._link.submit(raw)
-        self._enter(number, Running(receiver, request.model, self._clock(), raw))
+        self._enter(number, OpenRequest(receiver, request.model, self._clock(), raw))
         self._silent.add(number)
         self._observer.started(request.model)
 
-    def _enter(self, number: int, running: Running) -> None:
+    def _enter(self, number: int, running: OpenRequest) -> None:
         self.streams.add(number, running.receiver.request_id, running.receiver)
         self._opened[number] = running
 
@@ -207,7 +207,7 @@ class Session:
         receiver.feed(values, details, finish)
 
     def _not_had(
-        self, number: int, running: Running, values: list[int], details: list[Detail] | None, finish: Finish | None
+        self, number: int, running: OpenRequest, values: list[int], details: list[Detail] | None, finish: Finish | None
     ) -> tuple[list[int], list[Detail] | None, Finish | None]:
         """Of what a replay brings, what the receiver was not fed before."""
         at = len(running.had) - running.again
@@ -230,7 +230,7 @@ class Session:
         if finish is None and self._link is not None:
             self._link.cancel(number)
 
-    def _wait(self, number: int, running: Running) -> None:
+    def _wait(self, number: int, running: OpenRequest) -> None:
         """Takes a request out of the session, to be sent again in the next one."""
         self._opened.pop(number)
         self.streams.finish(number, running.receiver.request_id)
@@ -265,7 +265,7 @@ class Session:
                 self._silent.add(number)
         self._flush()
 
-    def _rest_of(self, running: Running) -> tuple[bytes, Finish | None]:
+    def _rest_of(self, running: OpenRequest) -> tuple[bytes, Finish | None]:
         """What to send for the rest of a request, or how it ends without another token."""
         request = GenerateRequest.FromString(running.request)
         if request.timeout_ms:
@@ -305,7 +305,7 @@ class Session:
                 running.receiver.feed([], None, gone)
         self._flush()
 
-    def _may_go_on(self, running: Running) -> bool:
+    def _may_go_on(self, running: OpenRequest) -> bool:
         if not self._return_s or running.rows_ahead or running.losses >= MOST_LOSSES:
             return False
         return GenerateRequest.FromString(running.request).resume != RESUME_OFF
@@ -324,7 +324,7 @@ class Session:
         for hook in self._after_frame:
             hook()
 
-    def _feed_end(self, running: Running, finish: Finish) -> None:
+    def _feed_end(self, running: OpenRequest, finish: Finish) -> None:
         self._ended(running, finish)
         running.receiver.feed([], None, finish)
 
@@ -342,7 +342,7 @@ class Session:
         if running is not None:
             self._ended(running, finish)
 
-    def _ended(self, running: Running, finish: Finish) -> None:
+    def _ended(self, running: OpenRequest, finish: Finish) -> None:
         self._observer.ended(running.model, self._clock() - running.began_s, finish)
 
 
