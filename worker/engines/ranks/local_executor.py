@@ -1,7 +1,7 @@
 """vLLM's multiprocessing executor: the ranks of a replica inside one node, without Ray.
 
-Ranks are children of the engine core and die with it (worker/engines/vllm/plugins.py). Which devices they have is the worker's own
-environment, so they are the planned ones. On CPU they are forked, and import nothing anew.
+Ranks are children of the engine core and die with it (worker/engines/vllm/plugins.py). Which devices they have is the
+worker's own environment, so they are the planned ones. On CPU they are forked, and import nothing anew.
 """
 
 from __future__ import annotations
