@@ -28,18 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--file", help="the spec, YAML; none: one replica of the built-in model on this machine")
     parser.add_argument("-d", "--detach", action="store_true", help="return when it is ready; `megatoken down` ends it")
     parser.add_argument("--timeout", type=float, default=START_TIMEOUT_S, metavar="SECONDS", help="limit on the start")
+    parser.add_argument("--no-doctor", action="store_true", help="do not examine the machines first")
     parser.add_argument("--no-wait", action="store_true", help="return when the controller serves, replicas or not")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    spec = asked_spec(arguments.file)
+    spec, doctor = asked_spec(arguments.file), not arguments.no_doctor
     check(spec)
     if wants_ssh(spec):
-        return up_over_ssh(spec, wait=not arguments.no_wait, timeout_s=arguments.timeout)
+        return up_over_ssh(spec, wait=not arguments.no_wait, timeout_s=arguments.timeout, doctor=doctor)
     progress = Progress()
     prepare_models(spec, progress)
     local = spec.ray.address == "local"
-    up = bring_up(spec, progress, attached=local and not arguments.detach)
+    up = bring_up(spec, progress, attached=local and not arguments.detach, doctor=doctor)
     signal.signal(signal.SIGTERM, lambda *_: _interrupt())
     with client_of(up.record) as client:
         try:

@@ -95,6 +95,8 @@ class Needs:
     weight_bytes: int = 0
     """Largest model that a node may have to download."""
     uses_vllm: bool = True
+    several_ranks: bool = True
+    """A replica of some model is more than one process: they talk over shared memory."""
     multinode: bool = False
 
 

@@ -14,7 +14,7 @@ from megatoken.cluster.doctor.facts import Finding, LinkFacts, Needs, NodeFacts,
 
 GIB, MIB = 1 << 30, 1 << 20
 SKEW_WARN_S, SKEW_STOP_S = 0.5, 300.0  # logs no longer line up; certificates and tokens may not be valid yet
-SHM_STOP_BYTES = 128 * MIB  # containers start with 64 MiB: Ray's store and vLLM's queues die of SIGBUS there
+SHM_STOP_BYTES = 128 * MIB  # containers start with 64 MiB: vLLM's queues between ranks die of SIGBUS there
 SHM_WARN_BYTES = GIB  # vLLM's broadcast queue alone maps 10 chunks of 24 MiB a replica
 FILES_STOP, FILES_WARN = 4096, 65_536  # Ray warns below 65,536; a router alone holds a descriptor a session
 SLOW_SHARE, LATE_FACTOR, LATE_FLOOR_S = 0.5, 5.0, 1e-3  # of the median of all pairs
@@ -41,7 +41,7 @@ def judge(
         lambda: ports(seen, links, names),
         lambda: reductions(pairs, names),
         lambda: disks(seen, needs),
-        lambda: shared_memory(seen),
+        lambda: shared_memory(seen, needs),
         lambda: limits(seen),
     ]
     for check in checks:
@@ -274,12 +274,13 @@ def disks(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
     return found
 
 
-def shared_memory(nodes: Sequence[NodeFacts]) -> list[Finding]:
-    """Ray's object store and vLLM's message queues live in /dev/shm."""
+def shared_memory(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
+    """vLLM's message queues between ranks live in /dev/shm; Ray's object store does too, or else on disk."""
     found = []
     for node in nodes:
         if node.shm_free_bytes < SHM_WARN_BYTES:
-            severity = Severity.STOP if node.shm_free_bytes < SHM_STOP_BYTES else Severity.WARN
+            stopping = node.shm_free_bytes < SHM_STOP_BYTES and needs.several_ranks
+            severity = Severity.STOP if stopping else Severity.WARN
             what = f"/dev/shm has {node.shm_free_bytes // MIB} MiB free of {node.shm_bytes // MIB} MiB"
             advice = "Start the container with a larger --shm-size (compose: shm_size; Kubernetes: a Memory emptyDir)."
             found.append(Finding(severity, "shared memory", _title(node), what, advice))

@@ -1,6 +1,6 @@
 """Runs the doctor's probes on every node of a Ray cluster: one actor a node, gone afterwards. Decides nothing.
 
-Who calls it: cluster/cli/offline/doctor.py. Every wait has a limit; a node that does not answer in time is reported,
+Who calls it: cluster/doctor/examine.py. Every wait has a limit; a node that does not answer in time is reported,
 not waited for.
 """
 

@@ -1,6 +1,6 @@
 """What the doctor does on a node: reads facts, opens ports, runs an all-reduce with another node. Knows nothing of Ray.
 
-nodes.py runs it inside an actor on every node; for a local cluster cluster/cli/offline/doctor.py calls it in its own
+nodes.py runs it inside an actor on every node; for a local cluster cluster/doctor/examine.py calls it in its own
 process.
 """
 
@@ -37,9 +37,18 @@ LARGE_BYTES = 32 << 20  # large enough that a 100 Gbit/s link spends millisecond
 
 
 def node_facts(
-    node: str, address: str, *, expected_gpus: int = 0, sources: Sequence[str] = (), ports: Sequence[int] = ()
+    node: str,
+    address: str,
+    *,
+    expected_gpus: int = 0,
+    sources: Sequence[str] = (),
+    ports: Sequence[int] = (),
+    before_ray: bool = False,
 ) -> NodeFacts:
-    """Facts of this machine. `ports`: those of the spec that must be free here."""
+    """Facts of this machine. `ports`: those of the spec that must be free here.
+
+    `before_ray`: no Ray runs here yet; whoever starts it raises the limit on open files as far as it may.
+    """
     hostname = socket.gethostname()
     cache = _cache_directory()
     shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
@@ -58,7 +67,7 @@ def node_facts(
         cache_directory=str(cache),
         cache_free_bytes=shutil.disk_usage(cache).free,
         missing_sources=tuple(source for source in sources if not Path(source).expanduser().is_dir()),
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1 if before_ray else 0],
         locked_memory=-1 if locked == resource.RLIM_INFINITY else locked,
         rdma=Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()),
         busy_ports=tuple(port for port in ports if _busy(address, port)),

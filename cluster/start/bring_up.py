@@ -39,6 +39,7 @@ from megatoken.cluster.runtime_dirs import (
     state_path,
 )
 from megatoken.cluster.spec.cluster import ClusterSpec
+from megatoken.cluster.start.examined import examine_nodes
 from megatoken.cluster.start.owner import BringUp
 
 READY_TIMEOUT_S = 300.0
@@ -56,11 +57,16 @@ class Up:
     """Attached: closing it, or ending, takes the cluster down."""
 
 
-def bring_up(spec: ClusterSpec, progress: Progress, *, attached: bool) -> Up:
-    """Starts Ray if it is local, and the controller; writes the cluster down. Raises CommandError."""
+def bring_up(spec: ClusterSpec, progress: Progress, *, attached: bool, doctor: bool = True) -> Up:
+    """Starts Ray if it is local, and the controller; writes the cluster down. Raises CommandError.
+
+    `doctor`: examines the nodes first, and starts nothing where something would stop the launch.
+    """
     local = spec.ray.address == "local"
     root, states = runtime_root(os.environ, local=local), state_directory(os.environ)
     _refuse_running(states, spec.cluster)
+    if doctor:
+        examine_nodes(spec, progress)
     directory, kept = cluster_directory(root, spec.cluster), controller_directory(os.environ, spec.cluster)
     try:
         make_private(root)

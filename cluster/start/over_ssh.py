@@ -12,11 +12,14 @@ from pathlib import Path
 from megatoken.cluster.client.control import CommandError, Unreachable, client_of
 from megatoken.cluster.client.progress import Progress, wait_until_settled
 from megatoken.cluster.client.records import ClusterRecord, forget, record_path, write_record, write_token
+from megatoken.cluster.doctor.examine import findings_of
+from megatoken.cluster.doctor.ssh_hosts import examine_hosts
 from megatoken.cluster.launchers.load import launch_of
 from megatoken.cluster.launchers.ssh.run import LaunchError, SshCluster, read_or_make_token
 from megatoken.cluster.runtime_dirs import state_directory
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.cluster.spec.load import dump_spec, load_spec
+from megatoken.cluster.start.examined import refuse
 from megatoken.cluster.view.text import status_text
 
 
@@ -25,8 +28,11 @@ def wants_ssh(spec: ClusterSpec) -> bool:
     return spec.ray.address == "local" and launch_of(spec.launch).ssh is not None
 
 
-def up_over_ssh(spec: ClusterSpec, *, wait: bool, timeout_s: float) -> int:
-    """Launches, waits until replicas are READY unless told not to. Raises CommandError, with everything taken down."""
+def up_over_ssh(spec: ClusterSpec, *, wait: bool, timeout_s: float, doctor: bool) -> int:
+    """Launches, waits until replicas are READY unless told not to. Raises CommandError, with everything taken down.
+
+    `doctor`: every host is examined first, and nothing is started where something would stop the launch.
+    """
     launch, states, progress = launch_of(spec.launch), state_directory(os.environ), Progress()
     if launch.ssh is None:
         raise CommandError("launch.ssh is missing: it lists the hosts", 2)
@@ -37,7 +43,11 @@ def up_over_ssh(spec: ClusterSpec, *, wait: bool, timeout_s: float) -> int:
             f"cluster: {spec.cluster!r} is not allowed; it is up already, or `megatoken down` it first", 2
         )
     try:
-        cluster = _cluster(spec, states, progress)
+        cluster = _cluster(spec, states, progress, doctor=doctor)
+        if doctor:
+            refuse(findings_of(spec, examine_hosts(spec, cluster)), progress)
+        else:
+            cluster.check()
         ray_address, token = cluster.up(), cluster.operator_token()
     except LaunchError as error:
         raise CommandError(str(error)) from None
@@ -87,9 +97,9 @@ def down_over_ssh(spec: ClusterSpec) -> None:
     progress.say(f"cluster {spec.cluster} is down")
 
 
-def _cluster(spec: ClusterSpec, states: Path, progress: Progress) -> SshCluster:
+def _cluster(spec: ClusterSpec, states: Path, progress: Progress, *, doctor: bool = True) -> SshCluster:
     token = read_or_make_token(states / f"{spec.cluster}.token")
-    return SshCluster(spec, launch_of(spec.launch), token, progress.say)
+    return SshCluster(spec, launch_of(spec.launch), token, progress.say, doctor=doctor)
 
 
 def _kept_spec(states: Path, cluster: str) -> Path:

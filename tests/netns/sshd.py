@@ -13,6 +13,8 @@ MISSING = "" if Path(SSHD).exists() and shutil.which("ssh-keygen") else "openssh
 PORT = 2222
 STATE_DIR = "/tmp/state"  # of `megatoken` on a host: its own, and not that of the machine's user
 
+PACKAGES = "/tmp/packages"  # looked at first by a host's Python; a test may put another release there
+
 
 def keygen(name: str, directory: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)], check=True, timeout=20)
@@ -31,7 +33,7 @@ def start_sshd(host: Host, keys: Path) -> None:
     (home / "key").chmod(0o600)
     config = (
         f"Port {PORT}\nListenAddress {host.address}\nHostKey /tmp/sshd/key\nAuthorizedKeysFile /tmp/sshd/authorized\n"
-        f"SetEnv MEGATOKEN_STATE_DIR={STATE_DIR}\n"
+        f"SetEnv MEGATOKEN_STATE_DIR={STATE_DIR} PYTHONPATH={PACKAGES}\n"
         "PasswordAuthentication no\nPermitRootLogin prohibit-password\nStrictModes no\nUsePAM no\nPidFile none\n"
     )
     (home / "config").write_text(config)

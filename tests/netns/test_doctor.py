@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,10 @@ from deploy.netns.ray_nodes import RayNodes
 
 DOCTOR = [str(Path(sys.executable).with_name("megatoken")), "doctor"]
 LISTENER = """
-import socket, time
-listener = socket.socket()
-listener.bind(("", 7701))
-listener.listen()
+import socket, sys
+listener = socket.create_server(("", 7701))
 print("ready", flush=True)
-time.sleep(120)
+sys.stdin.read()
 """
 SPEC = "models: [{name: m, engine: simulated}]\n"
 
@@ -41,13 +40,12 @@ def test_the_doctor_examines_every_node_and_pair(make_ray_nodes: Callable[[int, 
 
     hosts_file = other.directory / "hosts"
     hosts_file.write_text(hosts_file.read_text().replace(f"{other.address} {other.name}", f"127.0.1.1 {other.name}"))
-    holder = head.popen([sys.executable, "-c", LISTENER], stdout=-1)
+    holder = head.popen([sys.executable, "-c", LISTENER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"ready\n"
         ill = head.run([*doctor, "--no-all-reduce"], nodes.environment(head), timeout_s=120, check=False)
     finally:
-        holder.kill()
-        holder.communicate()
+        holder.communicate(timeout=20)  # its stdin ends, and it does too
     found = json.loads(ill.stdout)["findings"]
     assert ill.returncode == 1, "a port in use stops a launch"
     assert any("port 7701 is in use" in finding["what"] for finding in found if finding["severity"] == "stop")

@@ -18,11 +18,17 @@ from megatoken.cluster.launchers.ssh.run import LaunchError, SshCluster
 from megatoken.cluster.launchers.ssh.script import ssh_artefacts
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.cluster.spec.load import dump_spec, parse_spec
-from tests.netns.sshd import MISSING, PORT, STATE_DIR, keygen, public, start_sshd
+from tests.netns.sshd import MISSING, PACKAGES, PORT, STATE_DIR, keygen, public, start_sshd
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 PREFIX = Path(sys.prefix)
 TOKEN = "7" * 64
+LISTENER = """
+import socket, sys
+listener = socket.create_server(("", 7700))
+print("ready", flush=True)
+sys.stdin.read()
+"""
 LOGIN = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "MEGATOKEN_STATE_DIR": STATE_DIR}  # as sshd gives it
 
 
@@ -99,11 +105,11 @@ def test_a_host_that_cannot_be_used_is_one_clear_error_and_nothing_starts(ssh_ho
         ("unknown_key", "its host key is not known"),
     ):
         with pytest.raises(LaunchError) as caught:
-            ssh_hosts.cluster(ssh_hosts.spec(known_hosts=known_hosts)).up(controller=False)
+            ssh_hosts.cluster(ssh_hosts.spec(known_hosts=known_hosts)).check()
         assert str(caught.value).startswith(f"host {second.address}: {said}")
     second.link(up=False)
     with pytest.raises(LaunchError, match=rf"host {second.address}: it is unreachable"):
-        ssh_hosts.cluster(ssh_hosts.spec()).up(controller=False)
+        ssh_hosts.cluster(ssh_hosts.spec()).check()
     assert ssh_hosts.left() == []
 
 
@@ -115,6 +121,29 @@ def test_a_host_that_cannot_start_takes_down_what_started(ssh_hosts: SshHosts) -
     assert f"host {second.address}: could not start Ray" in str(caught.value)
     assert "address: '203.0.113.9' is not allowed; this machine has: eth0" in str(caught.value)
     assert ssh_hosts.left() == [], "the head was started and must be gone"
+
+
+def test_up_examines_every_host_before_it_starts_anything(
+    ssh_hosts: SshHosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGATOKEN_STATE_DIR", str(tmp_path / "state"))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(dump_spec(ssh_hosts.spec()))
+    head, second = ssh_hosts.network.hosts
+    other = second.path(f"{PACKAGES}/ray-2.59.0.dist-info")
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: ray\nVersion: 2.59.0\n")
+    holder = head.popen([sys.executable, "-c", LISTENER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"ready\n"
+        assert main(["up", "-f", str(spec)]) == 1
+    finally:
+        holder.communicate(timeout=20)  # its stdin ends, and it does too
+    said = capsys.readouterr().err
+    assert f"{second.name} ({second.address}) 2.59.0: ray differs from" in said
+    assert f"{head.name} ({head.address}): port 7700 is in use" in said
+    assert "--no-doctor" in said
+    assert ssh_hosts.left() == []
 
 
 def test_up_and_down_bring_a_whole_cluster_over_ssh(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import resource
 import select
 import shlex
 import signal
@@ -64,9 +65,16 @@ def main() -> int:
         print(f"megatoken node: {error}", file=sys.stderr)
         return 2
     command = [part.replace("{address}", address) for part in arguments.command]
+    _allow_open_files()
     if arguments.action == "exec":
         os.execvpe(command[0], command, {**os.environ, **added})
     return run(directory, command, {**os.environ, **added}, arguments.then)
+
+
+def _allow_open_files() -> None:
+    """As many as the machine lets this user open: a login shell's 1,024 is too few for Ray and for a router."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def start(directory: Path, timeout_s: float) -> int:

@@ -1,7 +1,8 @@
 """Brings Ray up on ssh hosts, and down again: runs ssh_steps' commands, many hosts at once, each with a deadline.
 
-Every host is checked before anything starts. When a host fails after that, everything started so far is taken down, and
-the error names the host and what to do. Called by `megatoken up` and `megatoken down` where the spec has launch.ssh.
+Callers look at every host (`check` or `ask`) before they start anything. When a host fails after that, all that was
+started is taken down, and the error names the host and what to do. Called by `megatoken up` and `megatoken down` where
+the spec has launch.ssh.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatoken.cluster.launchers.node.command import spec_on
@@ -30,23 +33,52 @@ class LaunchError(RuntimeError):
     """A host could not be used. One sentence: which, why, and what to do."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a host printed, between two readings of this machine's wall clock."""
+
+    printed: str
+    asked_s: float
+    answered_s: float
+
+
 class SshCluster:
     """The hosts of one spec. Methods block; one at a time."""
 
-    def __init__(self, spec: ClusterSpec, launch: LaunchSpec, token: str, report: Report) -> None:
+    def __init__(
+        self, spec: ClusterSpec, launch: LaunchSpec, token: str, report: Report, *, doctor: bool = True
+    ) -> None:
         if launch.ssh is None:
             raise ValueError("launch.ssh is missing: it lists the hosts")
         self._spec = spec
         self._ssh: SshLaunch = launch.ssh
-        self._plan: SshPlan = ssh_plan(spec, launch)
+        self._plan: SshPlan = ssh_plan(spec, launch, doctor=doctor)
         self._token = token
         self._report = report
 
+    def check(self) -> None:
+        """Whether every host can be reached and has Megatoken. Raises LaunchError."""
+        self._report(f"checking {len(self._plan.checks)} hosts")
+        self._all(self._plan.checks, self._ssh.connect_timeout_s + CHECK_S)
+
+    def ask(self, steps: Sequence[SshStep]) -> list[Answer]:
+        """Runs a step on each host, as `check` does, and returns what they printed. Raises LaunchError."""
+        self._report(f"examining {len(steps)} hosts")
+        limit_s = self._ssh.connect_timeout_s + CHECK_S
+
+        def asked(step: SshStep) -> tuple[str, Answer]:
+            began_s = time.time()
+            problem, printed = self._output(step, limit_s)
+            return problem, Answer(printed, began_s, time.time())
+
+        with ThreadPoolExecutor(min(self._ssh.parallel, len(steps))) as pool:
+            found = list(pool.map(asked, steps))
+        if problems := [problem for problem, _ in found if problem]:
+            raise LaunchError(_joined(problems))
+        return [answer for _, answer in found]
+
     def up(self, *, controller: bool = True) -> str:
         """Ray on every host and the controller on the head; returns Ray's address. Raises LaunchError."""
-        limit = self._ssh.connect_timeout_s + CHECK_S
-        self._report(f"checking {len(self._plan.checks)} hosts")
-        self._all(self._plan.checks, limit)
         start_s = self._ssh.connect_timeout_s + self._ssh.start_timeout_s + 10
         try:
             self._report(f"starting Ray's head on {self._plan.head.host}")

@@ -43,8 +43,8 @@ class SshPlan:
     ray_address: str
 
 
-def ssh_plan(spec: ClusterSpec, launch: LaunchSpec) -> SshPlan:
-    """Raises ValueError when the spec has no `launch.ssh`."""
+def ssh_plan(spec: ClusterSpec, launch: LaunchSpec, *, doctor: bool = True) -> SshPlan:
+    """`doctor`: the controller's start examines the nodes. Raises ValueError when the spec has no `launch.ssh`."""
     ssh = launch.ssh
     if ssh is None:
         raise ValueError("launch.ssh is missing: it lists the hosts")
@@ -55,7 +55,7 @@ def ssh_plan(spec: ClusterSpec, launch: LaunchSpec) -> SshPlan:
         checks=tuple(_check(ssh, host) for host in ssh.hosts),
         head=starts[0],
         others=tuple(starts[1:]),
-        controller=_controller(spec, ssh, head),
+        controller=_controller(spec, ssh, head, doctor),
         token=_token(spec, ssh, head),
         controller_stop=_controller_stop(spec, ssh, head),
         stops=tuple(_stop(spec, ssh, host) for host in ssh.hosts),
@@ -87,6 +87,11 @@ def ssh_argv(ssh: SshLaunch, host: SshHost, remote: str) -> tuple[str, ...]:
     return (*words, f"{user}@{host.host}" if user else host.host, remote)
 
 
+def python_on(ssh: SshLaunch, *words: str) -> str:
+    """For the login shell of a host: Megatoken's Python there, with these arguments."""
+    return " ".join(_quoted(word) for word in (f"{ssh.prefix}/bin/python", *words))
+
+
 def _start(spec: ClusterSpec, launch: LaunchSpec, ssh: SshLaunch, host: SshHost) -> SshStep:
     directory = _directory(ssh, spec)
     head = ssh.hosts[0]
@@ -115,22 +120,21 @@ def _start(spec: ClusterSpec, launch: LaunchSpec, ssh: SshLaunch, host: SshHost)
 
 def _check(ssh: SshLaunch, host: SshHost) -> SshStep:
     """Whether the host answers, lets us in, and has Megatoken."""
-    python = _quoted(f"{ssh.prefix}/bin/python")
-    return SshStep(host.host, "check", ssh_argv(ssh, host, f"{python} -c 'import megatoken.cluster.launchers.node'"))
+    remote = python_on(ssh, "-c", "import megatoken.cluster.launchers.node")
+    return SshStep(host.host, "check", ssh_argv(ssh, host, remote))
 
 
 def _stop(spec: ClusterSpec, ssh: SshLaunch, host: SshHost) -> SshStep:
-    directory, python = _quoted(_directory(ssh, spec)), _quoted(f"{ssh.prefix}/bin/python")
     token = _quoted(f"{_directory(ssh, spec)}/{TOKEN_FILE}")
-    stop = f"{python} -m megatoken.cluster.launchers.node stop --directory {directory}"
+    stop = python_on(ssh, "-m", "megatoken.cluster.launchers.node", "stop", "--directory", _directory(ssh, spec))
     remote = f"{stop}; status=$?; rm -f {token}; exit $status"
     return SshStep(host.host, "stop Ray", ssh_argv(ssh, host, remote))
 
 
-def _controller(spec: ClusterSpec, ssh: SshLaunch, head: SshHost) -> SshStep:
+def _controller(spec: ClusterSpec, ssh: SshLaunch, head: SshHost, doctor: bool) -> SshStep:
     directory = _directory(ssh, spec)
     file = _quoted(f"{directory}/spec.yaml")
-    up = f"{_megatoken(ssh, directory)} up --detach --no-wait -f {file}"
+    up = f"{_megatoken(ssh, directory)} up --detach --no-wait{'' if doctor else ' --no-doctor'} -f {file}"
     return SshStep(head.host, "bring the controller up", ssh_argv(ssh, head, f"cat >{file} && {up}"), "spec")
 
 

@@ -94,6 +94,13 @@ def test_one_ill_node_is_one_finding_that_names_it_and_what_to_do(
     assert stops((finding,)) == (severity == "stop")
 
 
+def test_little_shared_memory_stops_only_where_ranks_talk_over_it() -> None:
+    small = replace(NODES[2], shm_bytes=64 * MIB, shm_free_bytes=63 * MIB)
+    for several, severity in ((True, "stop"), (False, "warn")):
+        (finding,) = bad(judge((*NODES[:2], small), LINKS, PAIRS, replace(MANY, several_ranks=several)))
+        assert finding.severity == severity
+
+
 def test_a_skew_within_the_measurements_error_is_not_held_against_a_node() -> None:
     slow_answer = replace(NODES[2], clock_offset_s=2.0, clock_error_s=1.9)
     assert not bad(judge((*NODES[:2], slow_answer), LINKS, PAIRS, MANY))
