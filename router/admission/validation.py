@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatoken.errors import NotFoundError, RequestError
+from megatoken.errors import NotFoundError, RequestError, UnavailableError
 from megatoken.router.config import LimitsConfig
 from megatoken.tokens.frames import MalformedFrame, column
 from megatoken.tokens.ranges import check_ranges
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 
 def pool_of(fleet: EndpointTable, model: str) -> Pool:
-    """The model's pool. Raises NotFoundError, naming what there is."""
+    """The model's pool. Raises NotFoundError, naming what there is; UnavailableError before any snapshot came."""
     pool = fleet.pools.get(model)
     if pool is None or not (pool.known or pool.replicas):
+        if not fleet.told:
+            raise UnavailableError("this router has not been told of any replica yet")
         names = sorted(name for name, p in fleet.pools.items() if p.known or p.replicas)
         shown = ", ".join(names[:20]) or "none is served now"
         raise NotFoundError("model", model, f"one of: {shown}")

@@ -178,6 +178,7 @@ class EndpointTable:
         self.pools: dict[str, Pool] = {}
         self.epoch = 0
         self.version = 0
+        self.told = True  # False while a controller that is to say what there is has not yet
 
     def live(self) -> list[Endpoint]:
         return [replica for replica in self.replicas if replica is not None]

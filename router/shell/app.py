@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import random
@@ -44,6 +45,7 @@ from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, throughput
 
 log = logging.getLogger(__name__)
 
+FIRST_SNAPSHOT_S = 5.0  # a controller that is away may not keep a router away for long
 TICK_S = 0.1
 SLOW_TICK_S = 1.0
 HOLD_TICK_S = 0.005
@@ -93,6 +95,7 @@ class RouterApp:
         self._closing: set[asyncio.Task[None]] = set()
         self._health = RouterHealth(self.state, self._channel)
         self._server: aio.Server | None = None
+        self._told = asyncio.Event()  # a first snapshot came
         self._stop_metrics = lambda: None
 
     async def start(self) -> None:
@@ -119,6 +122,15 @@ class RouterApp:
                 self.own_address = f"{config.advertise_host or config.host}:{own_port}"
         except RuntimeError as error:
             raise OSError(f"port: one on {config.host} is taken ({error}); a free one, or 0 for any") from None
+        if config.static_snapshot is not None:
+            self.apply(json_format.ParseDict(config.static_snapshot, membership_pb2.Snapshot()))
+        if config.controllers:
+            self.state.fleet.told = config.static_snapshot is not None
+            watching = watch_membership(config.controllers, config.router, self._channel, self.apply, self._connected)
+            self._tasks.append(asyncio.create_task(watching))
+            # Whoever comes before we know of any replica would be told that no model is served.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._told.wait(), FIRST_SNAPSHOT_S)
         await server.start()
         self._server = server
         self.address = f"{config.advertise_host or config.host}:{port}"
@@ -127,11 +139,6 @@ class RouterApp:
                 self.state, ClusterCollector(self.throughput), LeaseCollector(self.leases), self._lag_s
             )
         await self._set_serving(True)
-        if config.static_snapshot is not None:
-            self.apply(json_format.ParseDict(config.static_snapshot, membership_pb2.Snapshot()))
-        if config.controllers:
-            watching = watch_membership(config.controllers, config.router, self._channel, self.apply, self._connected)
-            self._tasks.append(asyncio.create_task(watching))
         if config.throughput_agent is not None:
             following = self.throughput.follow(config.throughput_agent, self._channel)
             self._tasks.append(asyncio.create_task(following))
@@ -155,6 +162,7 @@ class RouterApp:
 
     def apply(self, snapshot: membership_pb2.Snapshot) -> None:
         now = time.monotonic()
+        self._told.set()
         change = apply_snapshot(self.state.fleet, snapshot, self.state.policy_of, now)
         if change is None:
             return

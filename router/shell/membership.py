@@ -52,7 +52,7 @@ def apply_snapshot(
     """
     if (snapshot.epoch, snapshot.version) <= (fleet.epoch, fleet.version) and (fleet.epoch or fleet.version):
         return None
-    fleet.epoch, fleet.version = snapshot.epoch, snapshot.version
+    fleet.epoch, fleet.version, fleet.told = snapshot.epoch, snapshot.version, True
     change = Change()
     _apply_models(fleet, snapshot, policy_of, change)
     wanted: set[tuple[str, int]] = set()

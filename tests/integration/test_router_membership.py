@@ -12,6 +12,7 @@ import grpc
 import pytest
 from google.protobuf import json_format
 
+from megatoken.errors import UnavailableError
 from megatoken.router.client.client import TokenClient
 from megatoken.v1 import membership_pb2, membership_pb2_grpc
 from tests.support.processes import Processes, Started
@@ -179,3 +180,20 @@ async def test_two_routers_share_two_replicas_evenly(processes: Processes, worke
             await asyncio.gather(*(stream.tokens() for stream in streams))
             served = [stream.finish.replica for stream in streams if stream.finish]
             assert 24 <= served.count("w0") <= 56
+
+
+async def test_a_router_that_knows_no_replica_yet_tells_nobody_that_no_model_is_served(
+    processes: Processes, workers: list[Started]
+) -> None:
+    async with Controller() as controller:
+        starting = asyncio.create_task(asyncio.to_thread(start_router, processes, "early", controller.port))
+        await asyncio.sleep(2.5)
+        assert not starting.done(), "it serves before it knows of any replica"
+        await controller.publish(1, member(workers[0]))
+        router = await starting
+        async with TokenClient([router.address]) as client:
+            assert len(await client.generate(MODEL, PROMPT, max_tokens=3).tokens()) == 3
+    late = await asyncio.to_thread(start_router, processes, "alone", 1)  # nobody listens on port 1
+    async with TokenClient([late.address]) as client:
+        with pytest.raises(UnavailableError, match="has not been told of any replica"):
+            await client.generate(MODEL, PROMPT, max_tokens=3).tokens()

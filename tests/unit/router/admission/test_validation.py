@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatoken.errors import NotFoundError, RequestError
+from megatoken.errors import NotFoundError, RequestError, UnavailableError
 from megatoken.router.admission.validation import check_priority, check_request, pool_of
-from megatoken.router.config import LimitsConfig
+from megatoken.router.config import AdmissionConfig, BreakerConfig, LimitsConfig
+from megatoken.router.fleet.fleet import EndpointTable
 from megatoken.tokens.frames import pack
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 from tests.support.router_core import CoreFleet
@@ -105,6 +106,16 @@ def test_a_model_is_found_while_it_is_in_the_snapshot_or_has_a_replica(known: bo
     with pytest.raises(NotFoundError) as refused:
         pool_of(fleet.state.fleet, "m" if not found else "other")
     assert ("one of: m" if found else "none is served now") in str(refused.value)
+
+
+def test_before_the_first_snapshot_no_model_is_called_unknown() -> None:
+    fleet = EndpointTable(AdmissionConfig(), BreakerConfig())
+    fleet.told = False
+    with pytest.raises(UnavailableError, match="has not been told of any replica"):
+        pool_of(fleet, "m")
+    fleet.told = True
+    with pytest.raises(NotFoundError):
+        pool_of(fleet, "m")
 
 
 def test_no_more_than_twenty_models_are_named() -> None:
