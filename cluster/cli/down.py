@@ -12,7 +12,9 @@ from megatoken.cluster.client.control import ControlClient, Unreachable, client_
 from megatoken.cluster.client.progress import Progress, wait_until_down
 from megatoken.cluster.client.records import ClusterRecord, alive, forget
 from megatoken.cluster.runtime_dirs import state_directory
-from megatoken.cluster.start.over_ssh import down_over_ssh, kept_spec
+from megatoken.cluster.start.kept import kept_spec
+from megatoken.cluster.start.over_slurm import down_over_slurm
+from megatoken.cluster.start.over_ssh import down_over_ssh
 
 CLEAR_S = 60.0  # past the drain, for processes to end
 
@@ -26,7 +28,10 @@ def run(arguments: argparse.Namespace) -> int:
     record = chosen(arguments)
     launched = kept_spec(record.cluster)
     if launched is not None:
-        down_over_ssh(launched)
+        if record.slurm_job:
+            down_over_slurm(launched, record, drain_s=arguments.drain)
+        else:
+            down_over_ssh(launched)
         return 0
     progress = Progress()
     with client_of(record) as client:

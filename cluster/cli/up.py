@@ -16,6 +16,8 @@ from megatoken.cluster.planning.check import device_problems, model_problems, po
 from megatoken.cluster.spec.cluster import ClusterSpec, default_spec
 from megatoken.cluster.spec.load import SpecError, load_spec
 from megatoken.cluster.start.bring_up import Up, bring_up
+from megatoken.cluster.start.nodes import wait_for_nodes
+from megatoken.cluster.start.over_slurm import up_over_slurm, wants_slurm
 from megatoken.cluster.start.over_ssh import up_over_ssh, wants_ssh
 from megatoken.cluster.view.text import status_text
 from megatoken.worker.models import PREFIX, prepare
@@ -28,20 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--file", help="the spec, YAML; none: one replica of the built-in model on this machine")
     parser.add_argument("-d", "--detach", action="store_true", help="return when it is ready; `megatoken down` ends it")
     parser.add_argument("--timeout", type=float, default=START_TIMEOUT_S, metavar="SECONDS", help="limit on the start")
+    parser.add_argument("--nodes", type=int, default=0, help="wait until the running Ray cluster has so many")
     parser.add_argument("--no-doctor", action="store_true", help="do not examine the machines first")
     parser.add_argument("--no-wait", action="store_true", help="return when the controller serves, replicas or not")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what is in the background with SIGINT ignored
+        signal.signal(number, lambda *_: _interrupt())
     spec, doctor = asked_spec(arguments.file), not arguments.no_doctor
     check(spec)
-    if wants_ssh(spec):
-        return up_over_ssh(spec, wait=not arguments.no_wait, timeout_s=arguments.timeout, doctor=doctor)
+    if wants_ssh(spec) or wants_slurm(spec):
+        over = up_over_ssh if wants_ssh(spec) else up_over_slurm
+        return over(spec, wait=not arguments.no_wait, timeout_s=arguments.timeout, doctor=doctor)
     progress = Progress()
+    if arguments.nodes:
+        wait_for_nodes(spec.ray.address, arguments.nodes, arguments.timeout, progress)
     prepare_models(spec, progress)
     local = spec.ray.address == "local"
     up = bring_up(spec, progress, attached=local and not arguments.detach, doctor=doctor)
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
     with client_of(up.record) as client:
         try:
             if not arguments.no_wait:
@@ -75,7 +82,10 @@ def asked_spec(path: str | None) -> ClusterSpec:
 def check(spec: ClusterSpec) -> None:
     """Raises SpecError for what this machine shows to be wrong, before anything is started."""
     problems = model_problems(spec) + device_problems(spec)
-    if spec.ray.address == "local" and not wants_ssh(spec):
+    elsewhere = wants_ssh(spec) or wants_slurm(spec)
+    if wants_ssh(spec) and wants_slurm(spec):
+        problems.append("launch: ssh and slurm together are not allowed; `megatoken up` takes one of them")
+    if spec.ray.address == "local" and not elsewhere:
         problems += port_problems(spec)
     if problems:
         raise SpecError(problems)

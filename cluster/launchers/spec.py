@@ -125,7 +125,7 @@ class SshLaunch(SpecPart):
 
 
 class SlurmLaunch(DeviceGroup):
-    """One Slurm job: `ray symmetric-run` on every node of it."""
+    """One Slurm job: a supervised Ray on every node of it, the controller on the first."""
 
     nodes: int = Field(ge=1, le=10_000, description="nodes of the job")
     partition: str = Field("", pattern=r"^[A-Za-z0-9_.,-]*$", description="empty: the cluster's default")
@@ -137,7 +137,7 @@ class SlurmLaunch(DeviceGroup):
     gpus_per_node: int | None = Field(None, ge=0, le=64, description="what Slurm is asked for; unset: `gpus`")
     constraint: str = Field("", pattern=r"^[A-Za-z0-9_.&|*\[\]-]*$", description="node features")
     setup: tuple[str, ...] = Field((), description='lines before the start, e.g. "module load rocm/7.0"')
-    prefix: str = Field(DEFAULT_PREFIX, pattern=PATH_PATTERN, description="virtual environment on a shared file system")
+    prefix: str = Field(DEFAULT_PREFIX, pattern=PATH_PATTERN, description="virtual environment on every node")
     wait_s: int = Field(300, ge=30, le=3600, description="limit on all nodes joining")
 
     @field_validator("time", mode="before")

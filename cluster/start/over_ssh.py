@@ -1,7 +1,6 @@
 """`megatoken up` and `down` where the spec lists ssh hosts: Ray on all of them, and the controller on the first.
 
-cluster/cli/up.py and cluster/cli/down.py hand over to it. The spec is kept beside the cluster's record, so that `down`
-knows the hosts.
+cluster/cli/up.py and cluster/cli/down.py hand over to it.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from pathlib import Path
 
 from megatoken.cluster.client.control import CommandError, Unreachable, client_of
 from megatoken.cluster.client.progress import Progress, wait_until_settled
-from megatoken.cluster.client.records import ClusterRecord, forget, record_path, write_record, write_token
+from megatoken.cluster.client.records import ClusterRecord, record_path, write_record, write_token
 from megatoken.cluster.doctor.examine import findings_of
 from megatoken.cluster.doctor.ssh_hosts import examine_hosts
 from megatoken.cluster.launchers.load import launch_of
 from megatoken.cluster.launchers.ssh.run import LaunchError, SshCluster, read_or_make_token
 from megatoken.cluster.runtime_dirs import state_directory
 from megatoken.cluster.spec.cluster import ClusterSpec
-from megatoken.cluster.spec.load import dump_spec, load_spec
 from megatoken.cluster.start.examined import refuse
+from megatoken.cluster.start.kept import forget_launch, keep
 from megatoken.cluster.view.text import status_text
 
 
@@ -61,7 +60,7 @@ def up_over_ssh(spec: ClusterSpec, *, wait: bool, timeout_s: float, doctor: bool
         token_file=str(write_token(states, spec.cluster, token)),
     )
     write_record(states, record)
-    _kept_spec(states, spec.cluster).write_text(dump_spec(spec))
+    keep(states, spec)
     try:
         with client_of(record) as client:
             if wait:
@@ -76,14 +75,6 @@ def up_over_ssh(spec: ClusterSpec, *, wait: bool, timeout_s: float, doctor: bool
         raise
     progress.say(f"cluster {spec.cluster} is up on {len(launch.ssh.hosts)} hosts; `megatoken down` takes it down")
     return 0
-
-
-def kept_spec(cluster: str) -> ClusterSpec | None:
-    """The spec of a cluster that was launched over ssh from here; None for any other."""
-    try:
-        return load_spec(_kept_spec(state_directory(os.environ), cluster).read_text())
-    except FileNotFoundError:
-        return None
 
 
 def down_over_ssh(spec: ClusterSpec) -> None:
@@ -102,11 +93,6 @@ def _cluster(spec: ClusterSpec, states: Path, progress: Progress, *, doctor: boo
     return SshCluster(spec, launch_of(spec.launch), token, progress.say, doctor=doctor)
 
 
-def _kept_spec(states: Path, cluster: str) -> Path:
-    return states / f"{cluster}.launch.yaml"
-
-
 def _forget(states: Path, cluster: str) -> None:
-    forget(states, cluster)
-    for path in (_kept_spec(states, cluster), states / f"{cluster}.token"):
-        path.unlink(missing_ok=True)
+    forget_launch(states, cluster)
+    (states / f"{cluster}.token").unlink(missing_ok=True)

@@ -4,7 +4,6 @@
     run   --address A [--directory D] [--then 'COMMAND'] -- ray start ... --block
     start ... (the same, in the background; returns when Ray runs)
     stop  --directory D
-    exec  --head HOST:PORT -- COMMAND   (no supervision: Slurm has its own)
 
 `run` stays in the foreground: for containers and systemd. A node's Ray that ran and ended (it ends itself when it is
 cut off for long) is started again, so that a node comes back with its link; the head's is not. The supervisor adopts
@@ -54,8 +53,7 @@ def main() -> int:
     directory = Path(arguments.directory).expanduser()
     if arguments.action == "stop":
         return stop(directory)
-    if arguments.action != "exec":
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if arguments.action == "start":
         return start(directory, arguments.timeout_s)
     try:
@@ -66,8 +64,6 @@ def main() -> int:
         return 2
     command = [part.replace("{address}", address) for part in arguments.command]
     _allow_open_files()
-    if arguments.action == "exec":
-        os.execvpe(command[0], command, {**os.environ, **added})
     return run(directory, command, {**os.environ, **added}, arguments.then)
 
 
@@ -258,7 +254,7 @@ def _last(lines: Iterable[str], count: int) -> list[str]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megatoken.cluster.launchers.node")
-    parser.add_argument("action", choices=("run", "start", "stop", "exec"))
+    parser.add_argument("action", choices=("run", "start", "stop"))
     parser.add_argument("--directory", default="~/.megatoken/node", help="pid file, log and token")
     parser.add_argument("--address", default="auto", help="of this node; auto: the one that reaches the head")
     parser.add_argument("--head", help="HOST:PORT of the head, for --address auto")

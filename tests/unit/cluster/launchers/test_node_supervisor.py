@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -138,10 +139,11 @@ def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
     assert "address: '203.0.113.9' is not allowed; this machine has:" in refused.stderr
 
 
-def test_exec_replaces_itself_with_the_nodes_environment() -> None:
-    words = [*NODE, "exec", "--address", "127.0.0.1", "--", "env"]
+def test_ray_gets_the_nodes_environment_and_as_many_open_files_as_there_may_be(tmp_path: Path) -> None:
+    words = [*NODE, "run", "--directory", str(tmp_path), "--address", "127.0.0.1", "--", "sh", "-c", "env; ulimit -Sn"]
     clean = {name: value for name, value in os.environ.items() if not name.endswith("_IFNAME")}
     shown = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True, env=clean).stdout
+    assert shown.splitlines()[-1] == str(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     assert "VLLM_HOST_IP=127.0.0.1\n" in shown
     assert "GLOO_SOCKET_IFNAME=lo\n" in shown
 
