@@ -100,7 +100,7 @@ class WorkerCollector(Collector):
             ("prefix_cache_queries", "Prefix cache queries, in tokens.", load.prefix_queries),
             ("prefix_cache_hits", "Prefix cache hits, in tokens.", load.prefix_hits),
             ("prompt_tokens", "Number of prefill tokens processed.", replica.counters[totals.PROMPT_TOKENS]),
-            ("generation_tokens", "Number of generation tokens.", replica.counters[totals.GENERATED_TOKENS]),
+            ("generation_tokens", "Number of generation tokens.", load.made_tokens),
         )
         for kind, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, text, value in rows:

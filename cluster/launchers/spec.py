@@ -87,6 +87,14 @@ class RayPorts(SpecPart):
         return self
 
 
+class RedisStore(SpecPart):
+    """Where the head's control store (Ray's GCS) keeps what it knows, so that it may end and come back."""
+
+    address: str = Field(
+        pattern=r"^(rediss?://)?[A-Za-z0-9._-]+:\d{1,5}$", description="HOST:PORT, or rediss://HOST:PORT for TLS"
+    )
+
+
 class SshHost(DeviceGroup):
     """One machine."""
 
@@ -208,6 +216,7 @@ class LaunchSpec(SpecPart):
     """How machines are brought up. Several ways may stand beside each other; `render` takes one."""
 
     ports: RayPorts = RayPorts()
+    redis: RedisStore | None = Field(None, description="for ssh and Slurm; none: the head's memory")
     ssh: SshLaunch | None = Field(None, description="machines reached by ssh")
     slurm: SlurmLaunch | None = Field(None, description="a Slurm job")
     kuberay: KubeRayLaunch | None = Field(None, description="a RayCluster on Kubernetes")

@@ -38,11 +38,16 @@ class RayNodes:
         *,
         gpus: int | None = None,
         env: Mapping[str, str] | None = None,
+        redis: str = "",
     ) -> None:
-        """`devices`: cpu_device slots of each node. `gpus`: what it claims to have. `env`: of Ray and its actors."""
+        """`devices`: cpu_device slots of each node. `gpus`: what it claims to have. `env`: of Ray and its actors.
+
+        `redis`: HOST:PORT where the head keeps what it knows; else its memory.
+        """
         self.network = network
         self.gpus = gpus
         self.env = dict(env or {})
+        self.redis = redis
         self.devices = devices
         self.detection = dict(FAILURE_DETECTION if detection is None else detection)
         self.token_file = network.directory / "ray-token"
@@ -100,16 +105,17 @@ class RayNodes:
         slots = self.devices if devices is None else devices
         head = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
         role = head if host is self.head else [f"--address={self.address}"]
+        keeps = host is self.head and self.redis  # without --block: see megatoken.cluster.launchers.node.store
         supervisor = [sys.executable, "-m", "megatoken.cluster.launchers.node", "start", "--directory", NODE_DIRECTORY]
         command = [
             *(*supervisor, "--address", host.address, "--"),
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role),
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", *([] if keeps else ["--block"]), *role),
             *(f"--node-ip-address={host.address}", "--num-cpus=2", "--disable-usage-stats"),
             *(f"--object-store-memory={OBJECT_STORE_BYTES}", f"--resources={json.dumps({'cpu_device': slots})}"),
             *([] if self.gpus is None else [f"--num-gpus={self.gpus}"]),
             f"--labels={','.join(f'{key}={value}' for key, value in {'host': host.name, **(labels or {})}.items())}",
         ]
-        environment = self.environment(host, **self.env)
+        environment = self.environment(host, **self.env, **({"RAY_REDIS_ADDRESS": self.redis} if keeps else {}))
         del environment["RAY_ADDRESS"]
         host.run(command, environment, timeout_s=START_TIMEOUT_S)
 

@@ -10,14 +10,12 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,10 +23,10 @@ import yaml
 
 from tests.support.clusters import RunningCluster, running
 from tests.support.processes import REPOSITORY
+from tests.support.prometheus import MISSING, Server
 from tests.support.terminal import Terminal
 
 GRAFANA = REPOSITORY / "deploy" / "grafana"
-PROMETHEUS = REPOSITORY / "deploy" / "prometheus"
 RATE_INTERVAL = "15s"
 SETTLE_S = 60.0
 SPEC = {
@@ -60,58 +58,7 @@ NOT_HERE = {
     "megatoken_cluster_model_blocked",  # nothing is
 }
 
-needs_prometheus = pytest.mark.skipif(
-    shutil.which("prometheus") is None or shutil.which("promtool") is None,
-    reason="prometheus is not installed (Debian: apt-get install prometheus)",
-)
-
-
-class Server:
-    """A Prometheus that scrapes one cluster."""
-
-    def __init__(self, directory: Path, discovery: str) -> None:
-        directory.mkdir()
-        config = yaml.safe_load((PROMETHEUS / "prometheus.yaml").read_text())
-        config["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-        discoveries = config["scrape_configs"][0]["http_sd_configs"]
-        discoveries[0] |= {"url": f"http://{discovery}/sd", "refresh_interval": "1s"}
-        (directory / "prometheus.yaml").write_text(yaml.safe_dump(config))
-        for name in config["rule_files"]:
-            shutil.copy(PROMETHEUS / name, directory)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self.log = directory / "log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    "prometheus",
-                    f"--config.file={directory / 'prometheus.yaml'}",
-                    f"--storage.tsdb.path={directory / 'data'}",
-                    f"--web.listen-address={self.address}",
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def ask(self, path: str, **parameters: str) -> Any:
-        """`data` of an API answer."""
-        url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return json.load(answer)["data"]
-
-    def query(self, expression: str) -> list[dict[str, Any]]:
-        """The series of an instant query."""
-        found: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
-        return found
-
-    def up(self) -> set[str]:
-        """Processes whose last scrape succeeded."""
-        return {series["metric"]["process"] for series in self.query("up == 1")}
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
+needs_prometheus = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 @pytest.fixture(scope="module")

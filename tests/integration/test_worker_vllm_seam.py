@@ -6,6 +6,7 @@ No engine starts here. A failure means: read the changed code, adapt the adapter
 from __future__ import annotations
 
 import inspect
+import time
 
 import pytest
 
@@ -98,6 +99,31 @@ def test_what_the_resume_patches_and_plugs_in() -> None:
         *("logits", "prompt_token_ids", "presence_penalties", "frequency_penalties", "repetition_penalties"),
         "output_token_ids",
     ]
+
+
+def test_ranks_that_share_cores_look_by_themselves_when_a_wake_up_was_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's readers would sleep until told; the socket that tells them drops a wake-up that comes too soon."""
+    import zmq
+    from vllm.distributed.device_communicators import shm_broadcast
+    from vllm.utils.network_utils import get_open_zmq_ipc_path
+
+    from megatoken.worker.engines.ranks.waits import SHARED_MEMORY_VARIABLE, SleepCondition, wait_asleep
+
+    assert parameters(shm_broadcast.SpinCondition) == ["is_reader", "context", "notify_address", "busy_loop_s"]
+    assert parameters(shm_broadcast.SpinCondition.wait) == ["self", "timeout_ms"]
+    before = shm_broadcast.SpinCondition
+    monkeypatch.setattr(shm_broadcast, "SpinCondition", before)
+    monkeypatch.setenv(SHARED_MEMORY_VARIABLE, "1")
+    wait_asleep()
+    assert shm_broadcast.SpinCondition is before
+    monkeypatch.setenv(SHARED_MEMORY_VARIABLE, "0")
+    wait_asleep()
+    assert shm_broadcast.SpinCondition is SleepCondition
+    reader = shm_broadcast.SpinCondition(True, zmq.Context(), get_open_zmq_ipc_path())
+    spent_s, began_s = time.process_time(), time.monotonic()
+    for _ in range(20):
+        reader.wait(None)  # nobody ever tells it
+    assert time.process_time() - spent_s < 0.5 * (time.monotonic() - began_s), "it spins"
 
 
 def test_starting() -> None:

@@ -1,7 +1,7 @@
 """What a fleet on separate hosts does when a part is lost while clients stream: no request lost, nothing left.
 
 The engines are simulated: what is shown here is the control plane, the router, and Ray. Real engines die in
-test_multinode_engine.py and test_multinode_fleet.py.
+test_multinode_engine.py and test_fleet.py.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
     stop  --directory D
 
 `run` stays in the foreground: for containers and systemd. A node's Ray that ran and ended (it ends itself when it is
-cut off for long) is started again, so that a node comes back with its link; the head's is not. The supervisor adopts
+cut off for long) is started again, so that a node comes back with its link; the head's is not, but its control store is
+where what it knows lies in Redis (RAY_REDIS_ADDRESS; store.py). The supervisor adopts
 whatever its Ray leaves behind (Linux child subreaper) and ends it, so that after `stop` no process of that Ray is left,
 and no other Ray on the machine is touched, as `ray stop` would. `--then` runs once Ray is up: the head brings the
 cluster's controller up with it.
@@ -28,6 +29,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatoken.backoff import doubling_pause_s
+from megatoken.cluster.launchers.node import store
 from megatoken.cluster.launchers.node.environment import (
     AddressError,
     interface_addresses,
@@ -41,7 +43,7 @@ PID_FILE, LOG_FILE = "node.pid", "node.log"
 STOP_S = 20.0  # for `ray start --block` to end its processes in order, before they are killed
 POLL_S = 0.2
 READ_BYTES = 65_536
-HEAD = "--head"  # its store lies in memory: a new one is a new cluster, and old nodes would wait for it for ever
+HEAD = "--head"  # with its store in memory a new one is a new cluster, and old nodes would wait for it for ever
 REAP_S = 0.5  # between looks for adopted processes that have ended
 RESTART_S, RESTART_MAX_S = 1.0, 30.0  # pauses before Ray is started again
 SETTLED_S = 60.0  # a Ray that ran this long starts the pauses anew
@@ -64,7 +66,8 @@ def main() -> int:
         return 2
     command = [part.replace("{address}", address) for part in arguments.command]
     _allow_open_files()
-    return run(directory, command, {**os.environ, **added}, arguments.then)
+    env = {**os.environ, **added}
+    return run(directory, command, store.namespaced(env) if store.outlives(env) else env, arguments.then)
 
 
 def _allow_open_files() -> None:
@@ -160,7 +163,14 @@ def _follow(ray: subprocess.Popen[bytes], directory: Path, env: dict[str, str], 
                 return 1, False
             up = True
             (directory / "ready").touch()
-    return ray.wait(), up
+    status = ray.wait()
+    if up and not status and store.outlives(env):  # it left its processes to us
+        try:
+            return store.watch(), True
+        except store.NotRunning as error:
+            print(f"megatoken node: {error}", file=sys.stderr)
+            return 1, True
+    return status, up
 
 
 def _output(ray: subprocess.Popen[bytes]) -> Iterator[str]:

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass, field
 
 from megatoken.cluster.launchers.failure_detection import FAILURE_DETECTION
-from megatoken.cluster.launchers.spec import DeviceGroup, RayPorts
+from megatoken.cluster.launchers.node.store import ADDRESS
+from megatoken.cluster.launchers.spec import DeviceGroup, RayPorts, RedisStore
 from megatoken.cluster.spec.cluster import ClusterSpec
 
 TOKEN_FILE = "ray_token"
@@ -41,12 +42,21 @@ def node_command(
     head_address: str,
     head: bool,
     token_path: str | None,
+    redis: RedisStore | None = None,
 ) -> NodeCommand:
-    """`ray`: the program. `token_path`: the token's file there; None where RAY_AUTH_TOKEN comes another way."""
+    """`ray`: the program. `token_path`: the token's file there; None where RAY_AUTH_TOKEN comes another way.
+
+    `redis`: where the head keeps what it knows; it is then started without --block, and looked after by its supervisor.
+    """
     words = [ray, "start", "--node-ip-address={address}"]
     words += ["--head", f"--port={ports.head}"] if head else [f"--address={head_address}:{ports.head}"]
-    words += [*ray_options(spec, ports, group, head=head), "--block"]
-    return NodeCommand(tuple(words), node_env_of(spec, group, token_path), head)
+    words += ray_options(spec, ports, group, head=head)
+    env = node_env_of(spec, group, token_path)
+    if head and redis is not None:
+        env[ADDRESS] = redis.address
+    else:
+        words.append("--block")
+    return NodeCommand(tuple(words), env, head)
 
 
 def ray_options(spec: ClusterSpec, ports: RayPorts, group: DeviceGroup, *, head: bool) -> list[str]:

@@ -10,6 +10,7 @@ import shlex
 
 from megatoken.cluster.launchers.artefact import Artefact
 from megatoken.cluster.launchers.node.command import node_env_of, ray_options, spec_on
+from megatoken.cluster.launchers.node.store import ADDRESS
 from megatoken.cluster.launchers.spec import LaunchSpec, SlurmLaunch
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.cluster.spec.load import dump_spec
@@ -55,13 +56,14 @@ nodes() {{
         bash -c 'exec "$0" -m megatoken.cluster.launchers.node run --directory "$1/node-$SLURMD_NODENAME" "${{@:2}}"' \\
         "$prefix/bin/python" "$state" --head "$RAY_ADDRESS"{interface} -- \\
         "$prefix/bin/ray" start "--node-ip-address={{address}}" "${{@:3}}" \\
-        {options} --block &
+        {options} &
     steps+=($!)
 }}
 
 asked=
 trap 'asked=1' TERM INT
-nodes 0 1 --head --port={port}
+{redis}nodes 0 1 --head --port={port}{block}
+unset {redis_name}
 # The others start once the head's store answers.
 until [ -n "$asked" ] || (exec 3<>"/dev/tcp/$head/{port}") 2>/dev/null; do
     if ! kill -0 "${{steps[0]}}" 2>/dev/null; then
@@ -71,7 +73,7 @@ until [ -n "$asked" ] || (exec 3<>"/dev/tcp/$head/{port}") 2>/dev/null; do
     sleep 0.5
 done
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-    nodes 1 $((SLURM_JOB_NUM_NODES - 1)) --address="$RAY_ADDRESS"
+    nodes 1 $((SLURM_JOB_NUM_NODES - 1)) --address="$RAY_ADDRESS" --block
 fi
 
 status=0
@@ -119,6 +121,9 @@ def job_script(spec: ClusterSpec, launch: LaunchSpec, *, doctor: bool = True) ->
         spec=dump_spec(spec_on(spec, "auto")),
         environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in env.items()),
         wait_s=slurm.wait_s,
+        redis=f"export {ADDRESS}={shlex.quote(launch.redis.address)}\n" if launch.redis else "",
+        redis_name=ADDRESS,
+        block="" if launch.redis else " --block",
         doctor="" if doctor else " --no-doctor",
         port=launch.ports.head,
         interface=f" --interface {shlex.quote(interface)}" if interface else "",

@@ -103,6 +103,7 @@ def _start(spec: ClusterSpec, launch: LaunchSpec, ssh: SshLaunch, host: SshHost)
         head_address=head.node_address,
         head=host is head,
         token_path=f"{directory}/{TOKEN_FILE}",
+        redis=launch.redis,
     )
     node = [f"{_home(ssh.prefix)}/bin/python", "-m", "megatoken.cluster.launchers.node", "start"]
     options = ["--directory", directory, "--address", host.node_address, "--timeout-s", f"{ssh.start_timeout_s:g}"]

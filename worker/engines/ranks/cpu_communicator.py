@@ -6,7 +6,7 @@ different heads share one. Here the name carries the replica's own id and the ho
 replica on one host agree. Chosen by cpu_platform.py; cpu_worker.py sets the name.
 
 Ranks wait for shared memory by spinning. Where ranks share cores, set MEGATOKEN_CPU_SHARED_MEMORY=0 in the model's
-environment: every group then uses Gloo, whose waits give the core away.
+environment: every group then uses Gloo, whose waits give the core away, and waits.py does the same for the next step.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
+from megatoken.worker.engines.ranks.waits import ranks_share_cores
+
 SEGMENT_VARIABLE = "MEGATOKEN_SHM_SEGMENT"
-SHARED_MEMORY_VARIABLE = "MEGATOKEN_CPU_SHARED_MEMORY"
 
 
 class HostCpuCommunicator(CpuCommunicator):  # type: ignore[misc]
@@ -25,7 +26,7 @@ class HostCpuCommunicator(CpuCommunicator):  # type: ignore[misc]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         segment = os.environ[SEGMENT_VARIABLE]
-        if os.environ.get(SHARED_MEMORY_VARIABLE) == "0":
+        if ranks_share_cores():
             segment += f"-{os.getpid()}"  # no two ranks agree, so vLLM falls back to torch.distributed
         os.environ["VLLM_DIST_IDENT"] = segment  # what vLLM derives the segment's name from
         super().__init__(*arguments, **options)

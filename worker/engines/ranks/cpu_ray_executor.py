@@ -14,6 +14,7 @@ from vllm.v1.executor import ray_executor_v2
 from megatoken.process.interface import interface_of
 from megatoken.worker.engines.ranks.ray_executor import PlacedRank, PlacedRayExecutor
 from megatoken.worker.engines.ranks.variables import DEVICE_VARIABLE
+from megatoken.worker.engines.ranks.waits import SHARED_MEMORY_VARIABLE, wait_asleep
 
 # Copied from the engine core to its ranks, before they import anything.
 EARLY_VARIABLES = (
@@ -25,6 +26,7 @@ EARLY_VARIABLES = (
     "VLLM_PLUGINS",
     "LD_PRELOAD",
     "PYTHONPATH",
+    SHARED_MEMORY_VARIABLE,
 )
 
 
@@ -44,6 +46,7 @@ class CpuRank(PlacedRank):
         interface = interface_of(address)
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
+        wait_asleep()
         super().initialize_worker(*arguments, **options)
 
 

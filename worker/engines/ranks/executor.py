@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,14 +20,20 @@ from typing import Any, Final
 from megatoken.process.devices import VISIBILITY
 from megatoken.process.tag import tag_process
 from megatoken.worker.engines.ranks.variables import LOSS_VARIABLE, REPLICA_VARIABLE
+from megatoken.worker.engines.ranks.waits import wait_asleep
 
 ORDERLY_END_S: Final = 1.0
+LOSS_S: Final = 2.0  # for the news that a rank died; Ray has it within half a second
 
 _log = logging.getLogger("vllm.megatoken")  # vLLM sets its own logger up in every process, spawned ones included
 
 
 class MortalExecutor:
     """An executor that takes its engine core along when it fails, and writes into its log where its ranks run."""
+
+    def _init_executor(self) -> None:
+        wait_asleep()
+        super()._init_executor()  # type: ignore[misc]
 
     def _post_init_executor(self) -> None:
         super()._post_init_executor()  # type: ignore[misc]
@@ -40,7 +47,7 @@ class MortalExecutor:
         the first call is the one that sees who was first.
         """
         try:
-            note_loss(self.lost_ranks())
+            note_loss(self._ranks_to_blame())
         except Exception:  # the end of the engine core must not hang on its reason
             _log.exception("which rank was lost is not known")
         if getattr(self, "is_failed", False):
@@ -48,8 +55,20 @@ class MortalExecutor:
         super().shutdown()  # type: ignore[misc]
 
     def lost_ranks(self) -> list[int]:
-        """Ranks whose processes have ended."""
+        """Ranks that are known to have died."""
         raise NotImplementedError
+
+    def ended_ranks(self) -> list[int]:
+        """Ranks that have ended in whatever way; some because another died."""
+        return self.lost_ranks()
+
+    def _ranks_to_blame(self) -> list[int]:
+        """A rank that died cuts its peers' connections at once, so their errors come here before the news of it."""
+        failing = getattr(self, "is_failed", False) or sys.exc_info()[0] not in (None, SystemExit)
+        deadline = time.monotonic() + (LOSS_S if failing else 0.0)
+        while not (lost := self.lost_ranks()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return lost or self.ended_ranks()
 
 
 def note_loss(ranks: list[int]) -> None:

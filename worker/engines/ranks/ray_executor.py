@@ -52,21 +52,24 @@ class PlacedRayExecutor(MortalExecutor, RayExecutorV2):  # type: ignore[misc]
         super()._init_executor()
 
     def lost_ranks(self) -> list[int]:
+        return sorted(rank for rank, error in self._ends().items() if isinstance(error, RayActorError))
+
+    def ended_ranks(self) -> list[int]:
+        return sorted(self._ends())
+
+    def _ends(self) -> dict[int, Exception | None]:
+        """How each rank ended that has: by an error of its actor (it died), by one of its own, or with none."""
         ray = ray_executor_v2.ray
         handles = getattr(self, "ray_worker_handles", ())
         runs = {handle.run_ref: handle.rank for handle in handles if handle.run_ref is not None}
-        if not runs:  # they have not started yet
-            return []
-        ended, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0)
-        died = []
-        for reference in ended:
+        found: dict[int, Exception | None] = {}
+        for reference in ray.wait(list(runs), num_returns=len(runs), timeout=0)[0] if runs else ():
             try:
                 ray.get(reference)
-            except RayActorError:
-                died.append(runs[reference])
-            except Exception:
-                continue  # it ended because another did
-        return sorted(died) or sorted(runs[reference] for reference in ended)
+                found[runs[reference]] = None
+            except Exception as error:  # whatever a rank raised
+                found[runs[reference]] = error
+        return found
 
     def _build_runtime_env(self) -> dict[str, Any]:
         environment: dict[str, Any] = super()._build_runtime_env()

@@ -36,7 +36,6 @@ class SimulatedEngine:
         self._timer: asyncio.Handle | None = None
         self._fault_timers: list[asyncio.TimerHandle] = []
         self._schedule_s = 0.0
-        self._generated = 0
         self._chunks_left = 0  # steps of a long prefill before the one that makes a token
         self._chunk_s = 0.0
         self._poisoned: dict[int, FaultConfig] = {}  # by slot: what happens once it was in a step
@@ -124,11 +123,11 @@ class SimulatedEngine:
             return
         if self._batch.running:  # every request may have been aborted meanwhile
             step = self._batch.step()
-            self._generated += len(step.token)
+            self.load.made_tokens += len(step.token)
             self.load.steps += 1
             self._sink.on_step(step)
         for fault in [fault for fault in self._faults if fault.after_tokens is not None]:
-            if self._generated >= (fault.after_tokens or 0):
+            if self.load.made_tokens >= (fault.after_tokens or 0):
                 self._make_fault(fault)
         if not self._halted:
             self._begin_step()

@@ -52,6 +52,7 @@ from megatoken.worker.engines.vllm.resume import carry_over, install
 from megatoken.worker.engines.vllm.step import INVALID_ARGUMENT, UNAVAILABLE, StepReader
 
 SUPPORTED_TASKS = ("generate",)
+LOSS_S = 3.0  # for the engine core to say which rank it lost
 ABORT_BATCH = 1024  # ids in one abort message
 UNSENDABLE: Final = (TypeError, ValueError, OverflowError, RecursionError)  # what its encoder raises for a request
 MAX_REASON = 600  # characters of vLLM's own text in an error of ours
@@ -186,14 +187,20 @@ class VllmEngine:
                 if step is not None:
                     self._sink.on_step(step)
         except VllmEngineDeadError:
-            self._died(self._loss() + "vLLM's engine core ended" + _exit_codes(client))
+            lost = await self._loss(client)
+            self._died(lost + "vLLM's engine core ended" + _exit_codes(client))
         except Exception as error:  # whatever breaks the reader, the replica can serve no more: it must be replaced
             _log.exception("reading the engine core's output failed")
             self._died(f"reading vLLM's engine core failed: {error!r}")
 
-    def _loss(self) -> str:
-        """Which ranks the engine core lost before it ended; empty when none."""
-        ranks, devices = rank_placement.lost_ranks(self._config), self._config.devices
+    async def _loss(self, client: AsyncMPClient) -> str:
+        """Which ranks the engine core lost before it ended; empty when none. It says that it ends before it knows."""
+        deadline = time.monotonic() + (LOSS_S if self._config.world_size > 1 else 0.0)
+        over = False
+        while not (ranks := rank_placement.lost_ranks(self._config)) and not over:
+            over = time.monotonic() > deadline or bool(_exit_codes(client))
+            await asyncio.sleep(0.05)
+        devices = self._config.devices
         names = [devices[rank] if rank < len(devices) else f"rank {rank}" for rank in ranks]
         return f"lost {', '.join(names)}: " if names else ""
 

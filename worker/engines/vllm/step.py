@@ -62,9 +62,10 @@ class StepReader:
         find = self._slots.get
         for output in outputs.outputs:
             slot = find(output.request_id)
+            made = output.new_token_ids
+            self._load.made_tokens += len(made)
             if slot is None:
                 continue
-            made = output.new_token_ids
             if made:
                 slots.append(slot)
                 tokens += made

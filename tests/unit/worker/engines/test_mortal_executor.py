@@ -46,3 +46,35 @@ def test_the_first_to_end_is_named_and_not_those_that_are_ended_for_it(loss: Pat
     ranks.is_failed = True
     ranks.shutdown()  # the monitor's, a moment later
     assert loss.read_text() == "3"
+
+
+def test_the_news_of_a_death_may_come_after_the_errors_that_it_caused(loss: Path) -> None:
+    class Late(Executor):
+        looks = 0
+
+        def lost_ranks(self) -> list[int]:
+            self.looks += 1
+            return [3] if self.looks > 4 else []
+
+        def ended_ranks(self) -> list[int]:
+            return [0]  # of an error: its peer's connection was reset
+
+    try:
+        raise RuntimeError("Connection reset by peer")
+    except RuntimeError:
+        Late().shutdown()
+    assert loss.read_text() == "3"
+
+
+def test_when_no_rank_is_known_to_have_died_those_that_ended_are_named(
+    loss: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended(Executor):
+        def ended_ranks(self) -> list[int]:
+            return [0, 2]
+
+    monkeypatch.setattr(executor, "LOSS_S", 0.1)
+    ranks = Ended()
+    ranks.is_failed = True
+    ranks.shutdown()
+    assert loss.read_text() == "0 2"
