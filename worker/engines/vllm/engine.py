@@ -82,7 +82,7 @@ class VllmEngine:
         self._loras = lora_modules(self._config)
         tie_forks()
         install()  # a forked engine core has it from here; a spawned one from its plugin
-        if self._config.device_kind == "cpu" and self._config.placement_group_id is None:
+        if self._config.device_kind == "cpu":
             # vLLM's CPU platform asks for spawn because an OpenMP runtime may run already. Here none does.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         try:

@@ -1,8 +1,8 @@
 """vLLM's own metrics (`vllm:*`), passed on beside the worker's with the model and the replica as labels.
 
 The engine core sends its scheduler's statistics with each step; vLLM's own Prometheus logger takes them, so names and
-meanings are vLLM's. What vLLM counts per token in its front-end is not passed on: this worker has no such front-end,
-and counts the same as megatoken_worker_*. Called by engine.py.
+meanings are vLLM's. What vLLM measures per token in its front-end is not passed on: this worker has no such front-end,
+and measures the same as megatoken_worker_*. Called by engine.py.
 """
 
 from __future__ import annotations
