@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import subprocess
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -66,8 +67,11 @@ class Server:
         return found
 
     def up(self) -> set[str]:
-        """Processes whose last scrape succeeded."""
-        return {series["metric"]["process"] for series in self.query("up == 1")}
+        """Processes whose last scrape succeeded; none before Prometheus itself serves."""
+        try:
+            return {series["metric"]["process"] for series in self.query("up == 1")}
+        except urllib.error.URLError:
+            return set()
 
     def stop(self) -> None:
         self.process.terminate()
