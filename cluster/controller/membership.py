@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from megatoken.cluster.decide.fleet import Fleet, Replica
 from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Inventory
+from megatoken.cluster.placement.place import BlockedKind
 from megatoken.cluster.spec.model import ModelSpec
 from megatoken.v1 import membership_pb2
 
@@ -95,10 +96,11 @@ def _member(
 def _model(model: ModelSpec, fleet: Fleet) -> membership_pb2.ModelMember:
     ready = sum(1 for replica in fleet.of_model(model.name) if replica.state is ReplicaState.READY)
     block = fleet.blocked.get(model.name)
+    lasts = block is not None and block.kind is not BlockedKind.LEASE  # that one is over in seconds: requests wait
     return membership_pb2.ModelMember(
         model=model.name,
         policy=model.policy or "",
         replicas_wanted=model.replicas,
         replicas_ready=ready,
-        blocked=block.text if block else "",
+        blocked=block.text if block is not None and lasts else "",
     )

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,6 +248,7 @@ class Report:
 
     answers: Counter[str] = field(default_factory=Counter)
     asked_again: Counter[str] = field(default_factory=Counter)  # a door died under it
+    refused: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     wrong: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     slowest_s: float = 0.0
@@ -342,6 +343,12 @@ class Clients:
                     break
                 except (openai.APIConnectionError, httpx.TransportError) as error:
                     self.report.asked_again[model] += 1
+                    if time.monotonic() - began > 300:
+                        self.report.lost.append(f"{model}: {error!r}")
+                        return
+                    await asyncio.sleep(0.5)
+                except openai.InternalServerError as error:  # 503: the model is blocked, and the answer says why
+                    self.report.refused[model].append(str(error))
                     if time.monotonic() - began > 300:
                         self.report.lost.append(f"{model}: {error!r}")
                         return

@@ -197,6 +197,9 @@ def test_no_request_was_lost_or_answered_otherwise(clients: Clients) -> None:
     assert report.wrong == []
     assert report.lost == []
     assert min(report.answers.values()) > 5, report.answers
+    assert not report.refused["smol"]
+    # Only while the cable was out, and in the planner's words.
+    assert all("model: 'tiny' has no replica: " in text and "node" in text for text in report.refused["tiny"])
 
 
 @dataclass(frozen=True)
@@ -232,8 +235,9 @@ def test_at_rest_clients_routers_workers_and_vllm_count_the_same(
     named = {name: str(path) for name, path in tls.items()}
     prometheus = Server(tmp_path / "prometheus", fleet.status().metrics_address, named)
     try:
-        processes = len(fleet.status().processes) + sum(row.state == "READY" for row in fleet.status().replicas) + 1
-        fleet.wait(lambda _: len(prometheus.up()) == processes, 60)
+        ready = sum(row.state == "READY" for row in fleet.status().replicas)
+        everybody = len(fleet.status().processes) + ready + 1  # the controller itself
+        fleet.wait(lambda _: len(prometheus.up()) == everybody, 60)
         before = Counts.at_rest(prometheus)
         received = clients.ask_each()
         after = Counts.at_rest(prometheus)
