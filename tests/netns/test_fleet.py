@@ -208,21 +208,23 @@ class Counts:
 
     delivered: int  # the routers' ledgers
     generated: int  # the workers' own
-    vllm: int  # what the engine cores handed over
+    vllm: int  # what the engine cores handed over; a token more with each probe of an idle one
 
     @classmethod
-    def at_rest(cls, prometheus: Server) -> Counts:
-        """Once they stand still."""
+    def at_rest(cls, prometheus: Server, everybody: int) -> Counts:
+        """Once they stand still; a process whose scrape was late is missing from a sum."""
         names = ("megatoken_router_delivered_tokens", "megatoken_worker_generated_tokens", "vllm:generation_tokens")
-        deadline, last, since_s = time.monotonic() + 60, None, 0.0
+        deadline, last, since_s, seen = time.monotonic() + 90, None, 0.0, []
         while True:
             found = [prometheus.query(f"sum({{__name__='{name}_total'}})") for name in names]
-            now = cls(*(int(float(series[0]["value"][1])) for series in found)) if all(found) else None
-            if now is None or now != last:
+            whole = all(found) and len(prometheus.up()) == everybody
+            now = cls(*(int(float(series[0]["value"][1])) for series in found)) if whole else None
+            seen.append(now)
+            if now is None or last is None or (now.delivered, now.generated) != (last.delivered, last.generated):
                 last, since_s = now, time.monotonic()
             elif time.monotonic() - since_s > 4.0:  # the scrape's second and the counters' own, twice
                 return now
-            assert time.monotonic() < deadline, f"they do not stand still: {now}"
+            assert time.monotonic() < deadline, f"they do not stand still: {seen[-40:]}"
             time.sleep(0.3)
 
 
@@ -238,9 +240,9 @@ def test_at_rest_clients_routers_workers_and_vllm_count_the_same(
         ready = sum(row.state == "READY" for row in fleet.status().replicas)
         everybody = len(fleet.status().processes) + ready + 1  # the controller itself
         fleet.wait(lambda _: len(prometheus.up()) == everybody, 60)
-        before = Counts.at_rest(prometheus)
+        before = Counts.at_rest(prometheus, everybody)
         received = clients.ask_each()
-        after = Counts.at_rest(prometheus)
+        after = Counts.at_rest(prometheus, everybody)
         status = fleet.status()
         by_replica = {
             series["metric"]["replica"]: int(float(series["value"][1]))
@@ -248,9 +250,10 @@ def test_at_rest_clients_routers_workers_and_vllm_count_the_same(
         }
     finally:
         prometheus.stop()
-    grown = tuple(now - then for now, then in zip(astuple(after), astuple(before), strict=True))
-    assert grown == (received,) * 3
-    assert after.vllm >= after.generated  # the difference: requests that were given up under way
+    delivered, generated, vllm = (now - then for now, then in zip(astuple(after), astuple(before), strict=True))
+    assert delivered == generated == received
+    assert vllm >= received
+    assert after.vllm >= after.generated  # the difference: requests that were given up under way, and probes
     assert {row.replica: row.generated_tokens for row in status.replicas if row.state == "READY"} == by_replica
     summed = {row.kind: 0 for row in status.throughput.rows}
     for row in status.throughput.rows:
