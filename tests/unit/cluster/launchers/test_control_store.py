@@ -14,7 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from megatoken.cluster.launchers.load import launch_of
 from megatoken.cluster.launchers.node.store import NAMESPACE, namespaced
+from megatoken.cluster.launchers.slurm.job import job_script
+from megatoken.cluster.launchers.ssh.steps import ssh_plan
+from megatoken.cluster.spec.load import parse_spec
 from megatoken.process.tree import descendants
 
 NODE = [sys.executable, "-m", "megatoken.cluster.launchers.node"]
@@ -96,3 +100,18 @@ def test_keys_of_another_token_are_another_clusters(tmp_path: Path) -> None:
     )
     assert one == same != other
     assert namespaced({NAMESPACE: "mine", "RAY_AUTH_TOKEN": "a"})[NAMESPACE] == "mine"
+
+
+@pytest.mark.parametrize("redis", [None, {"address": "10.0.0.9:6380"}])
+def test_only_a_head_whose_store_may_end_is_started_without_block(redis: dict[str, str] | None) -> None:
+    hosts = [{"host": "a"}, {"host": "b"}]
+    launch = launch_of({"ssh": {"hosts": hosts}, "slurm": {"nodes": 2}, "redis": redis})
+    spec = parse_spec({"models": [{"name": "m", "engine": "simulated"}]})
+    plan = ssh_plan(spec, launch)
+    assert ("--block" in plan.head.argv[-1]) is (redis is None)
+    assert ("RAY_REDIS_ADDRESS=10.0.0.9:6380" in plan.head.argv[-1]) is (redis is not None)
+    assert all("--block" in step.argv[-1] and "REDIS" not in step.argv[-1] for step in plan.others)
+    job = job_script(spec, launch)
+    head = next(line for line in job.splitlines() if line.startswith("nodes 0 1"))
+    assert head.endswith("--block") is (redis is None)
+    assert ("export RAY_REDIS_ADDRESS=10.0.0.9:6380\nnodes 0 1" in job) is (redis is not None)

@@ -18,7 +18,6 @@ from megatoken.cluster.launchers.kuberay import RAY_VERSION
 from megatoken.cluster.launchers.load import launch_of
 from megatoken.cluster.launchers.node.environment import AddressError, node_environment, resolve_address
 from megatoken.cluster.launchers.render import RENDERERS, render
-from megatoken.cluster.launchers.slurm.job import job_script
 from megatoken.cluster.launchers.ssh.run import LaunchError, explain, read_or_make_token
 from megatoken.cluster.launchers.ssh.script import ssh_artefacts
 from megatoken.cluster.launchers.ssh.steps import SshStep, ssh_plan
@@ -247,20 +246,6 @@ def test_the_slurm_job_asks_for_what_the_spec_says() -> None:
     assert "#SBATCH --no-kill" in directives, "a lost node does not end the others"
     assert text.index("module load rocm") < text.index("srun")
     assert f"export TRICKY={shlex.quote(DOCUMENT['network']['env']['TRICKY'])}" in text
-
-
-@pytest.mark.parametrize("redis", [None, {"address": "10.0.0.9:6380"}])
-def test_only_a_head_whose_store_may_end_is_started_without_block(redis: dict[str, str] | None) -> None:
-    spec = spec_of()
-    launch = launch_of({**(DOCUMENT["launch"]), "redis": redis})
-    plan = ssh_plan(spec, launch)
-    assert ("--block" in plan.head.argv[-1]) is (redis is None)
-    assert ("RAY_REDIS_ADDRESS=10.0.0.9:6380" in plan.head.argv[-1]) is (redis is not None)
-    assert all("--block" in step.argv[-1] and "REDIS" not in step.argv[-1] for step in plan.others)
-    job = job_script(spec, launch)
-    head = next(line for line in job.splitlines() if line.startswith("nodes 0 1"))
-    assert head.endswith("--block") is (redis is None)
-    assert ("export RAY_REDIS_ADDRESS=10.0.0.9:6380\nnodes 0 1" in job) is (redis is not None)
 
 
 def test_kubernetes_manifests_fit_the_published_schemas() -> None:
