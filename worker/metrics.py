@@ -23,6 +23,8 @@ PREFIX: Final = "megatoken_worker_"
 _COUNTERS: Final = (
     ("prompt_tokens", "Tokens of accepted prompts.", totals.PROMPT_TOKENS, 1.0),
     ("generated_tokens", "Tokens generated; equals the counters file.", totals.GENERATED_TOKENS, 1.0),
+    ("made_tokens", "Tokens that the engine made for requests.", totals.MADE_TOKENS, 1.0),
+    ("dropped_tokens", "Of them, those whose request nobody waited for any more.", totals.DROPPED_TOKENS, 1.0),
     ("cached_tokens", "Prompt tokens read from the prefix cache.", totals.CACHED_TOKENS, 1.0),
     ("requests_started", "Requests given to the engine.", totals.REQUESTS_STARTED, 1.0),
     ("busy_seconds", "Time with at least one request running.", totals.BUSY_US, 1e-6),
@@ -58,9 +60,13 @@ class WorkerCollector(Collector):
             yield family
         yield self._by("requests", "Requests that ended.", "outcome", replica.measures.outcomes)
         yield self._by("refusals", "Requests not given to the engine.", "reason", replica.measures.refusals)
-        frames = CounterMetricFamily(PREFIX + "frames", "Frames sent, one an engine step and session.", labels=LABELS)
-        frames.add_metric(self._values, replica.measures.frames)
-        yield frames
+        for name, text, value in (
+            ("frames", "Frames sent, one an engine step and session.", replica.measures.frames),
+            ("probe_tokens", "Tokens that the engine made for probes.", replica.probe_tokens),
+        ):
+            family = CounterMetricFamily(PREFIX + name, text, labels=LABELS)
+            family.add_metric(self._values, value)
+            yield family
 
     def _by(self, name: str, text: str, label: str, counts: dict[str, int]) -> Metric:
         family = CounterMetricFamily(PREFIX + name, text, labels=(*LABELS, label))

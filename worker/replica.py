@@ -70,6 +70,8 @@ class RunningReplica:
         self._streams = StreamTable()
         self._sessions: set[Outlet] = set()
         self._busy = totals.BusyClock()
+        self._dropped_tokens = 0  # they waited for a caller that went away
+        self.probe_tokens = 0  # made for the control plane's own requests
         self._last_load = b""
         self._ticker: asyncio.TimerHandle | None = None
 
@@ -102,7 +104,8 @@ class RunningReplica:
 
     def close(self, outlet: Outlet) -> None:
         """A caller is gone: aborts what it has running."""
-        outlet.close()
+        self._dropped_tokens += outlet.close()
+        self._account_tokens()
         self._abort(list(outlet.slots.values()), pb.FINISH_REASON_CANCELLED)
         self._sessions.discard(outlet)
         self._streams.close(outlet)
@@ -201,6 +204,7 @@ class RunningReplica:
         self._streams.split(step, finishes)
         for ended in step.ended:
             self._release(ended.slot, ended.reason, now_s)
+        self._account_tokens()
 
     def on_engine_dead(self, reason: str) -> None:
         """Ends every stream with UNAVAILABLE, then tells the process, which exits."""
@@ -275,6 +279,7 @@ class RunningReplica:
         if running.choices_left:
             return
         if running.probe:
+            self.probe_tokens += running.generated
             self._note_drained()
             return
         if running.deadline is not None:
@@ -330,6 +335,12 @@ class RunningReplica:
     def _note_drained(self) -> None:
         if self.draining and not self._streams.live:
             self.drained.set()
+
+    def _account_tokens(self) -> None:
+        """What `generated_tokens` lacks of the engine's: dropped ones, and those that wait to be written."""
+        load = self.engine.load
+        self.counters[totals.MADE_TOKENS] = load.made_tokens - self.probe_tokens
+        self.counters[totals.DROPPED_TOKENS] = load.unwanted_tokens + self._dropped_tokens
 
     def _account_time(self) -> None:
         self.counters[totals.BUSY_US] += self._busy.update(self._streams.live > 0, time.monotonic())

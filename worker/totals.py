@@ -18,6 +18,8 @@ REQUESTS_STARTED: Final = INDEX["requests_started"]
 REQUESTS_FINISHED: Final = INDEX["requests_finished"]
 REQUESTS_FAILED: Final = INDEX["requests_failed"]
 BUSY_US: Final = INDEX["busy_us"]
+MADE_TOKENS: Final = INDEX["made_tokens"]
+DROPPED_TOKENS: Final = INDEX["dropped_tokens"]
 
 
 def open_counters(config: WorkerConfig) -> CounterWriter:

@@ -83,6 +83,7 @@ def _models(status: control_pb2.ClusterStatus) -> str:
 def _replicas(status: control_pb2.ClusterStatus) -> str:
     ended = [replica for replica in status.replicas if replica.state in FINAL]
     shown = [replica for replica in status.replicas if replica.state not in FINAL] + ended[-ENDED_SHOWN:]
+    undelivered = {row.name: _undelivered(row.workers) for row in status.throughput.rows if row.kind == "replica"}
     rows = [
         [
             replica.replica,
@@ -93,13 +94,22 @@ def _replicas(status: control_pb2.ClusterStatus) -> str:
             str(replica.waiting),
             f"{replica.kv_usage:.0%}",
             number(replica.generated_tokens_per_s),
+            undelivered.get(replica.replica, "-"),
             ", ".join(dict.fromkeys(rank.partition(": ")[2] for rank in replica.ranks)),
             replica.reason,
         ]
         for replica in shown
     ]
-    header = ["REPLICA", "STATE", "ENGINE", "AGE", "RUNNING", "QUEUED", "KV", "TOKENS/S", "WHERE", "REASON"]
+    numbers = ["RUNNING", "QUEUED", "KV", "TOKENS/S", "UNDELIVERED"]
+    header = ["REPLICA", "STATE", "ENGINE", "AGE", *numbers, "WHERE", "REASON"]
     return "\n".join(table(header, rows)) if rows else "no replicas"
+
+
+def _undelivered(counted: throughput_pb2.Totals) -> str:
+    """Tokens that the engine made and no router was sent: dropped with their requests, or lost with the worker."""
+    tokens = counted.made_tokens - counted.generated_tokens
+    dropped = f" ({counted.dropped_tokens} dropped)" if counted.dropped_tokens else ""
+    return f"{max(tokens, 0)}{dropped}"
 
 
 def _processes(status: control_pb2.ClusterStatus) -> str:

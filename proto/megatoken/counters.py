@@ -17,7 +17,7 @@ import struct
 from pathlib import Path
 from typing import Any, Final
 
-MAGIC: Final = b"mtcount1"
+MAGIC: Final = b"mtcount2"
 HEADER_BYTES: Final = 1024
 NAMES: Final = (
     "prompt_tokens",
@@ -28,6 +28,8 @@ NAMES: Final = (
     "requests_failed",
     "busy_us",
     "energy_mj",
+    "made_tokens",
+    "dropped_tokens",
 )
 INDEX: Final = {name: position for position, name in enumerate(NAMES)}
 FILE_BYTES: Final = HEADER_BYTES + 8 * len(NAMES)

@@ -25,6 +25,9 @@ def test_tokens_of_a_request_that_was_given_up_are_passed_over_and_still_counted
     assert step is not None
     assert step.token.tolist() == [5, 6]
     assert [ended.slot for ended in step.ended] == [0]
-    assert load.made_tokens == 3
-    assert reader.read(EngineCoreOutputs(outputs=[EngineCoreOutput(request_id="kept", new_token_ids=[8])])) is None
-    assert load.made_tokens == 4
+    assert (load.made_tokens, load.unwanted_tokens) == (3, 1)
+    step = reader.read(EngineCoreOutputs(outputs=[EngineCoreOutput(request_id="kept", new_token_ids=[8])]))
+    assert step is not None, "the account is brought up to date by a step"
+    assert len(step.slot) == len(step.token) == 0
+    assert (load.made_tokens, load.unwanted_tokens) == (4, 2)
+    assert reader.read(EngineCoreOutputs(outputs=[])) is None

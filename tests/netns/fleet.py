@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
@@ -26,11 +25,12 @@ import yaml
 from deploy.netns.hosts import Host, Network
 from megatoken.cluster.client.control import CommandError, client_of
 from megatoken.cluster.client.records import read_records
-from megatoken.counters import INDEX, read_counters
+from megatoken.counters import NAMES, read_counters
 from megatoken.process.tag import PREFIX
-from megatoken.v1 import control_pb2
+from megatoken.v1 import control_pb2, throughput_pb2
 from tests.netns.sshd import PORT, keygen, public, start_sshd
 from tests.support.certificates import Authority
+from tests.support.terminal import Terminal
 
 KEY = "flagship-key"
 SLOTS = {"node0": 2, "node1": 3, "node2": 3}
@@ -64,6 +64,7 @@ class Fleet:
         (directory / "known_hosts").write_text(
             "".join(f"[{host.address}]:{PORT} {public(directory / host.name)}\n" for host in network.hosts)
         )
+        self.killed: set[str] = set()  # replicas whose worker had no time to account for what it had
         self.spec = self._spec()
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MEGATOKEN_"))},
@@ -210,15 +211,21 @@ class Fleet:
     def pids(self, host: Host, words: str) -> list[int]:
         return [pid for pid, command in host.processes().items() if words in command]
 
-    def counted(self) -> int:
-        """Tokens that workers generated since the cluster began, from their counter files on every host."""
-        total = 0
+    def incarnations(self) -> dict[str, throughput_pb2.Totals]:
+        """What each replica that there ever was counted, from the counter files on every host."""
+        found = {}
         for host in self.network.hosts:
-            for path in host.path("/tmp").glob(f"megatoken-*/{self.spec['cluster']}/*/counters/*"):
-                with contextlib.suppress(ValueError):  # the agent's own notes lie beside them
-                    header, totals = read_counters(path)
-                    total += totals[INDEX["generated_tokens"]] if header.get("kind") == "worker" else 0
-        return total
+            for path in host.path("/tmp").glob(f"megatoken-*/{self.spec['cluster']}/*/counters/*.counters"):
+                header, totals = read_counters(path)
+                if header["kind"] == "worker":
+                    found[header["id"]] = throughput_pb2.Totals(**dict(zip(NAMES, totals, strict=True)))
+        return found
+
+    def top(self, *texts: str) -> None:
+        """Has `megatoken top` on a wide terminal until it shows these."""
+        command = f"{sys.executable} -m megatoken.cluster.cli top"
+        with Terminal(command, width=200, height=50, env=self.environment) as terminal:
+            terminal.wait_for(*texts)
 
     def crash_ray(self, host: Host) -> None:
         """Kills every process of a host's Ray but its supervisor, which starts it again."""

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from deploy.netns import hosts
 from deploy.netns.hosts import Host, Network
+from megatoken.cluster.view.top.text import compact
 from tests.netns.fleet import Clients, Fleet, tagged
 from tests.netns.sshd import MISSING
 from tests.support.prometheus import MISSING as NO_PROMETHEUS
@@ -37,6 +39,7 @@ HANG_S = 10.0
 GONE_S = 15.0  # what a dead replica leaves on any host
 SERVED_S = 120.0  # a replacement's engine
 RETURNED_S = 150.0  # a node that comes back, and what stood there
+LAST_TOKENS = 8  # on their way in a worker that is killed: it has a stream or two
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +124,7 @@ def test_a_killed_engine_core_and_a_killed_worker_are_replaced(fleet: Fleet, cli
     """One after the other: the second while the first is being replaced, so that for a while no replica serves."""
     for replica, part in zip(fleet.ready("smol", 2), ("engine", "worker"), strict=True):
         victim = tagged(fleet, fleet.hosts_of(replica)[0], replica.replica, part)[0]
+        fleet.killed |= {replica.replica} if part == "worker" else set()
         assert lose(fleet, replica.replica, functools.partial(os.kill, victim, signal.SIGKILL))
     fleet.ready("smol", 2, SERVED_S)
     clients.answered(1)
@@ -167,6 +171,7 @@ def test_a_rolling_update_exchanges_a_model_under_traffic(fleet: Fleet, clients:
 def away(fleet: Fleet, host: Host, act: Callable[[], None]) -> set[str]:
     """Takes a node away; the replicas that stood on it, all of them said to have failed."""
     stood = {row.replica for row in fleet.status().replicas if row.state == "READY" and host in fleet.hosts_of(row)}
+    fleet.killed |= stood
     act()
     fleet.wait(lambda status: stood <= fleet.failed(status), DETECTED_S + TOLD_S)
     return stood
@@ -207,20 +212,25 @@ class Counts:
     """Tokens so far, as Prometheus has them, of the processes that live."""
 
     delivered: int  # the routers' ledgers
-    generated: int  # the workers' own
-    vllm: int  # what the engine cores handed over; a token more with each probe of an idle one
+    generated: int  # the workers' own: sent
+    made: int  # by engines for requests
+    dropped: int  # of them: nobody waited for their request any more
+    probes: int  # made for probes instead
+    vllm: int  # what the engine cores handed over
 
     @classmethod
     def at_rest(cls, prometheus: Server, everybody: int) -> Counts:
         """Once they stand still; a process whose scrape was late is missing from a sum."""
-        names = ("megatoken_router_delivered_tokens", "megatoken_worker_generated_tokens", "vllm:generation_tokens")
+        worker = [f"megatoken_worker_{name}_tokens" for name in ("generated", "made", "dropped", "probe")]
+        names = ["megatoken_router_delivered_tokens", *worker, "vllm:generation_tokens"]
         deadline, last, since_s, seen = time.monotonic() + 90, None, 0.0, []
         while True:
             found = [prometheus.query(f"sum({{__name__='{name}_total'}})") for name in names]
             whole = all(found) and len(prometheus.up()) == everybody
             now = cls(*(int(float(series[0]["value"][1])) for series in found)) if whole else None
             seen.append(now)
-            if now is None or last is None or (now.delivered, now.generated) != (last.delivered, last.generated):
+            moved = now is None or last is None or (now.delivered, now.made) != (last.delivered, last.made)
+            if moved or now.vllm != now.made + now.probes:  # a scrape in the middle of a probe
                 last, since_s = now, time.monotonic()
             elif time.monotonic() - since_s > 4.0:  # the scrape's second and the counters' own, twice
                 return now
@@ -229,6 +239,7 @@ class Counts:
 
 
 @pytest.mark.skipif(bool(NO_PROMETHEUS), reason=NO_PROMETHEUS)
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed (Debian: apt-get install tmux)")
 def test_at_rest_clients_routers_workers_and_vllm_count_the_same(
     fleet: Fleet, clients: Clients, tmp_path: Path
 ) -> None:
@@ -243,23 +254,39 @@ def test_at_rest_clients_routers_workers_and_vllm_count_the_same(
         before = Counts.at_rest(prometheus, everybody)
         received = clients.ask_each()
         after = Counts.at_rest(prometheus, everybody)
-        status = fleet.status()
         by_replica = {
             series["metric"]["replica"]: int(float(series["value"][1]))
             for series in prometheus.query("megatoken_worker_generated_tokens_total")
         }
     finally:
         prometheus.stop()
-    delivered, generated, vllm = (now - then for now, then in zip(astuple(after), astuple(before), strict=True))
-    assert delivered == generated == received
-    assert vllm >= received
-    assert after.vllm >= after.generated  # the difference: requests that were given up under way, and probes
+    assert after.delivered - before.delivered == received
+    assert after.generated - before.generated == received
+    assert after.made - before.made == received
+    assert after.vllm == after.made + after.probes
+    assert after.made == after.generated + after.dropped
+
+    status = fleet.status()
     assert {row.replica: row.generated_tokens for row in status.replicas if row.state == "READY"} == by_replica
-    summed = {row.kind: 0 for row in status.throughput.rows}
-    for row in status.throughput.rows:
-        summed[row.kind] += row.workers.generated_tokens
+    fleet.top(*(compact(float(tokens)) for tokens in by_replica.values()))
+    rows = {(row.kind, row.name): row.workers for row in status.throughput.rows}
+    assert {name: rows["replica", name].generated_tokens for name in by_replica} == by_replica
+    files = fleet.incarnations()
+    counted = sum(totals.generated_tokens for totals in files.values())
+    on_nodes = sum(totals.generated_tokens for (kind, _), totals in rows.items() if kind == "node")
     assert status.throughput.complete
-    assert summed["cluster"] == summed["node"] == fleet.counted(), "the collective's sum, and the files that it reads"
+    assert rows["cluster", "cluster"].generated_tokens == on_nodes == counted
+
+
+def test_what_an_engine_made_was_delivered_or_dropped_but_for_the_killed_ones_last_frames(fleet: Fleet) -> None:
+    files = fleet.incarnations()
+    missing = {
+        replica: totals.made_tokens - totals.generated_tokens - totals.dropped_tokens
+        for replica, totals in files.items()
+    }
+    assert fleet.killed < set(missing)
+    assert {replica for replica, tokens in missing.items() if tokens} <= fleet.killed, missing
+    assert all(0 <= tokens <= LAST_TOKENS for tokens in missing.values()), missing
 
 
 def test_a_node_without_power_blocks_what_needs_it_and_the_rest_goes_on(fleet: Fleet) -> None:

@@ -92,7 +92,8 @@ class EngineLoad:
     kv_usage: float = 0.0  # [0, 1]
     prefix_queries: int = 0  # tokens looked up in the prefix cache, in total
     prefix_hits: int = 0
-    made_tokens: int = 0  # handed over by the engine, also for requests that nobody waits for any more, in total
+    made_tokens: int = 0  # handed over by the engine, in total
+    unwanted_tokens: int = 0  # of them, for requests that nobody waits for any more
     steps: int = 0
     details: dict[str, float] = field(default_factory=dict)
 

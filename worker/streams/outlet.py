@@ -93,12 +93,14 @@ class Outlet:
         """Lets a waiting writer look again, e.g. after the caller closed its half."""
         self._ready.set()
 
-    def close(self) -> None:
-        """The caller is gone: drops what waits."""
+    def close(self) -> int:
+        """The caller is gone: drops what waits, and returns how many tokens that was."""
         self.closed = True
+        dropped = self._outbox.tokens
         self._outbox.clear()
         self._usage.clear()
         self._ready.set()
+        return dropped
 
     async def wait(self) -> None:
         """Returns when `take` may have something, or when the outlet was woken or closed."""

@@ -57,6 +57,11 @@ class FrameOutbox:
     def __bool__(self) -> bool:
         return bool(self._parts)
 
+    @property
+    def tokens(self) -> int:
+        """How many wait."""
+        return sum(part.tokens for part in self._parts)
+
     def add_part(self, part: FramePart) -> None:
         """When it raises, nothing was taken, and what waits is all there."""
         if self._loose >= _LOOSE:

@@ -25,33 +25,33 @@ _sym_db = _symbol_database.Default()
 from megatoken.v1 import membership_pb2 as megatoken_dot_v1_dot_membership__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmegatoken/v1/throughput.proto\x12\x0cmegatoken.v1\x1a\x1dmegatoken/v1/membership.proto\"\x16\n\x14GetThroughputRequest\"\xc2\x01\n\x06Totals\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\x04\x12\x18\n\x10requests_started\x18\x04 \x01(\x04\x12\x19\n\x11requests_finished\x18\x05 \x01(\x04\x12\x17\n\x0frequests_failed\x18\x06 \x01(\x04\x12\x0f\n\x07\x62usy_us\x18\x07 \x01(\x04\x12\x11\n\tenergy_mj\x18\x08 \x01(\x04\"s\n\x06Window\x12\x0f\n\x07seconds\x18\x01 \x01(\r\x12\x1e\n\x16generated_tokens_per_s\x18\x02 \x01(\x01\x12\x1b\n\x13prompt_tokens_per_s\x18\x03 \x01(\x01\x12\x1b\n\x13\x63\x61\x63hed_tokens_per_s\x18\x04 \x01(\x01\"\xc4\x01\n\rThroughputRow\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12%\n\x07workers\x18\x03 \x01(\x0b\x32\x14.megatoken.v1.Totals\x12%\n\x07routers\x18\x04 \x01(\x0b\x32\x14.megatoken.v1.Totals\x12%\n\x07windows\x18\x05 \x03(\x0b\x32\x14.megatoken.v1.Window\x12\x12\n\nefficiency\x18\x06 \x01(\x01\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\"\xcd\x01\n\x10ThroughputSample\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04tick\x18\x02 \x01(\x04\x12\x0e\n\x06unix_s\x18\x03 \x01(\x01\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12\x19\n\x11incomplete_reason\x18\x05 \x01(\t\x12\r\n\x05ranks\x18\x06 \x01(\r\x12\x14\n\x0c\x63ollective_s\x18\x07 \x01(\x01\x12\x0f\n\x07\x62\x61\x63kend\x18\x08 \x01(\t\x12)\n\x04rows\x18\t \x03(\x0b\x32\x1b.megatoken.v1.ThroughputRow\"\xd5\x01\n\nAttendance\x12.\n\x06member\x18\x01 \x01(\x0b\x32\x1e.megatoken.v1.ThroughputMember\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.megatoken.v1.AttendanceState\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\x10\n\x08suspects\x18\x05 \x03(\t\x12\x10\n\x08\x62\x61\x63kends\x18\x06 \x03(\t\x12\x14\n\x0cwire_version\x18\x07 \x01(\r\x12\x0f\n\x07members\x18\x08 \x03(\t\"c\n\x0f\x41ttendanceReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07refused\x18\x02 \x01(\t\x12\x30\n\x07refusal\x18\x03 \x01(\x0e\x32\x1f.megatoken.v1.AttendanceRefusal*\xaa\x01\n\x0f\x41ttendanceState\x12 \n\x1c\x41TTENDANCE_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41TTENDANCE_STATE_OUTSIDE\x10\x01\x12\x1c\n\x18\x41TTENDANCE_STATE_FORMING\x10\x02\x12\x1c\n\x18\x41TTENDANCE_STATE_TICKING\x10\x03\x12\x1b\n\x17\x41TTENDANCE_STATE_FAILED\x10\x04*\x9d\x01\n\x11\x41ttendanceRefusal\x12\"\n\x1e\x41TTENDANCE_REFUSAL_UNSPECIFIED\x10\x00\x12#\n\x1f\x41TTENDANCE_REFUSAL_WIRE_VERSION\x10\x01\x12\x1f\n\x1b\x41TTENDANCE_REFUSAL_REPLACED\x10\x02\x12\x1e\n\x1a\x41TTENDANCE_REFUSAL_BACKEND\x10\x03\x32\xba\x01\n\nThroughput\x12S\n\rGetThroughput\x12\".megatoken.v1.GetThroughputRequest\x1a\x1e.megatoken.v1.ThroughputSample\x12W\n\x0fWatchThroughput\x12\".megatoken.v1.GetThroughputRequest\x1a\x1e.megatoken.v1.ThroughputSample0\x01\x32]\n\x14ThroughputAttendance\x12\x45\n\x06\x41ttend\x12\x18.megatoken.v1.Attendance\x1a\x1d.megatoken.v1.AttendanceReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmegatoken/v1/throughput.proto\x12\x0cmegatoken.v1\x1a\x1dmegatoken/v1/membership.proto\"\x16\n\x14GetThroughputRequest\"\xef\x01\n\x06Totals\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\x04\x12\x18\n\x10requests_started\x18\x04 \x01(\x04\x12\x19\n\x11requests_finished\x18\x05 \x01(\x04\x12\x17\n\x0frequests_failed\x18\x06 \x01(\x04\x12\x0f\n\x07\x62usy_us\x18\x07 \x01(\x04\x12\x11\n\tenergy_mj\x18\x08 \x01(\x04\x12\x13\n\x0bmade_tokens\x18\t \x01(\x04\x12\x16\n\x0e\x64ropped_tokens\x18\n \x01(\x04\"s\n\x06Window\x12\x0f\n\x07seconds\x18\x01 \x01(\r\x12\x1e\n\x16generated_tokens_per_s\x18\x02 \x01(\x01\x12\x1b\n\x13prompt_tokens_per_s\x18\x03 \x01(\x01\x12\x1b\n\x13\x63\x61\x63hed_tokens_per_s\x18\x04 \x01(\x01\"\xc4\x01\n\rThroughputRow\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12%\n\x07workers\x18\x03 \x01(\x0b\x32\x14.megatoken.v1.Totals\x12%\n\x07routers\x18\x04 \x01(\x0b\x32\x14.megatoken.v1.Totals\x12%\n\x07windows\x18\x05 \x03(\x0b\x32\x14.megatoken.v1.Window\x12\x12\n\nefficiency\x18\x06 \x01(\x01\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\"\xcd\x01\n\x10ThroughputSample\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04tick\x18\x02 \x01(\x04\x12\x0e\n\x06unix_s\x18\x03 \x01(\x01\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12\x19\n\x11incomplete_reason\x18\x05 \x01(\t\x12\r\n\x05ranks\x18\x06 \x01(\r\x12\x14\n\x0c\x63ollective_s\x18\x07 \x01(\x01\x12\x0f\n\x07\x62\x61\x63kend\x18\x08 \x01(\t\x12)\n\x04rows\x18\t \x03(\x0b\x32\x1b.megatoken.v1.ThroughputRow\"\xd5\x01\n\nAttendance\x12.\n\x06member\x18\x01 \x01(\x0b\x32\x1e.megatoken.v1.ThroughputMember\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.megatoken.v1.AttendanceState\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\x10\n\x08suspects\x18\x05 \x03(\t\x12\x10\n\x08\x62\x61\x63kends\x18\x06 \x03(\t\x12\x14\n\x0cwire_version\x18\x07 \x01(\r\x12\x0f\n\x07members\x18\x08 \x03(\t\"c\n\x0f\x41ttendanceReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07refused\x18\x02 \x01(\t\x12\x30\n\x07refusal\x18\x03 \x01(\x0e\x32\x1f.megatoken.v1.AttendanceRefusal*\xaa\x01\n\x0f\x41ttendanceState\x12 \n\x1c\x41TTENDANCE_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41TTENDANCE_STATE_OUTSIDE\x10\x01\x12\x1c\n\x18\x41TTENDANCE_STATE_FORMING\x10\x02\x12\x1c\n\x18\x41TTENDANCE_STATE_TICKING\x10\x03\x12\x1b\n\x17\x41TTENDANCE_STATE_FAILED\x10\x04*\x9d\x01\n\x11\x41ttendanceRefusal\x12\"\n\x1e\x41TTENDANCE_REFUSAL_UNSPECIFIED\x10\x00\x12#\n\x1f\x41TTENDANCE_REFUSAL_WIRE_VERSION\x10\x01\x12\x1f\n\x1b\x41TTENDANCE_REFUSAL_REPLACED\x10\x02\x12\x1e\n\x1a\x41TTENDANCE_REFUSAL_BACKEND\x10\x03\x32\xba\x01\n\nThroughput\x12S\n\rGetThroughput\x12\".megatoken.v1.GetThroughputRequest\x1a\x1e.megatoken.v1.ThroughputSample\x12W\n\x0fWatchThroughput\x12\".megatoken.v1.GetThroughputRequest\x1a\x1e.megatoken.v1.ThroughputSample0\x01\x32]\n\x14ThroughputAttendance\x12\x45\n\x06\x41ttend\x12\x18.megatoken.v1.Attendance\x1a\x1d.megatoken.v1.AttendanceReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'megatoken.v1.throughput_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTENDANCESTATE']._serialized_start=1141
-  _globals['_ATTENDANCESTATE']._serialized_end=1311
-  _globals['_ATTENDANCEREFUSAL']._serialized_start=1314
-  _globals['_ATTENDANCEREFUSAL']._serialized_end=1471
+  _globals['_ATTENDANCESTATE']._serialized_start=1186
+  _globals['_ATTENDANCESTATE']._serialized_end=1356
+  _globals['_ATTENDANCEREFUSAL']._serialized_start=1359
+  _globals['_ATTENDANCEREFUSAL']._serialized_end=1516
   _globals['_GETTHROUGHPUTREQUEST']._serialized_start=78
   _globals['_GETTHROUGHPUTREQUEST']._serialized_end=100
   _globals['_TOTALS']._serialized_start=103
-  _globals['_TOTALS']._serialized_end=297
-  _globals['_WINDOW']._serialized_start=299
-  _globals['_WINDOW']._serialized_end=414
-  _globals['_THROUGHPUTROW']._serialized_start=417
-  _globals['_THROUGHPUTROW']._serialized_end=613
-  _globals['_THROUGHPUTSAMPLE']._serialized_start=616
-  _globals['_THROUGHPUTSAMPLE']._serialized_end=821
-  _globals['_ATTENDANCE']._serialized_start=824
-  _globals['_ATTENDANCE']._serialized_end=1037
-  _globals['_ATTENDANCEREPLY']._serialized_start=1039
-  _globals['_ATTENDANCEREPLY']._serialized_end=1138
-  _globals['_THROUGHPUT']._serialized_start=1474
-  _globals['_THROUGHPUT']._serialized_end=1660
-  _globals['_THROUGHPUTATTENDANCE']._serialized_start=1662
-  _globals['_THROUGHPUTATTENDANCE']._serialized_end=1755
+  _globals['_TOTALS']._serialized_end=342
+  _globals['_WINDOW']._serialized_start=344
+  _globals['_WINDOW']._serialized_end=459
+  _globals['_THROUGHPUTROW']._serialized_start=462
+  _globals['_THROUGHPUTROW']._serialized_end=658
+  _globals['_THROUGHPUTSAMPLE']._serialized_start=661
+  _globals['_THROUGHPUTSAMPLE']._serialized_end=866
+  _globals['_ATTENDANCE']._serialized_start=869
+  _globals['_ATTENDANCE']._serialized_end=1082
+  _globals['_ATTENDANCEREPLY']._serialized_start=1084
+  _globals['_ATTENDANCEREPLY']._serialized_end=1183
+  _globals['_THROUGHPUT']._serialized_start=1519
+  _globals['_THROUGHPUT']._serialized_end=1705
+  _globals['_THROUGHPUTATTENDANCE']._serialized_start=1707
+  _globals['_THROUGHPUTATTENDANCE']._serialized_end=1800
 # @@protoc_insertion_point(module_scope)

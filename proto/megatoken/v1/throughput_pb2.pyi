@@ -37,7 +37,7 @@ class GetThroughputRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Totals(_message.Message):
-    __slots__ = ("prompt_tokens", "generated_tokens", "cached_tokens", "requests_started", "requests_finished", "requests_failed", "busy_us", "energy_mj")
+    __slots__ = ("prompt_tokens", "generated_tokens", "cached_tokens", "requests_started", "requests_finished", "requests_failed", "busy_us", "energy_mj", "made_tokens", "dropped_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,8 @@ class Totals(_message.Message):
     REQUESTS_FAILED_FIELD_NUMBER: _ClassVar[int]
     BUSY_US_FIELD_NUMBER: _ClassVar[int]
     ENERGY_MJ_FIELD_NUMBER: _ClassVar[int]
+    MADE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     generated_tokens: int
     cached_tokens: int
@@ -54,7 +56,9 @@ class Totals(_message.Message):
     requests_failed: int
     busy_us: int
     energy_mj: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., requests_started: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., busy_us: _Optional[int] = ..., energy_mj: _Optional[int] = ...) -> None: ...
+    made_tokens: int
+    dropped_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., requests_started: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., busy_us: _Optional[int] = ..., energy_mj: _Optional[int] = ..., made_tokens: _Optional[int] = ..., dropped_tokens: _Optional[int] = ...) -> None: ...
 
 class Window(_message.Message):
     __slots__ = ("seconds", "generated_tokens_per_s", "prompt_tokens_per_s", "cached_tokens_per_s")

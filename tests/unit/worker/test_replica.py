@@ -53,6 +53,7 @@ class ScriptedEngine:
         """Nothing to stop."""
 
     def step(self, slots: list[int], tokens: list[int], ended=(), prefilled=()) -> None:
+        self.load.made_tokens += len(tokens)
         self.sink.on_step(EngineStep(np.array(slots, U32), np.array(tokens, U32), ended=ended, prefilled=prefilled))
 
 
@@ -261,7 +262,31 @@ async def test_a_probe_counts_in_no_total_and_passes_a_drain(world: World) -> No
     world.replica.submit_probe(world.outlet, message)
     [slot] = world.slots()
     world.engine.step([slot], [4], ended=[Ended(slot, pb.FINISH_REASON_LENGTH)], prefilled=[Prefilled(slot, 1, 0)])
-    assert [world.total(name) for name in ("prompt_tokens", "requests_started", "requests_finished")] == [0, 0, 0]
+    names = ("prompt_tokens", "requests_started", "requests_finished", "made_tokens", "dropped_tokens")
+    assert [world.total(name) for name in names] == [0, 0, 0, 0, 0]
+    assert world.replica.probe_tokens == 1
+
+
+async def test_every_token_of_the_engine_is_sent_or_dropped_or_waits(world: World) -> None:
+    def account() -> list[int]:
+        return [world.total(name) for name in ("made_tokens", "generated_tokens", "dropped_tokens")]
+
+    other = Outlet()
+    world.replica.open(other, wants_load=False)
+    world.submit(1)
+    [kept] = world.slots()
+    world.submit(1, outlet=other)
+    [gone] = world.slots()
+    world.engine.step([kept, gone], [10, 20])
+    world.frame(other)
+    world.engine.step([kept, gone], [11, 21])
+    assert account() == [4, 1, 0], "three wait to be written: what a killed worker would take along"
+    world.replica.close(other)
+    assert account() == [4, 1, 1]
+    world.engine.load.unwanted_tokens += 1
+    world.engine.step([], [22])  # of the request that was aborted: the engine had it under way
+    world.frame()
+    assert account() == [5, 3, 2]
 
 
 async def test_load_states_the_totals_and_the_busy_time(world: World) -> None:

@@ -52,7 +52,7 @@ class StepReader:
         return EngineStep(EMPTY, EMPTY, ended=[Ended(slot, pb.FINISH_REASON_ERROR, code=code, message=message)])
 
     def read(self, outputs: EngineCoreOutputs) -> EngineStep | None:
-        """The step, or None when it made nothing for anyone."""
+        """The step, also when nobody waits for what it made; None when it made nothing."""
         if outputs.scheduler_stats is not None:
             self._read_stats(outputs.scheduler_stats)
         slots: list[int] = []
@@ -60,11 +60,13 @@ class StepReader:
         counts: list[int] = []
         step = EngineStep(EMPTY, EMPTY, prefilled=[], ended=[], details=[])
         find = self._slots.get
+        made_before = self._load.made_tokens
         for output in outputs.outputs:
             slot = find(output.request_id)
             made = output.new_token_ids
             self._load.made_tokens += len(made)
             if slot is None:
+                self._load.unwanted_tokens += len(made)
                 continue
             if made:
                 slots.append(slot)
@@ -78,7 +80,7 @@ class StepReader:
                 or output.new_prompt_logprobs_tensors is not None
             ):
                 self._read_rest(step, slot, output)
-        if not slots and not step.ended and not step.details:
+        if self._load.made_tokens == made_before and not step.ended and not step.details:
             return None
         step.slot, step.token = np.array(slots, U32), np.array(tokens, U32)
         if len(tokens) != len(slots):

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatoken.worker.throughput.decide.ledger import WIDTH, NodeSums, Totals
 
-WIRE_VERSION: Final = 1  # of this vector and of Greeting; members of a group must agree
+WIRE_VERSION: Final = 2  # of this vector and of Greeting; members of a group must agree
 RANKS, DIGEST, CHANGED, WORKERS, ROUTERS = 0, 1, 2, 3, 3 + WIDTH
 HEAD: Final = 3 + 2 * WIDTH
 MAX_DEPARTED: Final = 10_000  # cells; far more than nodes that leave a cluster for good

@@ -8,7 +8,7 @@ from megatoken.cluster.client.progress import waiting_for
 from megatoken.cluster.view.human import duration, number, table
 from megatoken.cluster.view.json import status_document
 from megatoken.cluster.view.text import status_text
-from megatoken.v1 import control_pb2
+from megatoken.v1 import control_pb2, throughput_pb2
 
 
 def status() -> control_pb2.ClusterStatus:
@@ -43,6 +43,21 @@ def test_the_text_says_what_is_wrong_and_what_is_simulated() -> None:
     assert "m is blocked: No room. Add a device." in text
     assert "simulated (runs no model)" in text
     assert "killed by SIGKILL" in text
+
+
+def test_what_the_engine_made_and_nobody_was_sent_has_a_column() -> None:
+    found = status()
+    for name, totals in {
+        "m-1": throughput_pb2.Totals(made_tokens=50, generated_tokens=50),
+        "m-0": throughput_pb2.Totals(made_tokens=50, generated_tokens=30, dropped_tokens=12),
+    }.items():
+        found.throughput.rows.add(kind="replica", name=name, workers=totals)
+    found.replicas.add(replica="m-2", model="m", state="STARTING")
+    lines = status_text(found).splitlines()
+    (header,) = [line for line in lines if line.startswith("REPLICA")]
+    column = header.index("UNDELIVERED")
+    cells = {line.split()[0]: line[column : header.index("WHERE")].strip() for line in lines if line.startswith("m-")}
+    assert cells == {"m-1": "0", "m-0": "20 (12 dropped)", "m-2": "-"}
 
 
 def test_what_up_waits_for() -> None:
