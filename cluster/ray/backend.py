@@ -81,7 +81,8 @@ class RayBackend:
     # -- looking --
 
     def directory_of(self, node: str) -> Path:
-        return node_directory(self._runtime_root, self.cluster, node)
+        known = self._inventory.node(node)
+        return node_directory(self._runtime_root, self.cluster, node, known.labels if known else None)
 
     def wait_change(self, wait_s: float) -> bool:
         return self._collect(wait_s)

@@ -32,10 +32,13 @@ from megatoken.backoff import doubling_pause_s
 from megatoken.cluster.launchers.node import store
 from megatoken.cluster.launchers.node.environment import (
     AddressError,
+    host_digest,
     interface_addresses,
     node_environment,
     resolve_address,
+    with_label,
 )
+from megatoken.cluster.runtime_dirs import HOST_LABEL
 from megatoken.process.tree import adopt_orphans, descendants, end_all_below, reap_orphans, send
 
 STARTED = "Ray runtime started."  # what `ray start` prints when its processes run
@@ -65,6 +68,7 @@ def main() -> int:
         print(f"megatoken node: {error}", file=sys.stderr)
         return 2
     command = [part.replace("{address}", address) for part in arguments.command]
+    command = with_label(command, HOST_LABEL, host_digest(address, directory))
     _allow_open_files()
     env = {**os.environ, **added}
     return run(directory, command, store.namespaced(env) if store.outlives(env) else env, arguments.then)

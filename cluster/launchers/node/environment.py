@@ -6,10 +6,13 @@ which is loopback on many machines. Ray hands the environment of `ray start` to 
 
 from __future__ import annotations
 
+import hashlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 AUTO = "auto"
+LABELS = "--labels="
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")  # NCCL's is RCCL's too
 
 
@@ -33,6 +36,19 @@ def node_environment(
         raise AddressError(f"interface: {interface!r} is not allowed; one of {', '.join(sorted(interfaces))}")
     wanted = {"VLLM_HOST_IP": address, **dict.fromkeys(INTERFACE_VARIABLES, interface or carrier)}
     return {name: value for name, value in wanted.items() if not inherited.get(name)}
+
+
+def host_digest(address: str, directory: Path) -> str:
+    """What stays of a node when its Ray starts again, which Ray itself gives another id. As a label, 12 characters."""
+    return hashlib.sha256(f"{address} {directory}".encode()).hexdigest()[:12]
+
+
+def with_label(command: Sequence[str], name: str, value: str) -> list[str]:
+    """A `ray start` with one more node label; Ray takes the option once."""
+    given = next((word for word in command if word.startswith(LABELS)), LABELS)
+    others = given.removeprefix(LABELS)
+    labels = f"{LABELS}{others},{name}={value}" if others else f"{LABELS}{name}={value}"
+    return [*(word for word in command if word != given), labels]
 
 
 def interface_addresses() -> dict[str, tuple[str, ...]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatoken.cluster.launchers.load import launch_of
+from megatoken.cluster.launchers.node.environment import host_digest, with_label
 from megatoken.cluster.ray.inventory import inventory_of
 from megatoken.process.tree import descendants
 
@@ -103,6 +104,17 @@ def test_a_ray_that_ends_is_started_again_and_nothing_of_the_old_one_is_left(tmp
     assert not lives(supervisor)
 
 
+def test_a_nodes_ray_carries_the_same_label_each_time() -> None:
+    here = Path("/home/mt")
+    assert host_digest("10.0.0.1", here) == host_digest("10.0.0.1", here)
+    others = {host_digest("10.0.0.2", here), host_digest("10.0.0.1", Path("/home/other"))}
+    assert host_digest("10.0.0.1", here) not in others
+    command = ["ray", "start", "--block"]
+    assert with_label(command, "megatoken-host", "abc") == [*command, "--labels=megatoken-host=abc"]
+    labelled = ["ray", "start", "--labels=rack=r1", "--block"]
+    assert with_label(labelled, "megatoken-host", "abc") == [*command, "--labels=rack=r1,megatoken-host=abc"]
+
+
 def test_the_heads_ray_is_not_started_again(tmp_path: Path) -> None:
     directory, daemon = tmp_path / "node", tmp_path / "daemon"
     assert node("start", directory, sys.executable, "-c", RAY, str(daemon), "--head").returncode == 0
@@ -140,11 +152,13 @@ def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
 
 
 def test_ray_gets_the_nodes_environment_and_as_many_open_files_as_there_may_be(tmp_path: Path) -> None:
-    words = [*NODE, "run", "--directory", str(tmp_path), "--address", "127.0.0.1", "--", "sh", "-c", "env; ulimit -Sn"]
+    command = ["sh", "-c", 'env; echo "$0"; ulimit -Sn']
+    words = [*NODE, "run", "--directory", str(tmp_path), "--address", "127.0.0.1", "--", *command]
     clean = {name: value for name, value in os.environ.items() if not name.endswith("_IFNAME")}
     shown = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True, env=clean).stdout
     assert shown.splitlines()[-1] == str(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     assert "VLLM_HOST_IP=127.0.0.1\n" in shown
+    assert f"--labels=megatoken-host={host_digest('127.0.0.1', tmp_path)}\n" in shown
     assert "GLOO_SOCKET_IFNAME=lo\n" in shown
 
 
