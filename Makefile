@@ -26,9 +26,9 @@ help:
 demo: setup
 	$(BIN)/python -m megatoken.cluster.demo
 
-## test: linters, types, import contracts and every test but the fleet's, about 20 minutes on 2 cores.
+## test: linters, types, import contracts and every test, about 25 minutes on 2 cores.
 test: setup lint
-	$(PYTEST) tests --ignore=tests/netns/test_fleet.py $(SHARED)
+	$(PYTEST) tests $(SHARED)
 
 ## setup: the virtual environment, the pinned dependencies, the built-in model. A second run does nothing.
 setup: $(VENV)/.installed model
@@ -64,7 +64,7 @@ format: $(VENV)/.installed
 
 ## test-failed: only what failed in the last run; fails too when nothing did, e.g. because a linter stopped it.
 test-failed: $(VENV)/.installed
-	$(PYTEST) tests --last-failed --last-failed-no-failures none
+	$(PYTEST) tests --last-failed --last-failed-no-failures none -rpfEs
 
 ## test-unit: without Ray, vLLM and other processes; a minute.
 test-unit: $(VENV)/.installed

@@ -2,6 +2,7 @@
 
 A module's tests stay on one worker, which keeps what they share. Real engines and whole clusters want the cores, so
 their modules run one after another on one worker. Separate hosts mostly wait, and share the other with what is small.
+The fleet wants the whole machine: it comes last, when the other worker has nothing left.
 """
 
 from __future__ import annotations
@@ -14,24 +15,29 @@ from typing import Any, Final
 import pytest
 
 ENGINES: Final = re.compile(
-    r"tests/integration/test_(cluster|edge_(direct|fleet|openai|process))|_vllm|netns/test_multinode_(engine|fleet)"
+    r"tests/integration/test_(cluster|edge_(direct|fleet|openai|process))|_vllm|netns/test_multinode_engine"
 )
+ALONE: Final = "tests/netns/test_fleet.py"
 FIRST: Final = ("engines", "tests/netns", "tests/integration", "tests/chaos", "tests/simulation", "tests/fuzz")
 
 
 def share_of(nodeid: str) -> str:
     """What stays on one worker: a module, all engines, all hosts."""
     module = nodeid.partition("::")[0]
+    if module == ALONE:
+        return module
     if ENGINES.search(module):
         return "engines"
     return "tests/netns" if module.startswith("tests/netns/") else module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first."""
+    """What takes longest comes first, but for what runs alone."""
 
     def place(item: pytest.Item) -> int:
         share = share_of(item.nodeid)
+        if share == ALONE:
+            return len(FIRST) + 1
         return next((at for at, name in enumerate(FIRST) if share.startswith(name)), len(FIRST))
 
     items.sort(key=place)
