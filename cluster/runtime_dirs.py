@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 NODE_CHARS = 12  # of a name of a node: enough to tell nodes apart, short enough for socket paths
-HOST_LABEL = "megatoken-host"  # of a Ray node whose supervisor starts Ray again: the same before and after
 STATE_FILE = "controller.sqlite"
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -90,9 +89,9 @@ def cluster_directory(root: Path, cluster: str) -> Path:
     return root / cluster
 
 
-def node_directory(root: Path, cluster: str, node_id: str, labels: Mapping[str, str] | None = None) -> Path:
-    """configs, logs and counters of one cluster on one node; those of before, where its Ray was started again."""
-    return root / cluster / (labels or {}).get(HOST_LABEL, node_id)[:NODE_CHARS]
+def node_directory(root: Path, cluster: str, host: str) -> Path:
+    """configs, logs and counters of one cluster on one node, by `Node.host`."""
+    return root / cluster / host[:NODE_CHARS]
 
 
 def state_directory(env: Mapping[str, str]) -> Path:

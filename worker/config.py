@@ -135,6 +135,8 @@ class WorkerConfig(BaseModel):
             raise ValueError("source is needed with engine vllm: builtin:NAME, a directory, or a Hugging Face id")
         if self.engine == "simulated" and self.simulated is None:
             raise ValueError("simulated is needed with engine simulated; {} takes every default")
+        if self.engine == "vllm" and self.expert_parallel and self.device_kind == "cpu":
+            raise ValueError("expert_parallel is not allowed on CPU devices; vLLM 0.32's kernels there crash")
         if (self.placement_group_id is None) != (self.ray_address is None):
             raise ValueError("placement_group_id and ray_address go together")
         if self.placement_group_id is not None and len(self.rank_devices) != self.world_size:

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "scale": ("scale", "change the number of a model's replicas: MODEL=N"),
     "generate": ("generate", "generate from a prompt through the router, over gRPC"),
     "drain": ("drain", "take a replica or a node out of service after its requests ended"),
+    "cordon": ("cordon", "take one device out of service, or have it checked and taken back: NODE:DEVICE"),
     "logs": ("logs", "show what a process wrote"),
     "events": ("events", "show what changed, and why"),
     "top": ("top", "a live full-screen view"),

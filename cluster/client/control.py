@@ -86,6 +86,10 @@ class ControlClient:
         with self._named_errors():
             return self._stub.DrainTarget(request, timeout=CALL_TIMEOUT_S)
 
+    def cordon(self, request: control_pb2.CordonRequest) -> control_pb2.CordonResponse:
+        with self._named_errors():
+            return self._stub.Cordon(request, timeout=CALL_TIMEOUT_S)
+
     def status(self) -> control_pb2.ClusterStatus:
         with self._named_errors():
             return self._stub.GetStatus(control_pb2.GetStatusRequest(), timeout=CALL_TIMEOUT_S)

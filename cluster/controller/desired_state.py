@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from megatoken.cluster.controller.state import StateStore
+from megatoken.cluster.decide.cordon import Cordon
 from megatoken.cluster.decide.fleet import ClusterEvent, Desired, Fleet, Replica
 from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Inventory, Node
@@ -73,10 +74,43 @@ class DesiredState:
     def drain_node(self, name: str, inventory: Inventory, fleet: Fleet, *, undo: bool) -> list[str]:
         """Takes a node out of service, or back; returns the replicas that go. Raises NotFoundError, RequestError."""
         node = find_node(name, inventory)
-        self._store.drain_node(node.id, undo=undo)
+        self._store.drain_node(node.host, undo=undo)
         self._refresh()
         self._tell(ClusterEvent("node.drain", node.title, "back in service" if undo else "drain asked for", "drain"))
         return [] if undo else [r.id for r in fleet.replicas if r.live and node.id in r.placement.nodes]
+
+    def cordon(self, name: str, device: int, reason: str, inventory: Inventory, fleet: Fleet) -> list[str]:
+        """Takes a device out of service; returns the replicas that go. Raises NotFoundError, RequestError."""
+        node = self._device(name, device, inventory)
+        self._set_cordon(node, device, Cordon(reason), reason or "cordon asked for")
+        here = (node.id, device)
+        return [r.id for r in fleet.replicas if r.live and here in {(k.node, k.device) for k in r.placement.ranks}]
+
+    def uncordon(self, name: str, device: int, inventory: Inventory) -> None:
+        """Has a cordoned device checked, to be taken back if it is well. Raises NotFoundError, RequestError."""
+        node = self._device(name, device, inventory)
+        cordon = self.desired.cordons.get((node.host, device))
+        if cordon is None:
+            raise RequestError("device", f"{name}:{device}", "a cordoned device")
+        self._set_cordon(node, device, replace(cordon, returning=True), "it is checked before it returns")
+
+    def end_check(self, node: Node, device: int, problem: str) -> None:
+        """A check of a device ended. `problem`: what it found; empty: the device is well."""
+        if (node.host, device) in self.desired.cordons:
+            after = Cordon(f"a check: {problem}") if problem else None
+            self._set_cordon(node, device, after, problem or "back in service")
+
+    def _set_cordon(self, node: Node, device: int, cordon: Cordon | None, message: str) -> None:
+        self._store.cordon((node.host, device), cordon)
+        self._refresh()
+        self._tell(ClusterEvent("device.cordon", f"{node.title}:{device}", message, "cordon"))
+
+    def _device(self, name: str, device: int, inventory: Inventory) -> Node:
+        node = find_node(name, inventory)
+        if device not in {entry.index for entry in node.devices}:
+            known = ", ".join(str(entry.index) for entry in node.devices) or "none"
+            raise RequestError("device", f"{name}:{device}", f"one of this node's: {known}")
+        return node
 
     def shut_down(self, drain_timeout_s: float, fleet: Fleet) -> None:
         """Everything drains and ends; the control loop sees when nothing is left."""

@@ -8,6 +8,7 @@ reads it, adopts what runs, and carries on.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from typing import TypeVar
 
 from megatoken.access.files import CredentialsFile
 from megatoken.cluster.controller.desired_state import DesiredState
+from megatoken.cluster.controller.devices import Devices
 from megatoken.cluster.controller.events import EventLog
 from megatoken.cluster.controller.links import Links
 from megatoken.cluster.controller.polls import Polls, Readable
@@ -32,7 +34,6 @@ from megatoken.cluster.controller.status import (
     replica_statuses,
 )
 from megatoken.cluster.decide.backend import Backend, BackendState
-from megatoken.cluster.decide.device_health import DeviceStrikes, judge, with_devices_out
 from megatoken.cluster.decide.fleet import (
     Action,
     ClusterEvent,
@@ -102,7 +103,7 @@ class Controller:
         self.fleet: Fleet = on_this_clock(store.fleet(), time.monotonic())
         self.backend_state = BackendState(complete=False)
         self.inventory = Inventory()
-        self.devices = DeviceStrikes()
+        self.devices = Devices(self.desired_state)
         self.events = EventLog(self.desired_state.spec.control.events_kept, time.time)
         self.publisher = Publisher(store, self.tell)
         self.credentials = CredentialsFile(secrets.own_path)
@@ -196,16 +197,20 @@ class Controller:
         await self._wait(backend)
         self.backend_state = await self._in_thread(backend.state)
         now = time.monotonic()
+        self.devices.take(self.backend_state.checks, self.backend_state.inventory)
         observation = await self._inspected(backend, self._observation())
-        plan = reconcile(self.desired_state.desired, self.fleet, observation, self._limits(), now)
+        desired = self.desired_state.desired.on_nodes(self.inventory)
+        plan = reconcile(desired, self.fleet, observation, self._limits(), now)
         self.store.save_fleet(plan.fleet)  # a disk that takes nothing leaves all as it was, to be decided anew
-        self.devices = judge(self.devices, self.fleet, plan.fleet, now)
+        self.devices.judge(self.fleet, plan.fleet)
         self.fleet = plan.fleet
         for event in plan.events:
             self.tell(event)
         self._publish_snapshot()  # before anything is done: who drains or failed is told even if an action fails
         await self._tell_secrets(backend, now)
         await self._apply(backend, plan.actions)
+        for place in self.devices.to_check(self.inventory, self.fleet):
+            await self._in_thread(functools.partial(backend.check_device, place))
         self.desired_state.settle_updates(self.fleet)
         processes_left = await self._supervise(backend, now)
         self._publish_snapshot()
@@ -224,9 +229,11 @@ class Controller:
         self._wake.clear()
 
     def _observation(self) -> Observation:
-        drained = self.desired_state.desired.drained_nodes
-        nodes = tuple(replace(node, draining=node.id in drained) for node in self.backend_state.inventory.nodes)
-        self.inventory = with_devices_out(Inventory(nodes), self.devices, time.monotonic())
+        desired = self.desired_state.desired
+        nodes = tuple(
+            replace(node, draining=node.host in desired.drained_nodes) for node in self.backend_state.inventory.nodes
+        )
+        self.inventory = self.devices.marked(Inventory(nodes))
         now, limits, liveness = time.monotonic(), self._liveness_limits(), self.links.liveness
         replicas = {
             replica_id: replace(

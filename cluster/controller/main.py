@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatoken.cluster.controller.loop import Controller, Settings, bind_host
-from megatoken.cluster.controller.metrics import ControllerMetrics
+from megatoken.cluster.controller.monitoring.metrics import ControllerMetrics
+from megatoken.cluster.controller.monitoring.service_discovery import serve_controller_metrics
 from megatoken.cluster.controller.ports import find_ports
 from megatoken.cluster.controller.server import ControlServer
-from megatoken.cluster.controller.service_discovery import serve_controller_metrics
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.decide.backend import Backend
 from megatoken.cluster.runtime_dirs import state_path

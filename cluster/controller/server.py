@@ -27,6 +27,7 @@ from megatoken.v1 import (
 )
 
 MAX_REPLICAS = 100_000
+MAX_REASON = 200
 MAX_LOG_LINES = 100_000
 MAX_MESSAGE_BYTES = 16 << 20
 LOG_FOLLOW_S = 0.5
@@ -93,6 +94,20 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                 case _:
                     raise RequestError("target", "", "a replica or a node")
             return control_pb2.DrainTargetResponse(replicas=replicas)
+
+        return await answered(context, work)
+
+    async def Cordon(self, request: control_pb2.CordonRequest, context: Context) -> control_pb2.CordonResponse:
+        async def work() -> control_pb2.CordonResponse:
+            desired_state, inventory = self._controller.desired_state, self._controller.inventory
+            if len(request.reason) > MAX_REASON:
+                raise RequestError("reason", f"{request.reason[:20]}...", f"at most {MAX_REASON} characters")
+            if request.undo:
+                desired_state.uncordon(request.node, request.device, inventory)
+                return control_pb2.CordonResponse()
+            fleet = self._controller.fleet
+            replicas = desired_state.cordon(request.node, request.device, request.reason, inventory, fleet)
+            return control_pb2.CordonResponse(replicas=replicas)
 
         return await answered(context, work)
 

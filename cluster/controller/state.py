@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from megatoken.cluster.decide.cordon import Cordon, HostDevice
 from megatoken.cluster.decide.fleet import Desired, Fleet, Replica
 from megatoken.cluster.runtime_dirs import make_private
 from megatoken.cluster.spec.cluster import ClusterSpec
@@ -28,6 +29,9 @@ CREATE TABLE IF NOT EXISTS replicas (id TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS previous (model TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS drained_nodes (node TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS drain_requests (replica TEXT PRIMARY KEY, timeout_s REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS cordons (
+    host TEXT, device INTEGER, reason TEXT NOT NULL, wanted_back INTEGER NOT NULL, PRIMARY KEY (host, device)
+);
 """
 BUSY_TIMEOUT_S = 5.0
 DAMAGED = ".damaged"
@@ -83,6 +87,15 @@ class StateStore:
         with self._connection:
             self._connection.execute(statement, (node,))
 
+    def cordon(self, place: HostDevice, cordon: Cordon | None) -> None:
+        """Takes a device out of service, or back (None)."""
+        with self._connection:
+            if cordon is None:
+                self._connection.execute("DELETE FROM cordons WHERE host = ? AND device = ?", place)
+            else:
+                values = (*place, cordon.reason, int(cordon.returning))
+                self._connection.execute("REPLACE INTO cordons VALUES (?, ?, ?, ?)", values)
+
     def drain_replica(self, replica: str, timeout_s: float) -> None:
         with self._connection:
             self._connection.execute("REPLACE INTO drain_requests VALUES (?, ?)", (replica, timeout_s))
@@ -91,12 +104,14 @@ class StateStore:
         spec = self.spec()
         rows = self._connection.execute("SELECT model, value FROM previous").fetchall()
         nodes = self._connection.execute("SELECT node FROM drained_nodes").fetchall()
+        cordons = self._connection.execute("SELECT host, device, reason, wanted_back FROM cordons").fetchall()
         drains = self._connection.execute("SELECT replica, timeout_s FROM drain_requests").fetchall()
         return Desired(
             generation=self.generation(),
             models=spec.models if spec else (),
             previous={model: ModelSpec.model_validate_json(value) for model, value in rows},
             drained_nodes=frozenset(node for (node,) in nodes),
+            cordons={(host, device): Cordon(reason, bool(back)) for host, device, reason, back in cordons},
             drain_requests=dict(drains),
             stopping=stopping,
         )

@@ -42,7 +42,7 @@ def node_statuses(inventory: Inventory, fleet: Fleet, drained: Iterable[str]) ->
 def _node(node: Node, used: int, drained: frozenset[str]) -> control_pb2.NodeStatus:
     if not node.alive:
         state = "dead"
-    elif node.id in drained:
+    elif node.host in drained:
         state = "draining" if used else "drained"
     else:
         state = "alive"

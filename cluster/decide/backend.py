@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from megatoken.cluster.decide.device_health import Place
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation
 from megatoken.cluster.decide.liveness import PartSeen
 from megatoken.cluster.inventory.topology import Inventory
@@ -47,6 +48,8 @@ class BackendState:
     inventory: Inventory = field(default_factory=Inventory)
     replicas: Mapping[str, ReplicaObservation] = field(default_factory=dict)
     processes: Mapping[str, ProcessObservation] = field(default_factory=dict)
+    checks: Mapping[Place, str] = field(default_factory=dict)
+    """By device whose check ended since the last look: what is wrong with it, empty where nothing is."""
     complete: bool = True
 
 
@@ -114,6 +117,9 @@ class Backend(Protocol):
 
     def inspect(self, replicas: Sequence[Replica], timeout_s: float) -> dict[str, tuple[PartSeen, ...]]:
         """By replica: what its processes do, on all of its nodes; a node that does not answer in time says so."""
+
+    def check_device(self, place: Place) -> None:
+        """Has a device loaded and looked at, unless that is under way; `state` tells once how it ended."""
 
     def placement_group_id(self, replica_id: str) -> str:
         """Ray's id of the replica's placement group; empty when it has none."""

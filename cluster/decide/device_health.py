@@ -1,8 +1,8 @@
 """Which devices to leave out, because replicas keep dying on them. Pure; the controller calls it after every tick.
 
 A replica that ends by itself while it starts or serves is a strike against each of its devices. STRIKES in a row put a
-device out for a pause; when it comes back one more strike puts it out again for twice as long, and a replica that
-serves on it for SETTLED_S clears it. So the probe of a device is a replica on it.
+device out for a pause, and then until a check that loads it passes; back in service, one more strike puts it out again
+for twice as long, and so does a check that fails. A replica that serves on it for SETTLED_S clears it.
 
 Not strikes: a lost node, a kill from outside (SIGKILL says nothing of the device), a drain. A model that fails
 wherever it is put is not the devices' fault: once two of its replicas' worth of devices would be out without one
@@ -37,7 +37,9 @@ class Strikes:
 
     count: int = 0
     pauses: int = 0
+    out: bool = False
     out_until_s: float = 0.0
+    """With `out`: when it may be checked."""
     reason: str = ""
     by: Revision = ("", "")
 
@@ -67,15 +69,29 @@ def judge(book: DeviceStrikes, before: Fleet, after: Fleet, now: float) -> Devic
         if _died_by_itself(replica, earlier.get(replica.id)) and revision not in blamed:
             for place in _places(replica):
                 strikes[place] = _struck(strikes.get(place, Strikes()), replica, now)
-            if revision not in serving and _is_to_blame(strikes, revision, len(_places(replica)), now):
+            if revision not in serving and _is_to_blame(strikes, revision, len(_places(replica))):
                 blamed.add(revision)
                 strikes = {place: entry for place, entry in strikes.items() if entry.by != revision}
     return DeviceStrikes(strikes, frozenset(blamed))
 
 
+def due(book: DeviceStrikes, now: float) -> frozenset[Place]:
+    """Devices whose pause is over: a check decides whether they come back."""
+    return frozenset(place for place, entry in book.strikes.items() if entry.out and entry.out_until_s <= now)
+
+
+def checked(book: DeviceStrikes, place: Place, problem: str, now: float) -> DeviceStrikes:
+    """The book after a check of a device that was due. `problem`: what it found; empty: the device is well."""
+    entry = book.strikes.get(place)
+    if entry is None or not entry.out:
+        return book
+    after = _paused(replace(entry, reason=f"a check: {problem}"), now) if problem else replace(entry, out=False)
+    return replace(book, strikes={**book.strikes, place: after})
+
+
 def with_devices_out(inventory: Inventory, book: DeviceStrikes, now: float) -> Inventory:
     """The inventory with the devices that the book leaves out marked, and why."""
-    out = {place: entry for place, entry in book.strikes.items() if entry.out_until_s > now}
+    out = {place: entry for place, entry in book.strikes.items() if entry.out}
     if not out:
         return inventory
     nodes = []
@@ -103,14 +119,20 @@ def _struck(entry: Strikes, replica: Replica, now: float) -> Strikes:
     count, by = entry.count + 1, (replica.model, replica.revision)
     if count < STRIKES and not entry.pauses:
         return replace(entry, count=count, reason=replica.reason, by=by)
+    return _paused(replace(entry, count=count, reason=replica.reason, by=by), now)
+
+
+def _paused(entry: Strikes, now: float) -> Strikes:
     pause_s = doubling_pause_s(entry.pauses + 1, PAUSE_S, PAUSE_MAX_S)
-    return Strikes(count, entry.pauses + 1, now + pause_s, replica.reason, by)
+    return replace(entry, pauses=entry.pauses + 1, out=True, out_until_s=now + pause_s)
 
 
-def _is_to_blame(strikes: Mapping[Place, Strikes], revision: Revision, width: int, now: float) -> bool:
-    out = sum(1 for entry in strikes.values() if entry.by == revision and entry.out_until_s > now)
+def _is_to_blame(strikes: Mapping[Place, Strikes], revision: Revision, width: int) -> bool:
+    out = sum(1 for entry in strikes.values() if entry.by == revision and entry.out)
     return out >= REPLICAS_UNTIL_BLAMED * width
 
 
 def _why(entry: Strikes, now: float) -> str:
-    return f"replicas died here {entry.count} times ({entry.reason}); tried again in {entry.out_until_s - now:.0f} s"
+    left_s = entry.out_until_s - now
+    then = f"checked in {left_s:.0f} s" if left_s > 0 else "being checked"
+    return f"replicas died here {entry.count} times ({entry.reason}); {then}"

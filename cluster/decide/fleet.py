@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from megatoken.cluster.decide.cordon import Cordon, HostDevice
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.liveness import HangSeen
 from megatoken.cluster.decide.replica import LIVE, ReplicaEvent, ReplicaState
@@ -162,12 +163,25 @@ class Desired:
     previous: Mapping[str, ModelSpec] = field(default_factory=dict)
     """By model: what it was before its running update; a rollback returns to it."""
     drained_nodes: frozenset[str] = frozenset()
+    """As operators' orders are kept: by `Node.host`. `on_nodes` puts Ray's ids of now in their place."""
+    cordons: Mapping[HostDevice, Cordon] = field(default_factory=dict)
     drain_requests: Mapping[str, float] = field(default_factory=dict)
     """Replica ids that an operator takes out of service, with the seconds their requests get."""
     device_needs: Mapping[str, int] = field(default_factory=dict)
     """By model: bytes that the fullest rank needs on its device, where that could be estimated."""
     stopping: bool = False
     """The cluster goes down: everything drains and nothing starts."""
+
+    def on_nodes(self, inventory: Inventory) -> Desired:
+        """With the ids that the nodes have now."""
+        drained = frozenset(node.id for node in inventory.nodes if node.host in self.drained_nodes)
+        cordons = {
+            (node.id, device): cordon
+            for node in inventory.nodes
+            for (host, device), cordon in self.cordons.items()
+            if host == node.host
+        }
+        return replace(self, drained_nodes=drained, cordons=cordons)
 
 
 class Reservation(StrEnum):

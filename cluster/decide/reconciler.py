@@ -211,6 +211,8 @@ def _honour_drains(given: _Given, replicas: Replicas) -> list[_Move]:
             moves.append(_taken_away(given, replica, "drain asked for"))
         elif given.desired.drained_nodes.intersection(replica.placement.nodes):
             moves.append(_taken_away(given, replica, "its node is drained"))
+        elif any((rank.node, rank.device) in given.desired.cordons for rank in replica.placement.ranks):
+            moves.append(_taken_away(given, replica, "a device of it is cordoned"))
     return moves
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 CPU_KIND = "cpu"  # the kind of a CPU node's slots (the Ray resource `cpu_device`)
+HOST_LABEL = "megatoken-host"  # of a Ray node whose supervisor starts Ray again: the same before and after
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,11 @@ class Node:
     @property
     def title(self) -> str:
         return self.name or self.id
+
+    @property
+    def host(self) -> str:
+        """The machine, also after its Ray was started again under another id; where nobody does that, the id."""
+        return self.labels.get(HOST_LABEL, self.id)
 
     @property
     def failure_domain(self) -> str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from megatoken.cluster.decide.launches import DEVICES, NODE_ADDRESS
+from megatoken.cluster.inventory.topology import CPU_KIND
 from megatoken.cluster.ray.child import Child, Launch
 from megatoken.process.devices import visibility
 from megatoken.process.interface import interface_of
@@ -85,6 +88,22 @@ def processes_of(replicas: list[str]) -> dict[str, list[tuple[str, int, str]]]:
         replica: [(process.part, process.pid, process.state) for process in tagged_processes(replica)]
         for replica in replicas
     }
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def check_device(kind: str, device: int, timeout_s: float) -> str:
+    """What is wrong with a device of the node this runs on; empty: nothing. A CPU slot is any of them."""
+    command = [sys.executable, "-m", "megatoken.worker.engines.device_check", kind]
+    try:
+        env = {**os.environ, **({} if kind == CPU_KIND else visibility(os.environ, [device]))}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"it did not answer within {timeout_s:.0f} s"
+    except (OSError, ValueError) as error:
+        return str(error)
+    if not done.returncode:
+        return ""
+    return done.stdout.strip() or f"its check ended with status {done.returncode}"
 
 
 @ray.remote(num_cpus=0, max_retries=0)

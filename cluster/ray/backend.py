@@ -21,6 +21,7 @@ from ray.util.placement_group import get_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from megatoken.cluster.decide.backend import BackendState, ProcessLaunch, ProcessObservation
+from megatoken.cluster.decide.device_health import Place
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
 from megatoken.cluster.decide.liveness import PartSeen
@@ -29,6 +30,7 @@ from megatoken.cluster.ray.actors import (
     PROCESS_PREFIX,
     REPLICA_PREFIX,
     ProcessActor,
+    check_device,
     namespace_of,
     processes_of,
     remove_directory,
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 NODE_ID_LABEL = "ray.io/node-id"
 ADOPT_S = 10.0  # limit on the first answers of actors that a restarted controller adopts
 STOP_MARGIN_S = 5.0  # past the grace of a stop, before its actor is killed
+CHECK_S = 120.0  # for a device's check: an import of torch, and the load itself
 CONCURRENT_CALLS = 8  # of one ProcessActor: a watch, a tail, a stop, and room
 
 
@@ -75,6 +78,7 @@ class RayBackend:
         self._actor_class = ray.remote(ProcessActor)
         self._handles: dict[str, _Handle] = {}
         self._groups: dict[str, Any] = {}
+        self._checks: dict[Place, Any] = {}
         self._inventory = Inventory()
         self._adopt()
 
@@ -82,7 +86,7 @@ class RayBackend:
 
     def directory_of(self, node: str) -> Path:
         known = self._inventory.node(node)
-        return node_directory(self._runtime_root, self.cluster, node, known.labels if known else None)
+        return node_directory(self._runtime_root, self.cluster, known.host if known else node)
 
     def wait_change(self, wait_s: float) -> bool:
         return self._collect(wait_s)
@@ -105,7 +109,7 @@ class RayBackend:
         ids = {name.removeprefix(REPLICA_PREFIX) for name in self._handles if name.startswith(REPLICA_PREFIX)}
         for replica_id in ids | groups.keys():
             replicas[replica_id] = self._replica(replica_id, groups.get(replica_id, Reservation.NONE))
-        return BackendState(self._inventory, replicas, processes)
+        return BackendState(self._inventory, replicas, processes, self._checked())
 
     def _replica(self, replica_id: str, reservation: Reservation) -> ReplicaObservation:
         handle = self._handles.get(REPLICA_PREFIX + replica_id)
@@ -274,6 +278,28 @@ class RayBackend:
                 seen = [PartSeen(node, part, pid, state) for part, pid, state in found.get(tag(node, name), ())]
                 parts[name] += seen if reference in answered else [PartSeen(node)]
         return {name: tuple(found) for name, found in parts.items()}
+
+    def check_device(self, place: Place) -> None:
+        node, device = place
+        known = self._inventory.node(node)
+        if place in self._checks or known is None:
+            return
+        kind = next((entry.kind for entry in known.devices if entry.index == device), CPU_KIND)
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        self._checks[place] = check_device.options(scheduling_strategy=strategy).remote(kind, device, CHECK_S)
+
+    def _checked(self) -> dict[Place, str]:
+        """Results of the checks that ended since the last look."""
+        places = {reference: place for place, reference in self._checks.items()}
+        ended, _ = ray.wait(list(places), num_returns=len(places), timeout=0) if places else ((), ())
+        found = {}
+        for reference in ended:
+            try:
+                found[places[reference]] = str(ray.get(reference))
+            except RayError as error:
+                found[places[reference]] = f"it did not end: {str(error).splitlines()[0]}"
+            del self._checks[places[reference]]
+        return found
 
     def placement_group_id(self, replica_id: str) -> str:
         group = self._group(replica_id)

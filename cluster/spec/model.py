@@ -13,12 +13,14 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatoken.cluster.inventory.topology import CPU_KIND
 from megatoken.cluster.placement.values import Separate, TpSpan
 from megatoken.router.policies.names import ALLOWED, parse_policy
 from megatoken.worker.config import SimulatedConfig
 
 # Workers neither start several engine cores nor tell routers of adapters, so a spec that counts on either is refused.
 NO_DATA_PARALLEL = "one replica runs one engine core; ask for more `replicas` instead"
+NO_CPU_EXPERTS = "vLLM 0.32's CPU kernels crash when experts are split over ranks, where tensor splits each expert"
 NO_ADAPTERS = "adapters are not served; merge each into its base model and serve that as a model of its own"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 CONTROL_FIELDS = ("replicas", "policy", "drain_timeout_s", "start_timeout_s", "update", "standalone_tokens_per_s")
@@ -143,6 +145,14 @@ class ModelSpec(SpecPart):
                 raise ValueError(f"engine_args.{name} is not allowed; {NO_ADAPTERS}")
             if words.startswith("data_parallel"):
                 raise ValueError(f"engine_args.{name} is not allowed; {NO_DATA_PARALLEL}")
+            if words == "enable_expert_parallel":
+                raise ValueError(f"engine_args.{name} is not allowed; use parallel.expert")
+        kinds = self.placement.device_kinds
+        if self.engine == "vllm" and self.parallel.expert > 1 and (not kinds or CPU_KIND in kinds):
+            raise ValueError(
+                f"parallel.expert: {self.parallel.expert} needs placement.device_kinds that name accelerators; "
+                f"{NO_CPU_EXPERTS}"
+            )
         refuse_visible_devices(self.env)
         if self.name in self.placement.anti_affinity and self.replicas > 1:
             raise ValueError("placement.anti_affinity names the model itself; use placement.separate: node")

@@ -230,6 +230,22 @@ async def test_drains_of_a_replica_and_of_a_node(cluster: RunningCluster) -> Non
     wants(cluster, 1)
 
 
+async def test_a_cordoned_device_is_left_and_used_again_once_it_is_well(cluster: RunningCluster) -> None:
+    (replica,) = cluster.ready(MODEL)
+    rank = next(row for row in cluster.status()["replicas"] if row["replica"] == replica)["ranks"][0]
+    device = f"local:{rank.rpartition(' ')[2]}"
+    async with traffic(cluster):
+        said = await in_thread(cluster.run, "cordon", device, "--reason", "its fan is loud")
+        await in_thread(replaced, cluster, replica)
+    assert replica in said
+    assert "cordoned: its fan is loud" in cluster.status()["nodes"][0]["devices_out"][0]
+    cluster.run("cordon", device, "--undo")
+    cluster.wait(lambda found: not found["nodes"][0]["devices_out"])
+    assert f"{device}: back in service" in cluster.run("events")
+    assert "one of this node's: 0, 1, 2" in cluster.run("cordon", "local:9", status=2)
+    assert "'local' is not allowed; e.g. gpu-03:5" in cluster.run("cordon", "local", status=2)
+
+
 def test_a_wrong_spec_names_the_field_and_changes_nothing(cluster: RunningCluster, tmp_path: Path) -> None:
     before = cluster.status()["generation"]
     for text, complaint in [

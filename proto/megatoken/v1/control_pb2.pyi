@@ -55,6 +55,24 @@ class DrainTargetResponse(_message.Message):
     replicas: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, replicas: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class CordonRequest(_message.Message):
+    __slots__ = ("node", "device", "reason", "undo")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    device: int
+    reason: str
+    undo: bool
+    def __init__(self, node: _Optional[str] = ..., device: _Optional[int] = ..., reason: _Optional[str] = ..., undo: bool = ...) -> None: ...
+
+class CordonResponse(_message.Message):
+    __slots__ = ("replicas",)
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    replicas: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, replicas: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -49,6 +49,11 @@ class ControlStub(object):
                 request_serializer=megatoken_dot_v1_dot_control__pb2.DrainTargetRequest.SerializeToString,
                 response_deserializer=megatoken_dot_v1_dot_control__pb2.DrainTargetResponse.FromString,
                 _registered_method=True)
+        self.Cordon = channel.unary_unary(
+                '/megatoken.v1.Control/Cordon',
+                request_serializer=megatoken_dot_v1_dot_control__pb2.CordonRequest.SerializeToString,
+                response_deserializer=megatoken_dot_v1_dot_control__pb2.CordonResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/megatoken.v1.Control/GetStatus',
                 request_serializer=megatoken_dot_v1_dot_control__pb2.GetStatusRequest.SerializeToString,
@@ -94,6 +99,13 @@ class ControlServicer(object):
 
     def DrainTarget(self, request, context):
         """Takes a replica or a whole node out of service after its requests ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cordon(self, request, context):
+        """Takes one device out of service after the requests of its replicas ended, or has it checked and taken back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,6 +162,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.DrainTarget,
                     request_deserializer=megatoken_dot_v1_dot_control__pb2.DrainTargetRequest.FromString,
                     response_serializer=megatoken_dot_v1_dot_control__pb2.DrainTargetResponse.SerializeToString,
+            ),
+            'Cordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cordon,
+                    request_deserializer=megatoken_dot_v1_dot_control__pb2.CordonRequest.FromString,
+                    response_serializer=megatoken_dot_v1_dot_control__pb2.CordonResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -258,6 +275,33 @@ class Control(object):
             '/megatoken.v1.Control/DrainTarget',
             megatoken_dot_v1_dot_control__pb2.DrainTargetRequest.SerializeToString,
             megatoken_dot_v1_dot_control__pb2.DrainTargetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cordon(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/megatoken.v1.Control/Cordon',
+            megatoken_dot_v1_dot_control__pb2.CordonRequest.SerializeToString,
+            megatoken_dot_v1_dot_control__pb2.CordonResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from megatoken.access.table import METHODS, ROUTES, Identity, Program, callers_of, callers_of_route
-from megatoken.cluster.controller.service_discovery import serve_controller_metrics
+from megatoken.cluster.controller.monitoring.service_discovery import serve_controller_metrics
 from megatoken.metrics import new_registry, serve_metrics
 from megatoken.v1 import control_pb2, membership_pb2, router_pb2, throughput_pb2, tokens_pb2, worker_pb2
 

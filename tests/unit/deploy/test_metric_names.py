@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from prometheus_client import generate_latest
 
-from megatoken.cluster.controller.metrics import ControllerMetrics
+from megatoken.cluster.controller.monitoring.metrics import ControllerMetrics
 from megatoken.metrics import metrics_route, new_registry
 from megatoken.router.edge.metrics import EdgeMetrics
 from megatoken.v1.control_pb2 import ClusterStatus, ModelStatus

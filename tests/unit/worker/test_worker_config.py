@@ -28,6 +28,7 @@ def test_defaults_make_a_simulated_worker() -> None:
             "rank_devices: 2 devices for 1 ranks",
         ),
         ({"source": "x", "ray_address": "a:1"}, "go together"),
+        ({"source": "x", "tensor_parallel": 2, "expert_parallel": True}, "expert_parallel is not allowed on CPU"),
         ({"source": "x", "unknown": 1}, "unknown"),
         ({"source": "x", "port": 70_000}, "port"),
         ({"source": "x", "tensor_parallel": 0}, "tensor_parallel"),

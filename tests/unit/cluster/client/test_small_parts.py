@@ -12,7 +12,7 @@ from megatoken.cluster.cli.__main__ import main
 from megatoken.cluster.client.control import CommandError, choose
 from megatoken.cluster.client.records import ClusterRecord, alive, read_records, write_record
 from megatoken.cluster.controller.server import new_lines
-from megatoken.cluster.runtime_dirs import HOST_LABEL, node_directory, runtime_root, state_directory
+from megatoken.cluster.runtime_dirs import node_directory, runtime_root, state_directory
 
 
 def test_new_lines_are_those_after_what_was_shown() -> None:
@@ -75,8 +75,6 @@ def test_directories_follow_the_environment() -> None:
     assert state_directory({"MEGATOKEN_STATE_DIR": "/s"}) == Path("/s")
     assert state_directory({"HOME": "/h"}) == Path("/h/.local/state/megatoken")
     assert node_directory(Path("/r"), "c", "0123456789abcdef") == Path("/r/c/0123456789ab")
-    labels = {HOST_LABEL: "ba9876543210", "rack": "r1"}
-    assert node_directory(Path("/r"), "c", "0123456789abcdef", labels) == Path("/r/c/ba9876543210")
 
 
 def test_the_command_line_checks_a_spec_and_names_what_is_wrong(

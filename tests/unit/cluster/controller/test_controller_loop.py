@@ -16,6 +16,7 @@ from megatoken.cluster.controller.membership import Versions
 from megatoken.cluster.controller.server import MembershipServicer
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.decide.backend import BackendState, ProcessLaunch, ProcessObservation
+from megatoken.cluster.decide.device_health import Place
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
 from megatoken.cluster.secrets_keeper import SecretsKeeper
@@ -78,6 +79,8 @@ class Backend:
 
     def give_credentials(self, texts: Mapping[str, str], timeout_s: float) -> list[str]:
         return list(texts)
+
+    def check_device(self, place: Place) -> None: ...
 
     def placement_group_id(self, replica_id: str) -> str:
         return ""

@@ -1,4 +1,4 @@
-"""A ClusterStatus as gauges (cluster/controller/metrics.py), and as Prometheus targets."""
+"""A ClusterStatus as gauges (cluster/controller/monitoring/metrics.py), and as Prometheus targets."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import urllib.request
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from megatoken.cluster.controller.metrics import MAX_EVENT_KINDS, ControllerMetrics
-from megatoken.cluster.controller.service_discovery import serve_controller_metrics, targets
+from megatoken.cluster.controller.monitoring.metrics import MAX_EVENT_KINDS, ControllerMetrics
+from megatoken.cluster.controller.monitoring.service_discovery import serve_controller_metrics, targets
 from megatoken.v1.control_pb2 import ClusterStatus, Event, ModelStatus, NodeStatus, ProcessStatus, ReplicaStatus
 
 

@@ -7,15 +7,17 @@ import pytest
 
 from megatoken.cluster.controller.desired_state import DesiredState
 from megatoken.cluster.controller.state import StateStore
+from megatoken.cluster.decide.cordon import Cordon
 from megatoken.cluster.decide.fleet import ClusterEvent, Fleet, Replica
 from megatoken.cluster.decide.replica import ReplicaState
-from megatoken.cluster.inventory.topology import Inventory, Node
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
 from megatoken.cluster.placement.place import Placement, Rank
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.cluster.spec.load import SpecError
 from megatoken.errors import NotFoundError, RequestError
 
-NODES = Inventory((Node("aaaaaaaa1", "10.0.0.1", name="x"), Node("aaaaaaaa2", "10.0.0.2", name="y")))
+CPU = (Device("cpu", 0), Device("cpu", 1))
+NODES = Inventory((Node("aaaaaaaa1", "10.0.0.1", CPU, name="x"), Node("aaaaaaaa2", "10.0.0.2", CPU, name="y")))
 
 
 def spec(**changes: Any) -> ClusterSpec:
@@ -120,3 +122,30 @@ def test_a_shutdown_is_remembered(told: Told) -> None:
     again = DesiredState(told.store, told.events.append, lambda: None)
     assert again.desired.stopping
     assert again.desired.drain_requests == {"m-1": 3.0}
+
+
+def test_a_cordon_is_kept_until_a_check_passes(told: Told) -> None:
+    fleet, desired_state = fleet_of("r"), told.desired_state
+    assert desired_state.cordon("x", 0, "its fan is loud", NODES, fleet) == ["m-1"]
+    assert desired_state.cordon("10.0.0.1", 1, "", NODES, fleet) == []
+    assert desired_state.desired.cordons == {("aaaaaaaa1", 0): Cordon("its fan is loud"), ("aaaaaaaa1", 1): Cordon()}
+    with pytest.raises(RequestError, match=r"device: 'x:7' is not allowed; one of this node's: 0, 1"):
+        desired_state.cordon("x", 7, "", NODES, fleet)
+    with pytest.raises(RequestError, match=r"'y:0' is not allowed; a cordoned device"):
+        desired_state.uncordon("y", 0, NODES)
+    desired_state.uncordon("x", 0, NODES)
+    assert desired_state.desired.cordons["aaaaaaaa1", 0].returning
+    node = NODES.nodes[0]
+    desired_state.end_check(node, 0, "2 bytes did not keep")
+    assert desired_state.desired.cordons["aaaaaaaa1", 0] == Cordon("a check: 2 bytes did not keep")
+    desired_state.end_check(node, 0, "")
+    desired_state.end_check(node, 0, "")  # of a device that is not cordoned: nothing to do
+    assert desired_state.desired.cordons.keys() == {("aaaaaaaa1", 1)}
+    said = [(event.subject, event.message) for event in told.events if event.kind == "device.cordon"]
+    assert said == [
+        ("x:0", "its fan is loud"),
+        ("x:1", "cordon asked for"),
+        ("x:0", "it is checked before it returns"),
+        ("x:0", "2 bytes did not keep"),
+        ("x:0", "back in service"),
+    ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatoken.cluster.controller.state import StateStore
+from megatoken.cluster.decide.cordon import Cordon
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.fleet import Fleet, Replica, WorkerFacts, on_this_clock
 from megatoken.cluster.decide.replica import ReplicaState
@@ -60,6 +61,11 @@ def test_a_save_writes_changes_and_forgets_what_is_gone(tmp_path: Path) -> None:
     store.drain_node("n1")
     store.drain_node("n1", undo=True)
     assert store.desired().drained_nodes == frozenset()
+    store.cordon(("n1", 3), Cordon("hot"))
+    store.cordon(("n1", 4), Cordon("hot", returning=True))
+    assert store.desired().cordons == {("n1", 3): Cordon("hot"), ("n1", 4): Cordon("hot", returning=True)}
+    store.cordon(("n1", 3), None)
+    assert store.desired().cordons.keys() == {("n1", 4)}
     store.forget_previous(["m"])
     assert store.desired(stopping=True).stopping
 

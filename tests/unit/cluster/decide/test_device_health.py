@@ -1,10 +1,18 @@
-"""Devices on which replicas keep dying are left out one by one, come back, and are not blamed for a broken model."""
+"""Devices on which replicas keep dying are left out, come back once checked, and answer for no broken model."""
 
 from dataclasses import replace
 
 import pytest
 
-from megatoken.cluster.decide.device_health import PAUSE_S, SETTLED_S, DeviceStrikes, judge, with_devices_out
+from megatoken.cluster.decide.device_health import (
+    PAUSE_S,
+    SETTLED_S,
+    DeviceStrikes,
+    checked,
+    due,
+    judge,
+    with_devices_out,
+)
 from megatoken.cluster.decide.exit_cause import BY_ITSELF, ExitCause
 from megatoken.cluster.decide.fleet import Fleet, Replica
 from megatoken.cluster.decide.replica import ReplicaState
@@ -37,6 +45,11 @@ def out(book: DeviceStrikes, now: float) -> list[int]:
     return [device.index for device in with_devices_out(NODES, book, now).nodes[0].devices if not device.healthy]
 
 
+def why(book: DeviceStrikes, now: float) -> str:
+    (device,) = (device for device in with_devices_out(NODES, book, now).nodes[0].devices if device.out)
+    return device.out
+
+
 SERVING = replica(9, 7, state=ReplicaState.READY)
 
 
@@ -46,18 +59,34 @@ def test_three_strikes_put_one_device_out_and_say_why() -> None:
         assert out(book, 10.0) == []
         book = die(book, 10.0 + strike, 3, beside=(SERVING,))
     assert out(book, 13.0) == [3]
-    (device,) = (d for d in with_devices_out(NODES, book, 13.0).nodes[0].devices if d.out)
-    assert device.out == f"replicas died here 3 times ({BOOM}); tried again in 59 s"
+    assert why(book, 13.0) == f"replicas died here 3 times ({BOOM}); checked in 59 s"
+    assert why(book, 12.0 + PAUSE_S) == f"replicas died here 3 times ({BOOM}); being checked"
 
 
-def test_it_comes_back_and_one_more_strike_doubles_the_pause() -> None:
+def test_a_check_brings_it_back_and_one_more_strike_doubles_the_pause() -> None:
     book = DeviceStrikes()
     for _ in range(3):
         book = die(book, 0.0, 3, beside=(SERVING,))
+    assert due(book, PAUSE_S - 0.1) == frozenset()
+    assert due(book, PAUSE_S) == {("n", 3)}
+    assert out(book, PAUSE_S + 1) == [3], "nothing has checked it"
+    book = checked(book, ("n", 3), "", PAUSE_S + 1)
     assert out(book, PAUSE_S + 1) == []
-    book = die(book, PAUSE_S + 1, 3, beside=(SERVING,))
-    assert out(book, 2.9 * PAUSE_S) == [3]
-    assert out(book, 3.1 * PAUSE_S) == []
+    book = die(book, PAUSE_S + 2, 3, beside=(SERVING,))
+    assert out(book, PAUSE_S + 2) == [3]
+    assert due(book, 3 * PAUSE_S + 1.9) == frozenset()
+    assert due(book, 3 * PAUSE_S + 2) == {("n", 3)}
+
+
+def test_a_check_that_fails_keeps_it_out_for_twice_as_long() -> None:
+    book = DeviceStrikes()
+    for _ in range(3):
+        book = die(book, 0.0, 3, beside=(SERVING,))
+    book = checked(book, ("n", 3), "7 bytes of its memory did not keep", PAUSE_S)
+    assert "a check: 7 bytes" in why(book, PAUSE_S)
+    assert due(book, 3 * PAUSE_S - 0.1) == frozenset()
+    assert due(book, 3 * PAUSE_S) == {("n", 3)}
+    assert checked(book, ("n", 5), "", 0.0) == book, "nobody asked for that one"
 
 
 def test_a_replica_that_serves_there_long_enough_clears_it() -> None:
@@ -99,14 +128,6 @@ def test_devices_are_to_blame_while_the_same_revision_serves_elsewhere() -> None
         for _ in range(3):
             book = die(book, 0.0, device, beside=(SERVING,))
     assert out(book, 1.0) == [0, 1, 2]
-
-
-def test_a_device_is_out_until_its_time_and_no_longer() -> None:
-    book = DeviceStrikes()
-    for _ in range(3):
-        book = die(book, 10.0, 3, beside=(SERVING,))
-    assert out(book, 10.0 + PAUSE_S - 0.1) == [3]
-    assert out(book, 10.0 + PAUSE_S) == []
 
 
 def test_a_wide_model_is_blamed_only_once_two_of_its_places_are_out() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megatoken.cluster.decide.cordon import Cordon
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.fleet import (
     Block,
@@ -314,6 +315,19 @@ def test_drain_requests_and_drained_nodes_take_replicas_away() -> None:
     world.desired = replace(world.desired, drained_nodes=frozenset({node}))
     world.tick()
     assert world.states()["m-2"] == "DRAINING"
+
+
+def test_a_cordoned_device_takes_away_the_replicas_on_it_alone() -> None:
+    world = World(model(2), nodes(2, 2))
+    world.until_ready()
+    rank = world.fleet.replica("m-2").placement.ranks[0]  # type: ignore[union-attr]
+    world.desired = replace(world.desired, cordons={(rank.node, rank.device): Cordon("hot")})
+    world.tick()
+    assert {name: state for name, state in world.states().items() if name != "m-3"} == {
+        "m-1": "READY",
+        "m-2": "DRAINING",
+    }
+    assert world.fleet.replica("m-2").drain_cause == "a device of it is cordoned"  # type: ignore[union-attr]
 
 
 def test_a_removed_model_drains_and_a_stopping_cluster_starts_nothing() -> None:

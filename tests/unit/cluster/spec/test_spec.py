@@ -46,6 +46,18 @@ def complaints(text: str) -> tuple[str, ...] | None:
         ("models: [{name: a, source: x, policy: best}]", "policy: 'best' is not allowed; least_tokens, round_robin"),
         ("models: [{name: a, source: x, parallel: {expert: 3, tensor: 2}}]", "expert: 3 is not allowed; 1, or"),
         (
+            "models: [{name: a, source: x, parallel: {expert: 2, tensor: 2}}]",
+            "parallel.expert: 2 needs placement.device_kinds that name accelerators; vLLM 0.32's CPU kernels crash",
+        ),
+        (
+            "models: [{name: a, source: x, parallel: {expert: 2, tensor: 2}, placement: {device_kinds: [h200, cpu]}}]",
+            "parallel.expert: 2 needs placement.device_kinds",
+        ),
+        (
+            "models: [{name: a, source: x, engine_args: {enable-expert-parallel: true}}]",
+            "enable-expert-parallel is not allowed; use parallel.expert",
+        ),
+        (
             "models: [{name: a, source: x, parallel: {data: 2}}]",
             "parallel: data: 2 is not allowed; one replica",
         ),
