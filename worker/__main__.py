@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from megatoken.errors import EngineDeadError, MegatokenError, RequestError
 from megatoken.log import log_event, setup_logging
 from megatoken.process.program import read_arguments, report_ready
+from megatoken.process.start_phase import begin_phase, share_phases
 from megatoken.process.tag import tag_process
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.engine import Engine
@@ -127,6 +128,8 @@ def main() -> int:
     """Entry point."""
     config, ready_fd = read_arguments("worker", WorkerConfig)
     tag_process(config.tag, "worker")
+    share_phases(ready_fd)
+    begin_phase("import")
     os.environ.update(config.env)
     if config.engine == "vllm":
         from megatoken.worker.engines.vllm.process import prepare_process

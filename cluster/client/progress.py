@@ -80,11 +80,18 @@ def waiting_for(status: control_pb2.ClusterStatus) -> list[str]:
         starting = sum(1 for r in status.replicas if r.model == model.model and r.state in ("RESERVING", "STARTING"))
         given_up = bool(model.blocked) and not starting and serving < model.wanted
         if (serving != model.wanted and not given_up) or ending or model.rollout:
-            found.append(f"model {model.model}: {serving} of {model.wanted} replicas ready")
+            found.append(
+                f"model {model.model}: {serving} of {model.wanted} replicas ready{_phases(status, model.model)}"
+            )
     found += [f"{entry.kind} {entry.name}: {entry.state}" for entry in status.processes if entry.state != "READY"]
     if not status.processes and any(model.wanted for model in status.models):
         found.append("the first look at the cluster")
     return found
+
+
+def _phases(status: control_pb2.ClusterStatus, model: str) -> str:
+    doing = [f"{row.replica}: {row.start_phase}" for row in status.replicas if row.model == model and row.start_phase]
+    return f" ({', '.join(doing)})" if doing else ""
 
 
 def wait_until_down(client: ControlClient, *, timeout_s: float, progress: Progress, gone: Callable[[], bool]) -> None:

@@ -372,7 +372,8 @@ class Controller:
 
     def status(self) -> control_pb2.ClusterStatus:
         """Everything there is to say, as of the last tick."""
-        now, readings = time.monotonic(), self.links.readings()
+        phases = {name: seen.start_phase for name, seen in self.backend_state.replicas.items()}
+        now, readings = time.monotonic(), replace(self.links.readings(), start_phases=phases)
         models = {model.name: model for model in self.desired_state.spec.models}
         replicas = replica_statuses(self.fleet, models, self.inventory, readings, now)
         return control_pb2.ClusterStatus(

@@ -25,6 +25,8 @@ class Readings:
     """Generated tokens/s by replica, smoothed."""
     queued: int = 0
     """Requests queued in routers."""
+    start_phases: Mapping[str, str] = field(default_factory=dict)
+    """By replica that starts: what it does now."""
 
 
 def node_statuses(inventory: Inventory, fleet: Fleet, drained: Iterable[str]) -> list[control_pb2.NodeStatus]:
@@ -86,6 +88,10 @@ def _replica(
         spec_generation=replica.generation,
         metrics_address=facts.metrics_address if facts else "",
         node=node.title if node else replica.placement.driver_node,
+        start_phase=readings.start_phases.get(replica.id, "") if replica.state is ReplicaState.STARTING else "",
+        start_phases=[
+            control_pb2.StartPhase(phase=name, seconds=seconds) for name, seconds in (facts.start_s if facts else ())
+        ],
     )
     load = readings.loads.get(replica.id)
     if load is not None and replica.live:

@@ -34,6 +34,8 @@ class WorkerFacts:
     max_running: int = 0
     block_size: int = 0
     kv_cache_tokens: int = 0
+    start_s: tuple[tuple[str, float], ...] = ()
+    """The phases of its start in order, with the seconds that each took; the first is the reservation of its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,15 @@ class Replica:
 def serial_of(replica_id: str) -> int:
     """The number in a replica's id."""
     return int(replica_id.rpartition("-")[2])
+
+
+def start_text(replica: Replica) -> str:
+    """How long its start took and with what, as one phrase; empty: not known."""
+    phases = replica.facts.start_s if replica.facts is not None else ()
+    if not phases:
+        return ""
+    took = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases)
+    return f"after {sum(seconds for _, seconds in phases):.1f} s ({took})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +225,8 @@ class ReplicaObservation:
     """Requests it still has, as stated after it refused new ones; None: not stated."""
     hang: HangSeen | None = None
     """How it hangs, though its process is there."""
+    start_phase: str = ""
+    """What it does until it serves."""
     lease_until_s: float = 0.0
     """When it has stopped serving if nothing of it can be reached; 0: it has no lease."""
 

@@ -34,7 +34,9 @@ from megatoken.cluster.decide.fleet import (
     RollBack,
     Start,
     TellDrain,
+    WorkerFacts,
     serial_of,
+    start_text,
 )
 from megatoken.cluster.decide.lifecycle import event_for
 from megatoken.cluster.decide.replica import FINAL, LIFECYCLE, ReplicaEvent, ReplicaState
@@ -143,12 +145,19 @@ def _moved(
         deadline_s = given.now + _drain_timeout_s(given, replica)
         after = replace(after, drain_deadline_s=deadline_s, drain_cause=cause)
     elif event is ReplicaEvent.SERVING:
-        after = replace(after, facts=given.seen(replica).facts)
+        after = replace(after, facts=_with_place(given.seen(replica).facts, replica.since_s - replica.created_s))
     if exit_cause is ExitCause.NODE_LOST and replica.facts is not None:  # one that never served has no lease
         after = replace(after, serves_until_s=given.seen(replica).lease_until_s)
-    message = f"{replica.state} -> {state}" + (f": {reason}" if reason else "")
+    why = reason or start_text(after) if event is ReplicaEvent.SERVING else reason
+    message = f"{replica.state} -> {state}" + (f": {why}" if why else "")
     fields = {"model": replica.model, "from": replica.state.value, "to": state.value}
     return _Move(after, ClusterEvent("replica.state", replica.id, message, cause, fields))
+
+
+def _with_place(facts: WorkerFacts | None, place_s: float) -> WorkerFacts | None:
+    if facts is None or not facts.start_s:
+        return facts
+    return replace(facts, start_s=(("place", place_s), *facts.start_s))
 
 
 def _drain_timeout_s(given: _Given, replica: Replica) -> float:

@@ -46,6 +46,7 @@ class ProcessActor:
             "version": state.version,
             "phase": state.phase,
             "facts": state.facts,
+            "start_phase": state.start_phase,
             "reason": state.reason,
             "cause": state.cause.value,
         }

@@ -58,6 +58,7 @@ class _Handle:
     version: int = -1
     phase: Phase = Phase.STARTING
     facts: Mapping[str, Any] | None = None
+    start_phase: str = ""
     reason: str = ""
     cause: ExitCause = ExitCause.UNKNOWN
     watch: Any = None
@@ -116,7 +117,9 @@ class RayBackend:
         if handle is None:
             return ReplicaObservation(reservation)
         facts = worker_facts(handle.facts) if handle.facts else None
-        return ReplicaObservation(reservation, handle.phase, facts, handle.reason, handle.cause)
+        return ReplicaObservation(
+            reservation, handle.phase, facts, handle.reason, handle.cause, start_phase=handle.start_phase
+        )
 
     def _collect(self, wait_s: float) -> bool:
         """Takes the watches that came back and asks again; waits at most `wait_s` for the first. Says if one came."""
@@ -148,6 +151,7 @@ class RayBackend:
             return
         handle.version, handle.phase = int(state["version"]), Phase(state["phase"])
         handle.facts = state["facts"] if state["facts"] is not None else handle.facts
+        handle.start_phase = str(state.get("start_phase", ""))
         handle.reason, handle.cause = str(state["reason"]), ExitCause(state.get("cause", ExitCause.UNKNOWN))
         handle.watch = None if handle.phase is Phase.EXITED else handle.actor.watch.remote(handle.version)
 
@@ -349,7 +353,9 @@ class RayBackend:
 def worker_facts(ready: Mapping[str, Any]) -> WorkerFacts:
     """The part of a worker's ready line that the control plane keeps."""
     known = {entry.name for entry in dataclasses.fields(WorkerFacts)}
-    return WorkerFacts(**{name: value for name, value in ready.items() if name in known and value is not None})
+    facts = {name: value for name, value in ready.items() if name in known and value is not None}
+    phases = tuple((str(name), float(seconds)) for name, seconds in ready.get("start_s", ()))
+    return WorkerFacts(**{**facts, "start_s": phases})
 
 
 def _why_actor_died(error: RayActorError) -> tuple[ExitCause, str]:

@@ -13,15 +13,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from megatoken.access.files import write_private
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.runtime_dirs import make_private
+from megatoken.process.start_phase import FIELD, FIRST
 
 LOG_BYTES = 8 << 20  # a log file is renamed to .1 at this size, so a process keeps at most twice as much
 TAIL_LINES = 200
@@ -53,6 +55,9 @@ class ChildState:
     version: int = 0
     phase: str = "starting"
     facts: Mapping[str, Any] | None = None
+    """Its ready line, and `start_s`: (phase of its start, seconds) of each."""
+    start_phase: str = ""
+    """What it does until it serves."""
     reason: str = ""
     cause: ExitCause = ExitCause.UNKNOWN
     pid: int = 0
@@ -66,6 +71,7 @@ class Child:
         self._changed = threading.Condition()
         self._state = ChildState()
         self._lines: deque[str] = deque(maxlen=TAIL_LINES)
+        self._phases: list[tuple[str, float]] = []  # with when each began, on the monotonic clock
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._live, name=f"child-{launch.name}", daemon=True)
@@ -145,6 +151,7 @@ class Child:
         write_private(config, json.dumps(values, indent=1))
         env = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         env |= {"PYTHONUNBUFFERED": "1", **self._launch.env}
+        self._begin_phase(FIRST)
         ready_read, ready_write = os.pipe()
         try:
             process = subprocess.Popen(
@@ -164,20 +171,18 @@ class Child:
         return process, ready_read
 
     def _follow(self, process: subprocess.Popen[bytes], ready: int, output: IO[bytes], log: IO[bytes]) -> None:
-        """Reads the ready line and the output until the process has ended."""
+        """Reads the lines of its start, up to the ready line, and the output until the process has ended."""
         ended = os.pidfd_open(process.pid)
-        said = bytearray()
-        partial = b""
+        said, partial = b"", b""
         watched = {ready, output.fileno(), ended}
         try:
             while True:
                 readable, _, _ = select.select(watched, [], [])
                 if ready in readable:
                     chunk = os.read(ready, 65_536)
-                    said += chunk
-                    if not chunk or b"\n" in said or len(said) > READY_BYTES:
+                    *lines, said = (said + chunk).split(b"\n")
+                    if any(self._take_ready(line) for line in lines) or not chunk or len(said) > READY_BYTES:
                         watched.discard(ready)
-                        self._take_ready(bytes(said))
                 if output.fileno() in readable:
                     chunk = os.read(output.fileno(), 65_536)
                     if not chunk:
@@ -192,12 +197,23 @@ class Child:
             os.close(ready)
             output.close()
 
-    def _take_ready(self, said: bytes) -> None:
+    def _take_ready(self, line: bytes) -> bool:
+        """Takes one line of the start; says whether it was the ready line."""
         try:
-            facts = json.loads(said)
+            facts = json.loads(line)
         except ValueError:
-            return  # it ended, or broke, before it was ready; its exit tells
-        self._become(phase="serving", facts=facts)
+            return False  # it broke before it was ready; its exit tells
+        if facts.keys() == {FIELD}:
+            self._begin_phase(str(facts[FIELD]))
+            return False
+        ends_s = [began_s for _, began_s in self._phases[1:]] + [time.monotonic()]
+        start_s = [(name, end_s - began_s) for (name, began_s), end_s in zip(self._phases, ends_s, strict=True)]
+        self._become(phase="serving", facts={**facts, "start_s": start_s}, start_phase="")
+        return True
+
+    def _begin_phase(self, name: str) -> None:
+        self._phases.append((name, time.monotonic()))
+        self._become(start_phase=name)
 
     def _take_output(self, content: bytes, log: IO[bytes]) -> bytes:
         *whole, partial = content.split(b"\n")
@@ -231,8 +247,7 @@ class Child:
     def _become(self, **changes: Any) -> None:
         with self._changed:
             before = self._state
-            values = {"phase": before.phase, "facts": before.facts, "reason": before.reason, "pid": before.pid}
-            self._state = ChildState(version=before.version + 1, **{**values, **changes})
+            self._state = replace(before, version=before.version + 1, **changes)
             self._changed.notify_all()
 
 

@@ -96,7 +96,7 @@ def _replicas(status: control_pb2.ClusterStatus) -> str:
             number(replica.generated_tokens_per_s),
             undelivered.get(replica.replica, "-"),
             ", ".join(dict.fromkeys(rank.partition(": ")[2] for rank in replica.ranks)),
-            replica.reason,
+            replica.reason or replica.start_phase,
         ]
         for replica in shown
     ]

@@ -58,6 +58,10 @@ def test_it_answers_through_the_router_and_through_the_edge(cluster: RunningClus
     assert chat(cluster.address("edge"), QUESTION).strip() == ANSWER
     status = cluster.status()
     assert [row["engine"] for row in status["replicas"]] == ["vllm"]
+    phases = {entry["phase"]: entry["seconds"] for entry in status["replicas"][0]["start_phases"]}
+    assert list(phases) == ["place", "start", "import", "weights", "compile", "warm up"]
+    assert sum(phases.values()) <= status["replicas"][0]["age_s"]
+    assert "import" in cluster.run("events")
     too_long = cluster.run("generate", "--max-tokens", "5000", QUESTION, status=2)
     assert "max_tokens: 5000 is not allowed" in too_long
 

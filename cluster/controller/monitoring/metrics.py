@@ -169,12 +169,15 @@ def _replicas(status: ClusterStatus) -> list[Metric]:
     who = ["model", "replica"]
     rate = _gauge("replica_generated_tokens_per_second", "Generated tokens a second.", who)
     kv = _gauge("replica_kv_cache_usage_ratio", "Share of KV cache blocks in use.", who)
+    start = _gauge("replica_start_seconds", "What each phase of its start took.", [*who, "phase"])
     for replica in status.replicas:
+        for phase in replica.start_phases:
+            start.add_metric([replica.model, replica.replica, phase.phase], phase.seconds)
         info.add_metric([replica.model, replica.replica, replica.engine, replica.node, replica.state], 1)
         if replica.state in (ReplicaState.READY, ReplicaState.DRAINING):
             rate.add_metric([replica.model, replica.replica], replica.generated_tokens_per_s)
             kv.add_metric([replica.model, replica.replica], replica.kv_usage)
-    return [by_state, info, rate, kv]
+    return [by_state, info, rate, kv, start]
 
 
 def _processes(status: ClusterStatus) -> Metric:

@@ -162,8 +162,16 @@ class ModelStatus(_message.Message):
     blocked_kind: str
     def __init__(self, model: _Optional[str] = ..., wanted: _Optional[int] = ..., ready: _Optional[int] = ..., blocked: _Optional[str] = ..., rollout: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens_per_s: _Optional[float] = ..., source: _Optional[str] = ..., engine: _Optional[str] = ..., blocked_kind: _Optional[str] = ...) -> None: ...
 
+class StartPhase(_message.Message):
+    __slots__ = ("phase", "seconds")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    phase: str
+    seconds: float
+    def __init__(self, phase: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica", "model", "state", "reason", "engine", "address", "ranks", "age_s", "running", "waiting", "kv_usage", "generated_tokens_per_s", "generated_tokens", "incarnation", "spec_generation", "metrics_address", "node")
+    __slots__ = ("replica", "model", "state", "reason", "engine", "address", "ranks", "age_s", "running", "waiting", "kv_usage", "generated_tokens_per_s", "generated_tokens", "incarnation", "spec_generation", "metrics_address", "node", "start_phase", "start_phases")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +189,8 @@ class ReplicaStatus(_message.Message):
     SPEC_GENERATION_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
+    START_PHASE_FIELD_NUMBER: _ClassVar[int]
+    START_PHASES_FIELD_NUMBER: _ClassVar[int]
     replica: str
     model: str
     state: str
@@ -198,7 +208,9 @@ class ReplicaStatus(_message.Message):
     spec_generation: int
     metrics_address: str
     node: str
-    def __init__(self, replica: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., engine: _Optional[str] = ..., address: _Optional[str] = ..., ranks: _Optional[_Iterable[str]] = ..., age_s: _Optional[float] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., generated_tokens: _Optional[int] = ..., incarnation: _Optional[int] = ..., spec_generation: _Optional[int] = ..., metrics_address: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
+    start_phase: str
+    start_phases: _containers.RepeatedCompositeFieldContainer[StartPhase]
+    def __init__(self, replica: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., engine: _Optional[str] = ..., address: _Optional[str] = ..., ranks: _Optional[_Iterable[str]] = ..., age_s: _Optional[float] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., generated_tokens: _Optional[int] = ..., incarnation: _Optional[int] = ..., spec_generation: _Optional[int] = ..., metrics_address: _Optional[str] = ..., node: _Optional[str] = ..., start_phase: _Optional[str] = ..., start_phases: _Optional[_Iterable[_Union[StartPhase, _Mapping]]] = ...) -> None: ...
 
 class ProcessStatus(_message.Message):
     __slots__ = ("name", "kind", "node", "state", "reason", "address", "metrics_address", "own_address")

@@ -49,6 +49,7 @@ from megatoken.worker.engines.vllm.request import (
     vllm_sampling,
 )
 from megatoken.worker.engines.vllm.resume import carry_over, install
+from megatoken.worker.engines.vllm.start_phases import tell_phases
 from megatoken.worker.engines.vllm.step import INVALID_ARGUMENT, UNAVAILABLE, StepReader
 
 SUPPORTED_TASKS = ("generate",)
@@ -81,7 +82,8 @@ class VllmEngine:
             raise RequestError("engine", self._config.source, _one_line(error)) from error
         self._loras = lora_modules(self._config)
         tie_forks()
-        install()  # a forked engine core has it from here; a spawned one from its plugin
+        install()  # a forked engine core has both from here; a spawned one from its plugin
+        tell_phases()
         if self._config.device_kind == "cpu":
             # vLLM's CPU platform asks for spawn because an OpenMP runtime may run already. Here none does.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"

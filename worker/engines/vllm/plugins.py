@@ -1,8 +1,8 @@
 """Entry point `vllm.general_plugins`, run in every process that vLLM starts: ties its life to its parent's.
 
-It also lets a spawned engine core carry resumed requests on. It acts only below a worker of ours (the worker names
-itself in OWNER_VARIABLE) and never in the worker itself. Forked children skip vLLM's plugins, which ran before the
-fork; `tie_forks` covers those. Imports nothing heavy itself.
+It also lets a spawned engine core carry resumed requests on, and rank 0 tell how its start goes. It acts only below a
+worker of ours (the worker names itself in OWNER_VARIABLE) and never in the worker itself. Forked children skip vLLM's
+plugins, which ran before the fork; `tie_forks` covers those. Imports nothing heavy itself.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ def tie_to_parent() -> None:
         return
     die_with_parent()
     from megatoken.worker.engines.vllm.resume import install
+    from megatoken.worker.engines.vllm.start_phases import tell_phases
 
     install()
+    tell_phases()
 
 
 def tie_forks() -> None:

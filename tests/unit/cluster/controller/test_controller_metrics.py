@@ -10,7 +10,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from megatoken.cluster.controller.monitoring.metrics import MAX_EVENT_KINDS, ControllerMetrics
 from megatoken.cluster.controller.monitoring.service_discovery import serve_controller_metrics, targets
-from megatoken.v1.control_pb2 import ClusterStatus, Event, ModelStatus, NodeStatus, ProcessStatus, ReplicaStatus
+from megatoken.v1.control_pb2 import (
+    ClusterStatus,
+    Event,
+    ModelStatus,
+    NodeStatus,
+    ProcessStatus,
+    ReplicaStatus,
+    StartPhase,
+)
 
 
 def status() -> ClusterStatus:
@@ -44,6 +52,7 @@ def status() -> ClusterStatus:
                 metrics_address="10.0.0.1:9100",
                 kv_usage=0.5,
                 generated_tokens_per_s=120.0,
+                start_phases=[StartPhase(phase="warm up", seconds=4.5)],
             ),
             ReplicaStatus(
                 replica="chat-1", model="chat", state="STARTING", engine="vllm", metrics_address="10.0.0.1:9102"
@@ -78,6 +87,12 @@ def test_a_status_becomes_gauges(registry: CollectorRegistry) -> None:
         ("megatoken_cluster_replicas", ("model", "chat"), ("state", "STARTING")): 1,
         ("megatoken_cluster_replicas", ("model", "chat"), ("state", "DRAINING")): 0,
         ("megatoken_cluster_replica_kv_cache_usage_ratio", ("model", "chat"), ("replica", "chat-0")): 0.5,
+        (
+            "megatoken_cluster_replica_start_seconds",
+            ("model", "chat"),
+            ("replica", "chat-0"),
+            ("phase", "warm up"),
+        ): 4.5,
         ("megatoken_cluster_processes", ("kind", "edge"), ("state", "READY")): 1,
         ("megatoken_cluster_replica_failures_total", ("model", "chat")): 1,
     }

@@ -70,6 +70,20 @@ def told(found: Plan) -> list[str]:
     return [f"{event.subject}: {event.message} [{event.cause}]" for event in found.events]
 
 
+def test_a_start_says_how_long_each_phase_took_beginning_with_its_place() -> None:
+    spec = model("a")
+    starting = replica(spec, 1, 0, ReplicaState.STARTING, created_s=NOW - 20.0, since_s=NOW - 17.5)
+    phases = (("start", 0.5), ("import", 7.25), ("weights", 1.0))
+    seen = replace(SERVING, facts=WorkerFacts("127.0.0.1:1", 1, "vllm", start_s=phases))
+    found = plan(Desired(1, (spec,)), fleet_of(starting), {"a-1": seen})
+    (ready,) = found.fleet.replicas
+    assert ready.facts is not None
+    assert ready.facts.start_s == (("place", 2.5), *phases)
+    said = "after 11.2 s (place 2.5, start 0.5, import 7.2, weights 1.0)"
+    assert told(found) == [f"a-1: STARTING -> READY: {said} [observed]"]
+    assert ready.reason == ""
+
+
 def test_replicas_of_every_model_that_has_too_many_go() -> None:
     one, two = model("a"), model("b")
     fleet = fleet_of(*(replica(spec, serial, serial) for spec, serial in ((one, 1), (one, 2), (two, 3), (two, 4))))

@@ -16,7 +16,8 @@ from megatoken.cluster.ray.child import Child, ChildState, Launch, said
 from megatoken.log import JsonFormatter
 
 PROGRAM = """
-import json, os, sys, time
+import json, os, subprocess, sys, time
+from megatoken.process.start_phase import begin_phase, share_phases
 arguments = sys.argv[1:]
 config = json.load(open(arguments[arguments.index("--config") + 1]))
 ready = int(arguments[arguments.index("--ready-fd") + 1])
@@ -24,6 +25,9 @@ print("hello from the child", config["word"], os.environ.get("WORD"), os.environ
 if config["word"] == "broken":
     print("ValueError: a broken word")
     sys.exit(3)
+share_phases(ready)
+begin_phase("import")
+subprocess.run([sys.executable, "-c", "from megatoken.process.start_phase import *; begin_phase('weights')"], check=True)
 with os.fdopen(ready, "w") as pipe:
     pipe.write(json.dumps({"address": "here"}) + "\\n")
 time.sleep(60)
@@ -34,7 +38,7 @@ time.sleep(60)
 def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Launch]:
     (tmp_path / "child_program.py").write_text(PROGRAM)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    env = {"PYTHONPATH": str(tmp_path), "WORD": "given"}
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]), "WORD": "given"}
     return lambda word: Launch("one", "child_program", {"word": word}, str(tmp_path / "run"), env)
 
 
@@ -50,7 +54,11 @@ def until(child: Child, phase: str) -> ChildState:
 def test_it_serves_and_stops(launch: Callable[[str], Launch], tmp_path: Path) -> None:
     child = Child(launch("fine"))
     state = until(child, "serving")
-    assert state.facts == {"address": "here"}
+    assert state.facts is not None
+    assert state.facts["address"] == "here"
+    assert [name for name, _ in state.facts["start_s"]] == ["start", "import", "weights"]
+    assert all(0.0 <= seconds < 30.0 for _, seconds in state.facts["start_s"])
+    assert state.start_phase == ""
     ended = child.stop(5.0)
     assert (ended.reason, ended.cause) == ("stopped", ExitCause.STOPPED)
     assert "hello from the child fine given None" in child.tail(10)
@@ -58,6 +66,16 @@ def test_it_serves_and_stops(launch: Callable[[str], Launch], tmp_path: Path) ->
     assert json.loads(config.read_text()) == {"word": "fine"}
     assert config.stat().st_mode & 0o777 == 0o600
     assert "hello" in (tmp_path / "run" / "logs" / "one.log").read_text()
+
+
+def test_what_it_does_is_known_while_it_starts(launch: Callable[[str], Launch]) -> None:
+    child = Child(launch("fine"))
+    state, seen = child.state(), []
+    while state.phase == "starting":
+        seen.append(state.start_phase)
+        state = child.wait_change(state.version, 30.0)
+    child.stop(5.0)
+    assert list(dict.fromkeys(name for name in seen if name)) == ["start", "import", "weights"]
 
 
 def test_its_failure_names_the_status_and_the_telling_line(launch: Callable[[str], Launch]) -> None:

@@ -68,6 +68,9 @@ def test_what_up_waits_for() -> None:
     found.replicas[0].state = "STARTING"
     found.processes[0].state = "FAILED"
     assert waiting_for(found) == ["model m: 0 of 2 replicas ready", "router router-0.abc: FAILED"]
+    found.replicas[0].start_phase = "weights"
+    assert waiting_for(found)[0] == "model m: 0 of 2 replicas ready (m-1: weights)"
+    assert "weights" in status_text(found)
 
 
 @pytest.mark.parametrize(
