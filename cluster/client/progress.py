@@ -80,9 +80,8 @@ def waiting_for(status: control_pb2.ClusterStatus) -> list[str]:
         starting = sum(1 for r in status.replicas if r.model == model.model and r.state in ("RESERVING", "STARTING"))
         given_up = bool(model.blocked) and not starting and serving < model.wanted
         if (serving != model.wanted and not given_up) or ending or model.rollout:
-            found.append(
-                f"model {model.model}: {serving} of {model.wanted} replicas ready{_phases(status, model.model)}"
-            )
+            doing = _phases(status, model.model)
+            found.append(f"model {model.model}: {serving} of {model.wanted} replicas ready{doing}")
     found += [f"{entry.kind} {entry.name}: {entry.state}" for entry in status.processes if entry.state != "READY"]
     if not status.processes and any(model.wanted for model in status.models):
         found.append("the first look at the cluster")

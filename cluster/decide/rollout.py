@@ -4,7 +4,7 @@ Procedure. Replicas of the wanted revision are `current`, others `old`; those th
 1. No old ones: make what is missing; take away what is too much, first what does not serve yet, then the youngest.
 2. Old ones: make current ones, at most `surge` above the wanted number; for every current one that is READY take one
    old one away, so that never fewer serve than are wanted. Old ones that do not serve yet go first and at once.
-3. A new revision that fails `attempts` starts in a row while old ones run is rolled back.
+3. A new revision that fails `attempts` starts in a row is rolled back, also where the old ones had to go first.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ def next_step(
     old = [replica for replica in active if replica.revision != model.revision]
     waits = now < health.not_before_s and health.revision == model.revision
     leaving = sum(1 for replica in replicas if not replica.live and replica.serves_until_s > now)
+    failing = health.revision == model.revision and health.failures >= model.update.attempts
+    works = any(replica.state is ReplicaState.READY for replica in current)
+    if can_roll_back and failing and (old or not works):
+        return RolloutStep(roll_back=f"{health.failures} starts failed in a row: {health.last_failure}")
     if not old:
         return _after(leaving, _settle(model.replicas, current, waits=waits))
-    if can_roll_back and health.revision == model.revision and health.failures >= model.update.attempts:
-        return RolloutStep(roll_back=f"{health.failures} starts failed in a row: {health.last_failure}")
     return _after(leaving, _exchange(model, current, old, replicas, waits=waits))
 
 

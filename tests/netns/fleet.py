@@ -152,9 +152,10 @@ class Fleet:
         self.megatoken("scale", f"{model}={replicas}")
         next(entry for entry in self.spec["models"] if entry["name"] == model)["replicas"] = replicas
 
-    def change_model(self, name: str, **fields: Any) -> None:
-        """Applies the spec with a model's fields changed."""
-        next(entry for entry in self.spec["models"] if entry["name"] == name).update(fields)
+    def change_models(self, **fields: Any) -> None:
+        """Applies the spec with fields of every model changed."""
+        for entry in self.spec["models"]:
+            entry.update(fields)
         path = self.directory / "changed.yaml"
         path.write_text(yaml.safe_dump({**self.spec, "launch": None, "ray": {"address": f"{self.head.address}:6379"}}))
         self.megatoken("apply", "-f", str(path))

@@ -21,7 +21,7 @@ import pytest
 from deploy.netns import hosts
 from deploy.netns.hosts import Host, Network
 from megatoken.cluster.view.top.text import compact
-from tests.netns.fleet import Clients, Fleet, tagged
+from tests.netns.fleet import TOKENS, Clients, Fleet, tagged
 from tests.netns.sshd import MISSING
 from tests.support.prometheus import MISSING as NO_PROMETHEUS
 from tests.support.prometheus import Server
@@ -160,11 +160,17 @@ def test_a_killed_controller_returns_and_nothing_else_moves(fleet: Fleet, client
     assert {row.replica for row in after.replicas if row.state == "READY"} == before
 
 
-def test_a_rolling_update_exchanges_a_model_under_traffic(fleet: Fleet, clients: Clients) -> None:
-    before = {row.replica for row in fleet.ready("smol", 1)}
-    fleet.change_model("smol", max_running=6)
-    fleet.wait(lambda status: not before & {row.replica for row in status.replicas if row.state == "READY"}, SERVED_S)
-    fleet.ready("smol", 1, SERVED_S)
+def test_a_rolling_update_exchanges_both_models_also_where_a_second_replica_has_no_room(
+    fleet: Fleet, clients: Clients
+) -> None:
+    before = {row.replica for model in TOKENS for row in fleet.ready(model, 1)}
+    fleet.change_models(max_running=6)
+    fleet.wait(
+        lambda status: not before & {row.replica for row in status.replicas if row.state == "READY"}, 2 * SERVED_S
+    )
+    for model in TOKENS:
+        (replica,) = fleet.ready(model, 1, SERVED_S)
+        assert [entry.phase for entry in replica.start_phases][:3] == ["place", "start", "import"]
     clients.answered(1)
 
 

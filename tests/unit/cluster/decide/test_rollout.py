@@ -133,6 +133,24 @@ def test_an_update_is_given_up_after_its_attempts(failures: int, revision: str, 
     assert found.roll_back == (f"{failures} starts failed in a row: no such file" if given_up else "")
 
 
+@pytest.mark.parametrize(
+    ("words", "back", "given_up"),
+    [
+        ("", True, True),  # the old one had to go first: there was no room beside it
+        ("f2", True, True),
+        ("", False, False),  # nothing is known to have worked
+        ("r2", True, False),  # it works: that another one of it fails is no fault of the update
+    ],
+)
+def test_an_update_without_room_falls_back_on_the_old_spec_though_nothing_of_it_runs(
+    words: str, back: bool, given_up: bool
+) -> None:
+    spec = model(2, surge=0, attempts=2)
+    health = ModelHealth(2, NOW + 1, spec.revision, "no such file")
+    found = step(spec, words, health, back=back)
+    assert bool(found.roll_back) == given_up
+
+
 @pytest.mark.parametrize(("until_s", "create", "put_off"), [(NOW + 1, 1, 1), (NOW, 2, 0)])
 def test_what_would_stand_beside_a_lease_that_still_runs_is_made_later(
     until_s: float, create: int, put_off: int

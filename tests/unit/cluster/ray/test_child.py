@@ -27,7 +27,8 @@ if config["word"] == "broken":
     sys.exit(3)
 share_phases(ready)
 begin_phase("import")
-subprocess.run([sys.executable, "-c", "from megatoken.process.start_phase import *; begin_phase('weights')"], check=True)
+weights = "from megatoken.process.start_phase import begin_phase; begin_phase('weights')"
+subprocess.run([sys.executable, "-c", weights], check=True)
 with os.fdopen(ready, "w") as pipe:
     pipe.write(json.dumps({"address": "here"}) + "\\n")
 time.sleep(60)
