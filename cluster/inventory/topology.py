@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from megatoken.process.host import host_of
+
 CPU_KIND = "cpu"  # the kind of a CPU node's slots (the Ray resource `cpu_device`)
-HOST_LABEL = "megatoken-host"  # of a Ray node whose supervisor starts Ray again: the same before and after
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Node:
     @property
     def host(self) -> str:
         """The machine, also after its Ray was started again under another id; where nobody does that, the id."""
-        return self.labels.get(HOST_LABEL, self.id)
+        return host_of(self.id, self.labels)
 
     @property
     def failure_domain(self) -> str:

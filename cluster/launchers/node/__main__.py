@@ -29,7 +29,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatoken.backoff import doubling_pause_s
-from megatoken.cluster.inventory.topology import HOST_LABEL
 from megatoken.cluster.launchers.node import store
 from megatoken.cluster.launchers.node.environment import (
     AddressError,
@@ -39,6 +38,7 @@ from megatoken.cluster.launchers.node.environment import (
     resolve_address,
     with_label,
 )
+from megatoken.process.host import HOST_LABEL
 from megatoken.process.tree import adopt_orphans, descendants, end_all_below, reap_orphans, send
 
 STARTED = "Ray runtime started."  # what `ray start` prints when its processes run

@@ -19,6 +19,7 @@ from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
 from megatoken.process.devices import visible_devices
+from megatoken.process.host import host_of
 from megatoken.worker.engines.ranks.executor import MortalExecutor, mark_rank
 from megatoken.worker.engines.ranks.variables import DEVICES_VARIABLE, REPLICA_VARIABLE, SOCKETS_VARIABLE
 
@@ -31,8 +32,9 @@ class PlacedRank(RayWorkerProc):  # type: ignore[misc]
         self._planned_rank = rank
         sockets = os.environ.get(SOCKETS_VARIABLE)
         if sockets:
-            node = ray_executor_v2.ray.get_runtime_context().get_node_id()
-            os.environ[SOCKETS_VARIABLE] = sockets_on(Path(sockets), node)
+            context = ray_executor_v2.ray.get_runtime_context()
+            host = host_of(context.get_node_id(), context.get_node_labels())
+            os.environ[SOCKETS_VARIABLE] = sockets_on(Path(sockets), host)
         super().__init__(vllm_config, rank, *arguments, **options)
 
     def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
@@ -79,10 +81,10 @@ class PlacedRayExecutor(MortalExecutor, RayExecutorV2):  # type: ignore[misc]
         return environment
 
 
-def sockets_on(driver: Path, node: str) -> str:
+def sockets_on(driver: Path, host: str) -> str:
     """Where ranks of a node have the sockets that they talk through: `driver` is where the engine core has them.
 
-    Each node has a folder of its own beside it, named for the beginning of the node's id.
+    Each node has a folder of its own beside it, named for the beginning of what the node is known by.
     """
-    own = next((path for path in driver.parent.glob("*") if path.is_dir() and node.startswith(path.name)), None)
+    own = next((path for path in driver.parent.glob("*") if path.is_dir() and host.startswith(path.name)), None)
     return str(driver if driver.is_dir() else own or tempfile.gettempdir())

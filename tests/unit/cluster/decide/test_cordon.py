@@ -2,7 +2,8 @@
 
 from megatoken.cluster.decide.cordon import Cordon, with_cordons
 from megatoken.cluster.decide.fleet import Desired
-from megatoken.cluster.inventory.topology import HOST_LABEL, Device, Inventory, Node
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
+from megatoken.process.host import HOST_LABEL
 
 CPU = tuple(Device("cpu", index) for index in range(2))
 NODES = Inventory(
