@@ -74,6 +74,7 @@ async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> i
         max_running=facts.max_running,
         block_size=facts.block_size,
         kv_cache_tokens=facts.kv_cache_tokens,
+        weights=dict(facts.weights),
     )
     watching = asyncio.create_task(watch_loop(replica.measures.loop_lag_s))
     await _either(stopping, died)

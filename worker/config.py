@@ -70,6 +70,10 @@ class WorkerConfig(BaseModel):
     model: str = Field(min_length=1, max_length=256, description="name that requests ask for")
     engine: Literal["vllm", "simulated"] = Field(default="vllm", description="what generates tokens")
     source: str = Field(default="", description="builtin:NAME, a directory, or a Hugging Face id; simulated needs none")
+    weights: dict[str, str] = Field(
+        default_factory=dict, description="SHA-256 of each file that the source must have; empty: any"
+    )
+    weights_of: str = Field(default="", description="with weights: whose they are, for the error")
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=0, ge=0, le=65_535, description="port to listen on; 0: any free one")
     advertise_host: str | None = Field(default=None, description="host that others reach this worker by; unset: host")

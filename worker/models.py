@@ -44,6 +44,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("MEGATOKEN_CACHE") or Path.home() / ".cache" / "megatoken") / "models"
 
 
+def notes_directory() -> Path:
+    """Where the hashes of model files are kept, so that each is read for that once."""
+    return cache_directory().parent / "hashes"
+
+
 def resolve_source(source: str, report: Report | None = None) -> str:
     """The path or Hugging Face id that an engine loads for a source; makes a built-in model when it is missing.
 

@@ -308,7 +308,14 @@ class Controller:
                     group = backend.placement_group_id(replica.id)
                     near = self._ranks_on(replica.placement.driver_node)
                     launch = worker_launch(
-                        replica, model, self.desired_state.spec, self.inventory, self._context, group, near
+                        replica,
+                        model,
+                        self.desired_state.spec,
+                        self.inventory,
+                        self._context,
+                        group,
+                        near,
+                        self.fleet.replicas,
                     )
                     backend.start_replica(replica, launch)
             case Release(replica_id):

@@ -34,6 +34,8 @@ class WorkerFacts:
     max_running: int = 0
     block_size: int = 0
     kv_cache_tokens: int = 0
+    weights: tuple[tuple[str, str], ...] = ()
+    """SHA-256 of the files of its source, by name; empty: not known."""
     start_s: tuple[tuple[str, float], ...] = ()
     """The phases of its start in order, with the seconds that each took; the first is the reservation of its place."""
 

@@ -5,13 +5,15 @@ Loopback where the cluster is one local machine, else every process binds its no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatoken.access.credentials import ClusterSecrets, dump
 from megatoken.cluster.decide.backend import ProcessLaunch, ProgramConfig
 from megatoken.cluster.decide.fleet import Replica
+from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import CPU_KIND, Inventory, Node
 from megatoken.cluster.placement.text import rank_text
 from megatoken.cluster.secrets_keeper import process_credentials
@@ -53,8 +55,9 @@ def worker_launch(
     context: LaunchContext,
     placement_group_id: str,
     neighbours: int,
+    others: Iterable[Replica] = (),
 ) -> ProcessLaunch:
-    """The worker of one replica. `neighbours`: ranks on its node, its own included."""
+    """The worker of one replica. `neighbours`: ranks on its node, its own included; `others`: the fleet."""
     node = _require_node(inventory, replica.placement.driver_node)
     ranks = replica.placement.ranks
     on_cpu, simulated = ranks[0].kind == CPU_KIND, model.engine == "simulated"
@@ -65,6 +68,7 @@ def worker_launch(
         model=model.name,
         engine=model.engine,
         source=model.source,
+        **_served_weights(replica, others, inventory),
         simulated=(model.simulated or SimulatedConfig()) if simulated else None,
         host=_host(None, node, context),
         counters_dir=str(_counters(node, context)),
@@ -96,6 +100,17 @@ def worker_launch(
     if not on_cpu and not over_ray:
         env[DEVICES] = ",".join(str(rank.device) for rank in ranks if rank.node == node.id)
     return _launch(replica.id, config, node, spec, context, "worker", env)
+
+
+def _served_weights(replica: Replica, others: Iterable[Replica], inventory: Inventory) -> dict[str, Any]:
+    """What a replica of the same spec serves already: this one must serve the same."""
+    for other in others:
+        serves = other.state in (ReplicaState.READY, ReplicaState.DRAINING)
+        if serves and other.facts is not None and other.facts.weights and other.revision == replica.revision:
+            node = inventory.node(other.placement.driver_node)
+            whose = f"{other.id} on {node.title}" if node is not None else other.id
+            return {"weights": dict(other.facts.weights), "weights_of": whose}
+    return {}
 
 
 def router_launch(name: str, node: Node, spec: ClusterSpec, context: LaunchContext) -> ProcessLaunch:

@@ -355,7 +355,8 @@ def worker_facts(ready: Mapping[str, Any]) -> WorkerFacts:
     known = {entry.name for entry in dataclasses.fields(WorkerFacts)}
     facts = {name: value for name, value in ready.items() if name in known and value is not None}
     phases = tuple((str(name), float(seconds)) for name, seconds in ready.get("start_s", ()))
-    return WorkerFacts(**{**facts, "start_s": phases})
+    weights = tuple(sorted((str(name), str(digest)) for name, digest in ready.get("weights", {}).items()))
+    return WorkerFacts(**{**facts, "start_s": phases, "weights": weights})
 
 
 def _why_actor_died(error: RayActorError) -> tuple[ExitCause, str]:

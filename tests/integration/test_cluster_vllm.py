@@ -59,7 +59,7 @@ def test_it_answers_through_the_router_and_through_the_edge(cluster: RunningClus
     status = cluster.status()
     assert [row["engine"] for row in status["replicas"]] == ["vllm"]
     phases = {entry["phase"]: entry["seconds"] for entry in status["replicas"][0]["start_phases"]}
-    assert list(phases) == ["place", "start", "import", "weights", "compile", "warm up"]
+    assert list(phases) == ["place", "start", "import", "verify", "engine", "weights", "compile", "warm up"]
     assert sum(phases.values()) <= status["replicas"][0]["age_s"]
     assert "import" in cluster.run("events")
     too_long = cluster.run("generate", "--max-tokens", "5000", QUESTION, status=2)

@@ -340,6 +340,19 @@ def test_a_model_that_cannot_work_is_told_in_one_line(tmp_path: Path) -> None:
     assert "max_model_len" in done.stderr.splitlines()[-1]
 
 
+def test_other_weights_than_a_replica_serves_elsewhere_are_not_served(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    path = tmp_path / "worker.json"
+    expected = {"weights": {"model.safetensors": "ab" * 32}, "weights_of": "chat-1 on alpha"}
+    path.write_text(json.dumps(config(tmp_path, **expected)))
+    command = [sys.executable, "-m", "megatoken.worker", "--config", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
+    assert done.returncode == 2
+    assert "is not allowed; chat-1 on alpha has no such file, here it is SHA-256" in done.stderr.splitlines()[-1]
+
+
 def test_a_killed_worker_takes_its_engine_core_along(worker: Started) -> None:
     # Last in the module: it ends the engine that the tests above share.
     assert len(worker.left()) >= 2

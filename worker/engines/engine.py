@@ -8,7 +8,7 @@ token. It calls its sink on the event loop that started it. Two kinds of failure
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ class EngineFacts:
     max_running: int
     block_size: int
     kv_cache_tokens: int
+    weights: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of its source's files; empty: no directory
     loras: tuple[str, ...] = ()
     transfers: tuple[str, ...] = ()  # parameters in extra_args that its connectors take: "kv_transfer_params"
 

@@ -18,8 +18,10 @@ from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
+from megatoken.process import start_phase
 from megatoken.process.devices import visible_devices
 from megatoken.process.host import host_of
+from megatoken.worker.engines import weights
 from megatoken.worker.engines.ranks.executor import MortalExecutor, mark_rank
 from megatoken.worker.engines.ranks.variables import DEVICES_VARIABLE, REPLICA_VARIABLE, SOCKETS_VARIABLE
 
@@ -76,7 +78,7 @@ class PlacedRayExecutor(MortalExecutor, RayExecutorV2):  # type: ignore[misc]
     def _build_runtime_env(self) -> dict[str, Any]:
         environment: dict[str, Any] = super()._build_runtime_env()
         variables = environment.setdefault("env_vars", {})
-        handed_on = (REPLICA_VARIABLE, DEVICES_VARIABLE, SOCKETS_VARIABLE)
+        handed_on = (REPLICA_VARIABLE, DEVICES_VARIABLE, SOCKETS_VARIABLE, weights.VARIABLE, start_phase.VARIABLE)
         variables |= {name: os.environ[name] for name in handed_on if name in os.environ}
         return environment
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+import json
 import logging
 import os
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from vllm.config import VllmConfig
@@ -34,13 +36,16 @@ from vllm.version import __version__ as vllm_version
 
 from megatoken.errors import EngineDeadError, RequestError
 from megatoken.log import log_event
+from megatoken.process.start_phase import begin_phase
 from megatoken.worker.config import WorkerConfig
+from megatoken.worker.engines import weights
 from megatoken.worker.engines.engine import EngineFacts, EngineLoad, EngineRequest, StepSink
 from megatoken.worker.engines.ranks import placement as rank_placement
 from megatoken.worker.engines.requests import TRANSFERS
 from megatoken.worker.engines.vllm.arguments import engine_arguments, lora_modules
 from megatoken.worker.engines.vllm.metrics import VllmMetrics
 from megatoken.worker.engines.vllm.plugins import tie_forks
+from megatoken.worker.engines.vllm.rank_start import watch_ranks
 from megatoken.worker.engines.vllm.request import (
     REFUSALS,
     as_request_error,
@@ -49,8 +54,8 @@ from megatoken.worker.engines.vllm.request import (
     vllm_sampling,
 )
 from megatoken.worker.engines.vllm.resume import carry_over, install
-from megatoken.worker.engines.vllm.start_phases import tell_phases
 from megatoken.worker.engines.vllm.step import INVALID_ARGUMENT, UNAVAILABLE, StepReader
+from megatoken.worker.models import notes_directory, resolve_source
 
 SUPPORTED_TASKS = ("generate",)
 LOSS_S = 3.0  # for the engine core to say which rank it lost
@@ -76,6 +81,8 @@ class VllmEngine:
     def boot(self) -> None:
         """Starts the engine core and its ranks, and waits until they serve. Blocks."""
         began_s = time.monotonic()
+        self._weights = self._checked_weights()
+        begin_phase("engine")
         try:
             vllm_config, executor = self._configure()
         except (*REFUSALS, OSError, RuntimeError, NotImplementedError) as error:
@@ -83,7 +90,7 @@ class VllmEngine:
         self._loras = lora_modules(self._config)
         tie_forks()
         install()  # a forked engine core has both from here; a spawned one from its plugin
-        tell_phases()
+        watch_ranks()
         if self._config.device_kind == "cpu":
             # vLLM's CPU platform asks for spawn because an OpenMP runtime may run already. Here none does.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
@@ -94,6 +101,19 @@ class VllmEngine:
         self._processor = InputProcessor(vllm_config)
         self._vllm_config = vllm_config
         log_event(_log, "engine.started", engine="vllm", seconds=round(time.monotonic() - began_s, 1))
+
+    def _checked_weights(self) -> dict[str, str]:
+        """The files of a source that is a directory, by hash; ranks on other nodes must have the same."""
+        config, source = self._config, resolve_source(self._config.source)
+        if not Path(source).is_dir():  # a Hugging Face id names its content by its revision
+            return {}
+        begin_phase("verify")
+        found = weights.manifest_of(Path(source), notes_directory())
+        weights.check_sums(Path(source), found)
+        weights.check_same(source, found, config.weights, config.weights_of)
+        whose = f"{config.replica} on {config.node}"
+        os.environ[weights.VARIABLE] = json.dumps({"files": found, "whose": whose})
+        return found
 
     def _configure(self) -> tuple[VllmConfig, type[Executor]]:
         arguments = AsyncEngineArgs(**engine_arguments(self._config))
@@ -118,6 +138,7 @@ class VllmEngine:
             vocab_size=model.get_vocab_size(),
             max_running=config.scheduler_config.max_num_seqs,
             block_size=cache.block_size,
+            weights=self._weights,
             kv_cache_tokens=int(cache.kv_cache_size_tokens or (cache.num_gpu_blocks or 0) * cache.block_size),
             loras=tuple(self._loras),
             transfers=tuple(name for name, enabling in TRANSFERS.items() if self._config.engine_args.get(enabling)),

@@ -24,11 +24,11 @@ def tie_to_parent() -> None:
     if owner is None or owner == str(os.getpid()) or under_raylet:
         return
     die_with_parent()
+    from megatoken.worker.engines.vllm.rank_start import watch_ranks
     from megatoken.worker.engines.vllm.resume import install
-    from megatoken.worker.engines.vllm.start_phases import tell_phases
 
     install()
-    tell_phases()
+    watch_ranks()
 
 
 def tie_forks() -> None:

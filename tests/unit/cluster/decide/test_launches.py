@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from megatoken.access.credentials import Credentials, new_secrets
 from megatoken.access.table import Identity
 from megatoken.cluster.decide.backend import ProcessLaunch
-from megatoken.cluster.decide.fleet import Replica
+from megatoken.cluster.decide.fleet import Replica, WorkerFacts
 from megatoken.cluster.decide.launches import LaunchContext, agent_launch, edge_launch, router_launch, worker_launch
+from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
 from megatoken.cluster.placement.place import Placement, Rank
 from megatoken.cluster.spec.cluster import ClusterSpec
@@ -113,6 +114,24 @@ def test_ray_places_the_ranks_of_a_replica_across_nodes_and_of_no_other() -> Non
     spread, _ = worker(spec(parallel={"pipeline": 2}), *ranks)
     assert (spread.placement_group_id, spread.ray_address) == ("ab" * 14, "10.0.0.1:6379")
     assert spread.rank_devices == (3, 1)
+
+
+def test_a_replica_must_have_the_weights_that_another_of_its_spec_serves() -> None:
+    wanted, files = spec(), {"model.safetensors": "ab" * 32}
+    facts = WorkerFacts("10.0.0.1:1", 1, "vllm", weights=tuple(files.items()))
+    place = Placement("m-1", "m", (Rank(0, HEAD.id, 0, "cpu"),))
+    starting = Replica("m-2", "m", "r", 1, place, 0.0, ReplicaState.STARTING)
+
+    def given(**fields: Any) -> WorkerConfig:
+        other = replace(Replica("m-1", "m", "r", 1, place, 0.0, ReplicaState.READY, facts=facts), **fields)
+        launch = worker_launch(starting, wanted.models[0], wanted, NODES, context(), "", 1, (starting, other))
+        return as_read(launch, WorkerConfig)
+
+    assert (given().weights, given().weights_of) == (files, "m-1 on alpha")
+    assert given(state=ReplicaState.DRAINING).weights == files
+    assert given(state=ReplicaState.FAILED).weights == {}
+    assert given(revision="another").weights == {}
+    assert given(facts=replace(facts, weights=())).weights == {}
 
 
 def test_ranks_that_share_a_nodes_cores_take_a_share_each() -> None:

@@ -1,0 +1,102 @@
+"""Which model a directory holds, by content: no two nodes may serve different weights under one name.
+
+A manifest is the SHA-256 of each file that an engine reads, by file name. Where the directory has a SHA256SUMS, as
+`sha256sum` writes it, its files must be those. Each file is hashed once a node: notes keep the result by size and
+time of the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from megatoken.errors import RequestError
+
+SUMS: Final = "SHA256SUMS"
+SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".model")
+VARIABLE: Final = "MEGATOKEN_WEIGHTS"  # to ranks on other nodes: JSON {"files": manifest, "whose": text}
+SHOWN: Final = 12  # hex digits of a hash in a message
+THREADS: Final = 8
+
+Manifest = Mapping[str, str]
+"""SHA-256 in hex by file name."""
+
+
+def manifest_of(directory: Path, notes: Path, report: Callable[[str], None] = lambda _name: None) -> dict[str, str]:
+    """Hashes what is new since the notes were written; `report` is told each file that is. Raises OSError."""
+    known = _read_notes(notes / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json")
+    files = sorted(path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    marks = {path.name: _mark(path) for path in files}
+    stale = [path for path in files if known.get(path.name, ("",))[0] != marks[path.name]]
+    found = {name: digest for name, (mark, digest) in known.items() if marks.get(name) == mark}
+    if stale:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for path, digest in zip(stale, pool.map(sha256_of, stale), strict=True):
+                report(path.name)
+                found[path.name] = digest
+        with contextlib.suppress(OSError):  # then they are hashed again next time
+            _write_notes(notes, directory, {name: (marks[name], digest) for name, digest in found.items()})
+    return dict(sorted(found.items()))
+
+
+def sha256_of(path: Path) -> str:
+    """Of one file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sums(directory: Path, found: Manifest) -> None:
+    """Raises RequestError for a file that is not as the directory's own SHA256SUMS has it."""
+    try:
+        lines = (directory / SUMS).read_text().splitlines()
+    except FileNotFoundError:
+        return
+    pairs = [(digest.lower(), name.lstrip("*")) for digest, _, name in (line.partition(" ") for line in lines)]
+    sums = {name.strip(): digest for digest, name in pairs if name.strip().endswith(SUFFIXES)}
+    wrong = difference({name: found.get(name, "") for name in sums}, sums)
+    if wrong is not None:
+        raise RequestError("weights", str(directory / wrong), _rule(wrong, found, sums, f"the directory's {SUMS}"))
+
+
+def check_same(directory: str, found: Manifest, expected: Manifest, whose: str) -> None:
+    """Raises RequestError for the first file that differs from what `whose` (a phrase) has."""
+    wrong = difference(found, expected) if expected else None
+    if wrong is not None:
+        raise RequestError("weights", f"{directory}/{wrong}", _rule(wrong, found, expected, whose))
+
+
+def difference(found: Manifest, expected: Manifest) -> str | None:
+    """The first file, by name, that is not in both or has another content."""
+    return next((name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)), None)
+
+
+def _rule(name: str, found: Manifest, expected: Manifest, whose: str) -> str:
+    here = f"SHA-256 {found[name][:SHOWN]}" if found.get(name) else "missing"
+    there = f"SHA-256 {expected[name][:SHOWN]}" if name in expected else "no such file"
+    return f"{whose} has {there}, here it is {here} on {os.uname().nodename}"
+
+
+def _mark(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+
+
+def _read_notes(path: Path) -> dict[str, tuple[str, str]]:
+    try:
+        return {name: (mark, digest) for name, (mark, digest) in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # none, or damaged: everything is hashed again
+        return {}
+
+
+def _write_notes(notes: Path, directory: Path, known: Mapping[str, tuple[str, str]]) -> None:
+    notes.mkdir(parents=True, exist_ok=True)
+    path = notes / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json"
+    staged = path.with_name(f"{path.name}.{os.getpid()}")
+    staged.write_text(json.dumps(known))
+    staged.rename(path)
