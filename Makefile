@@ -76,7 +76,7 @@ test-multinode: setup
 
 ## fleet: one fleet with everything on, over three hosts on this machine, while its parts die; needs root.
 fleet: setup
-	$(PYTEST) tests/netns/test_fleet.py
+	$(PYTEST) tests/netns/test_whole_fleet.py
 
 ## chaos: campaigns of faults in full, about 15 minutes; `make test` runs a short form of each.
 chaos: setup

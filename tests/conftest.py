@@ -17,7 +17,7 @@ import pytest
 ENGINES: Final = re.compile(
     r"tests/integration/test_(cluster|edge_(direct|fleet|openai|process))|_vllm|netns/test_multinode_engine"
 )
-ALONE: Final = "tests/netns/test_fleet.py"
+ALONE: Final = "tests/netns/test_whole_fleet.py"
 FIRST: Final = ("engines", "tests/netns", "tests/integration", "tests/chaos", "tests/simulation", "tests/fuzz")
 
 

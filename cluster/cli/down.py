@@ -13,6 +13,7 @@ from megatoken.cluster.client.progress import Progress, wait_until_down
 from megatoken.cluster.client.records import ClusterRecord, alive, forget
 from megatoken.cluster.runtime_dirs import state_directory
 from megatoken.cluster.start.kept import kept_spec
+from megatoken.cluster.start.over_kubernetes import down_over_kubernetes
 from megatoken.cluster.start.over_slurm import down_over_slurm
 from megatoken.cluster.start.over_ssh import down_over_ssh
 
@@ -28,7 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     record = chosen(arguments)
     launched = kept_spec(record.cluster)
     if launched is not None:
-        if record.slurm_job:
+        if record.kubernetes:
+            down_over_kubernetes(launched)
+        elif record.slurm_job:
             down_over_slurm(launched, record, drain_s=arguments.drain)
         else:
             down_over_ssh(launched)

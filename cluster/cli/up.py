@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 
 from megatoken.cluster.cli.common import read_text
 from megatoken.cluster.cli.down import take_down
@@ -17,6 +18,7 @@ from megatoken.cluster.spec.cluster import ClusterSpec, default_spec
 from megatoken.cluster.spec.load import SpecError, load_spec
 from megatoken.cluster.start.bring_up import Up, bring_up
 from megatoken.cluster.start.nodes import wait_for_nodes
+from megatoken.cluster.start.over_kubernetes import up_over_kubernetes, wants_kubernetes
 from megatoken.cluster.start.over_slurm import up_over_slurm, wants_slurm
 from megatoken.cluster.start.over_ssh import up_over_ssh, wants_ssh
 from megatoken.cluster.view.text import status_text
@@ -40,9 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: _interrupt())
     spec, doctor = asked_spec(arguments.file), not arguments.no_doctor
     check(spec)
-    if wants_ssh(spec) or wants_slurm(spec):
-        over = up_over_ssh if wants_ssh(spec) else up_over_slurm
-        return over(spec, wait=not arguments.no_wait, timeout_s=arguments.timeout, doctor=doctor)
+    if asked := ways(spec):
+        return asked[0](spec, wait=not arguments.no_wait, timeout_s=arguments.timeout, doctor=doctor)
     progress = Progress()
     if arguments.nodes:
         wait_for_nodes(spec.ray.address, arguments.nodes, arguments.timeout, progress)
@@ -69,6 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
 
 
+def ways(spec: ClusterSpec) -> list[Callable[..., int]]:
+    """How the spec asks to be launched on other machines; none: on this one, or on a Ray that runs."""
+    asked = {up_over_ssh: wants_ssh, up_over_slurm: wants_slurm, up_over_kubernetes: wants_kubernetes}
+    return [over for over, wanted in asked.items() if wanted(spec)]
+
+
 def asked_spec(path: str | None) -> ClusterSpec:
     """The spec of the command line; RAY_ADDRESS without a spec means the default on that cluster."""
     if path is not None:
@@ -82,10 +89,9 @@ def asked_spec(path: str | None) -> ClusterSpec:
 def check(spec: ClusterSpec) -> None:
     """Raises SpecError for what this machine shows to be wrong, before anything is started."""
     problems = model_problems(spec) + device_problems(spec)
-    elsewhere = wants_ssh(spec) or wants_slurm(spec)
-    if wants_ssh(spec) and wants_slurm(spec):
-        problems.append("launch: ssh and slurm together are not allowed; `megatoken up` takes one of them")
-    if spec.ray.address == "local" and not elsewhere:
+    if len(ways(spec)) > 1:
+        problems.append("launch: several of ssh, slurm and kuberay are not allowed; `megatoken up` takes one of them")
+    if spec.ray.address == "local" and not ways(spec):
         problems += port_problems(spec)
     if problems:
         raise SpecError(problems)

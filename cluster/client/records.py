@@ -23,6 +23,7 @@ class ClusterRecord(BaseModel):
     ray_address: str = ""
     guard_pid: int = Field(0, description="local clusters: the process whose end is the cluster's end")
     slurm_job: int = Field(0, description="the Slurm job that the cluster is; 0: it is none")
+    kubernetes: str = Field("", description="the Kubernetes namespace of its RayCluster; empty: it is none")
     runtime_dir: str = ""
     tls: ClientTls | None = None
     token_file: str = Field("", description="file of mode 600 with the operator's token; empty: none is known")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from megatoken.cluster.launchers.artefact import Artefact
 from megatoken.cluster.launchers.compose import compose_artefacts
-from megatoken.cluster.launchers.kuberay import kuberay_artefacts
+from megatoken.cluster.launchers.kuberay.manifest import kuberay_artefacts
 from megatoken.cluster.launchers.slurm.job import slurm_artefacts
 from megatoken.cluster.launchers.spec import LaunchSpec
 from megatoken.cluster.launchers.ssh.script import ssh_artefacts

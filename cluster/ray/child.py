@@ -23,7 +23,7 @@ from typing import IO, Any
 from megatoken.access.files import write_private
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.runtime_dirs import make_private
-from megatoken.process.start_phase import FIELD, FIRST
+from megatoken.process.start_phase import ASKED, FIELD, FIRST
 
 LOG_BYTES = 8 << 20  # a log file is renamed to .1 at this size, so a process keeps at most twice as much
 TAIL_LINES = 200
@@ -150,7 +150,7 @@ class Child:
         config = directory / "configs" / f"{self._launch.name}.json"
         write_private(config, json.dumps(values, indent=1))
         env = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-        env |= {"PYTHONUNBUFFERED": "1", **self._launch.env}
+        env |= {"PYTHONUNBUFFERED": "1", **ASKED, **self._launch.env}
         self._begin_phase(FIRST)
         ready_read, ready_write = os.pipe()
         try:

@@ -1,4 +1,4 @@
-"""The fleet of test_fleet.py: its spec, its certificates and keys, `megatoken` over ssh, and clients of its edges."""
+"""The fleet of test_whole_fleet.py: its spec, certificates and keys, `megatoken` over ssh, and clients of its edges."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a fleet on separate hosts does when a part is lost while clients stream: no request lost, nothing left.
 
-The engines are simulated: what is shown here is the control plane, the router, and Ray. What test_fleet.py shows with
+The engines are simulated: what is shown here is the control plane, the router, and Ray. What the whole fleet shows with
 real engines is not repeated.
 """
 

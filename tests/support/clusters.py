@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from tests.support.processes import MARKER, REPOSITORY, LeftBehind, command_line, marked
+from tests.support.processes import REPOSITORY, LeftBehind, command_line, marked, marked_environment
 
 UP_TIMEOUT_S = 600.0  # a bound, not an expectation: engines import for minutes on a loaded machine
 
@@ -38,12 +38,12 @@ class RunningCluster:
         self.mark = uuid.uuid4().hex
         self.spec_file = directory / "spec.yaml"
         self.spec_file.write_text(yaml.safe_dump(self.spec))
-        self.env = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        directories = {
             "MEGATOKEN_STATE_DIR": str(directory / "state"),
             "MEGATOKEN_RUNTIME_DIR": str(directory / "run"),
-            MARKER: self.mark,
         }
+        self.env = marked_environment({**base, **directories}, self.mark)
 
     # -- commands --
 

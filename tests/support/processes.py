@@ -128,7 +128,7 @@ class Processes:
         name = config_file.stem
         log = self.directory / f"{name}.log"
         mark = uuid.uuid4().hex
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {}), MARKER: mark}
+        environment = marked_environment({**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}, mark)
         reader, writer = os.pipe()
         command = [
             *prefix,
@@ -219,6 +219,16 @@ def read_ready(reader: int, started: Started, timeout_s: float) -> dict[str, Any
         received += part
     facts: dict[str, Any] = json.loads(received)
     return facts
+
+
+def marked_environment(base: Mapping[str, str], mark: str) -> dict[str, str]:
+    """With the marker where it stays readable.
+
+    An engine core writes its title over its environment (setproctitle), up to the first variable that its worker has
+    set anew, which goes before the marker.
+    """
+    renewed = {"VLLM_NO_USAGE_STATS": "0"}
+    return {**{name: value for name, value in base.items() if name not in renewed}, **renewed, MARKER: mark}
 
 
 def marked(mark: str) -> list[int]:

@@ -20,7 +20,9 @@ class Terminal:
 
     def __init__(self, command: str, width: int = 80, height: int = 24, env: Mapping[str, str] | None = None) -> None:
         self._socket = f"megatoken-test-{uuid.uuid4().hex[:8]}"
-        self._env = {**(env or os.environ), "LC_ALL": "C.UTF-8", "TERM": "xterm-256color"}
+        # A test runner's idea of its own terminal (COLUMNS, LINES) is not this one's.
+        given = {name: value for name, value in (env or os.environ).items() if name not in ("COLUMNS", "LINES")}
+        self._env = {**given, "LC_ALL": "C.UTF-8", "TERM": "xterm-256color"}
         size = ("-x", str(width), "-y", str(height))
         self.tmux("-f", "/dev/null", "new-session", "-d", *size, command)
 

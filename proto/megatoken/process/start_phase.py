@@ -1,7 +1,7 @@
 """What a process that starts does now, told by itself or by any process that it started on its node.
 
-The way is the pipe of the ready line: a JSON line {"start_phase": NAME} for each phase, before the ready line. Whoever
-started the process measures how long each takes, by one clock.
+The way is the pipe of the ready line: a JSON line {"start_phase": NAME} for each phase, before the ready line, where
+whoever started the process asks for it (ASKED). It measures how long each takes, by one clock.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import stat
 from typing import Final
 
 VARIABLE: Final = "MEGATOKEN_START_PHASE"  # PID namespace, pid and descriptor of the ready pipe
+ASKED: Final = {VARIABLE: "asked"}  # in the environment of the process
 FIELD: Final = "start_phase"
 FIRST: Final = "start"  # from the fork to the program's first line
 
 
 def share_phases(ready_fd: int | None) -> None:
-    """Lets this process and those that it starts tell their phases."""
-    if ready_fd is not None:
+    """Lets this process and those that it starts tell their phases, if that was asked for."""
+    if ready_fd is not None and os.environ.get(VARIABLE) == ASKED[VARIABLE]:
         os.environ[VARIABLE] = f"{_namespace()}:{os.getpid()}:{ready_fd}"
 
 

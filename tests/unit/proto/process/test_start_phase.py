@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatoken.process import start_phase
-from megatoken.process.start_phase import VARIABLE, begin_phase, share_phases
+from megatoken.process.start_phase import ASKED, VARIABLE, begin_phase, share_phases
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "")
+def _it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, ASKED[VARIABLE])
 
 
 def test_each_phase_is_a_line_and_a_closed_pipe_takes_none() -> None:
@@ -48,8 +48,20 @@ def test_what_is_no_pipe_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "kept"
 
 
-def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    share_phases(None)
+@pytest.mark.parametrize("asked", [None, ""])
+def test_who_did_not_ask_gets_the_ready_line_alone(monkeypatch: pytest.MonkeyPatch, asked: str | None) -> None:
+    if asked is None:
+        monkeypatch.delenv(VARIABLE)
+    else:
+        monkeypatch.setenv(VARIABLE, asked)
+    reading, writing = os.pipe()
+    share_phases(writing)
     begin_phase("import")
-    monkeypatch.delenv(VARIABLE)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert pipe.read() == ""
+
+
+def test_without_a_ready_pipe_nothing_is_told() -> None:
+    share_phases(None)
     begin_phase("import")

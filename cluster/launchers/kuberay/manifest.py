@@ -45,15 +45,22 @@ def kuberay_artefacts(spec: ClusterSpec, launch: LaunchSpec) -> list[Artefact]:
     kube = launch.kuberay
     if kube is None:
         raise ValueError("launch.kuberay is missing: it describes the pods")
-    documents = [_config_map(spec, kube), ray_cluster(spec, launch, kube), _service(spec, kube)]
-    manifest = "---\n".join(_yaml(document) for document in documents)
+    manifest = "---\n".join(_yaml(document) for document in documents(spec, launch, kube))
+    named = {"namespace": kube.namespace, "name": object_name(spec)}
     return [
-        Artefact("raycluster.yaml", MANIFEST_HEADER.format(namespace=kube.namespace, name=_name(spec)) + manifest),
-        Artefact(
-            "values.yaml",
-            VALUES_HEADER.format(namespace=kube.namespace, name=_name(spec)) + _yaml(helm_values(spec, launch, kube)),
-        ),
+        Artefact("raycluster.yaml", MANIFEST_HEADER.format(**named) + manifest),
+        Artefact("values.yaml", VALUES_HEADER.format(**named) + _yaml(helm_values(spec, launch, kube))),
     ]
+
+
+def documents(spec: ClusterSpec, launch: LaunchSpec, kube: KubeRayLaunch) -> list[dict[str, Any]]:
+    """What is applied, in this order: the spec, the RayCluster, the service."""
+    return [_config_map(spec, kube), ray_cluster(spec, launch, kube), _service(spec, kube)]
+
+
+def object_name(spec: ClusterSpec) -> str:
+    """Of the RayCluster and of the service."""
+    return f"megatoken-{spec.cluster}"
 
 
 def ray_cluster(spec: ClusterSpec, launch: LaunchSpec, kube: KubeRayLaunch) -> dict[str, Any]:
@@ -62,7 +69,7 @@ def ray_cluster(spec: ClusterSpec, launch: LaunchSpec, kube: KubeRayLaunch) -> d
         "apiVersion": "ray.io/v1",
         "kind": "RayCluster",
         "metadata": {
-            "name": _name(spec),
+            "name": object_name(spec),
             "namespace": kube.namespace,
             "labels": _labels(spec),
             "annotations": {"ray.io/overwrite-container-cmd": "true"},
@@ -94,7 +101,7 @@ def helm_values(spec: ClusterSpec, launch: LaunchSpec, kube: KubeRayLaunch) -> d
     first, *others = kube.workers
     repository, _, tag = kube.image.rpartition(":")
     return {
-        "fullnameOverride": _name(spec),
+        "fullnameOverride": object_name(spec),
         "annotations": {"ray.io/overwrite-container-cmd": "true"},
         "image": {"repository": repository or kube.image, "tag": tag, "pullPolicy": kube.image_pull_policy},
         "imagePullSecrets": [{"name": name} for name in kube.image_pull_secrets],
@@ -219,7 +226,7 @@ def _environment(spec: ClusterSpec, group: PodGroup) -> list[dict[str, Any]]:
 
 
 def _token_env(spec: ClusterSpec) -> list[dict[str, Any]]:
-    secret = {"name": f"{_name(spec)}-token", "key": "auth_token"}
+    secret = {"name": f"{object_name(spec)}-token", "key": "auth_token"}
     return [
         {"name": "RAY_AUTH_MODE", "value": "token"},
         {"name": "RAY_AUTH_TOKEN", "valueFrom": {"secretKeyRef": secret}},
@@ -231,7 +238,7 @@ def _volumes(spec: ClusterSpec, kube: KubeRayLaunch, group: PodGroup, *, head: b
     if kube.models_claim:
         volumes.append({"name": "models", "persistentVolumeClaim": {"claimName": kube.models_claim, "readOnly": True}})
     if head:
-        volumes.append({"name": "spec", "configMap": {"name": f"{_name(spec)}-spec"}})
+        volumes.append({"name": "spec", "configMap": {"name": f"{object_name(spec)}-spec"}})
     return volumes
 
 
@@ -245,7 +252,7 @@ def _mounts(kube: KubeRayLaunch, *, head: bool) -> list[dict[str, Any]]:
 
 
 def _config_map(spec: ClusterSpec, kube: KubeRayLaunch) -> dict[str, Any]:
-    metadata = {"name": f"{_name(spec)}-spec", "namespace": kube.namespace, "labels": {**_labels(spec), **BESIDE}}
+    metadata = {"name": f"{object_name(spec)}-spec", "namespace": kube.namespace, "labels": {**_labels(spec), **BESIDE}}
     data = {SPEC_FILE: dump_spec(spec_on(spec, "auto"))}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
 
@@ -256,17 +263,13 @@ def _service(spec: ClusterSpec, kube: KubeRayLaunch) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"name": _name(spec), "namespace": kube.namespace, "labels": {**_labels(spec), **BESIDE}},
+        "metadata": {"name": object_name(spec), "namespace": kube.namespace, "labels": {**_labels(spec), **BESIDE}},
         "spec": {
             "type": kube.service_type,
-            "selector": {"ray.io/cluster": _name(spec), "ray.io/node-type": "head"},
+            "selector": {"ray.io/cluster": object_name(spec), "ray.io/node-type": "head"},
             "ports": [{"name": name, "port": port, "targetPort": port} for name, port in ports if port],
         },
     }
-
-
-def _name(spec: ClusterSpec) -> str:
-    return f"megatoken-{spec.cluster}"
 
 
 def _labels(spec: ClusterSpec) -> dict[str, str]:

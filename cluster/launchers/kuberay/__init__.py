@@ -1,0 +1,1 @@
+"""Kubernetes: the RayCluster that a spec makes, and the API server that takes it."""
