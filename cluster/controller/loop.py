@@ -26,6 +26,7 @@ from megatoken.cluster.controller.links import Links
 from megatoken.cluster.controller.polls import Polls, Readable
 from megatoken.cluster.controller.processes import STOP_GRACE_S, Processes
 from megatoken.cluster.controller.publisher import Members, Publisher
+from megatoken.cluster.controller.rates import BestRates
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.controller.status import (
     model_statuses,
@@ -104,6 +105,7 @@ class Controller:
         self.backend_state = BackendState(complete=False)
         self.inventory = Inventory()
         self.devices = Devices(self.desired_state)
+        self._rates = BestRates(store)
         self.events = EventLog(self.desired_state.spec.control.events_kept, time.time)
         self.publisher = Publisher(store, self.tell)
         self.credentials = CredentialsFile(secrets.own_path)
@@ -212,6 +214,7 @@ class Controller:
         for place in self.devices.to_check(self.inventory, self.fleet):
             await self._in_thread(functools.partial(backend.check_device, place))
         self.desired_state.settle_updates(self.fleet)
+        self._rates.look(self.fleet, self.links.readings(), self.links.sample, now, time.time())
         processes_left = await self._supervise(backend, now)
         self._publish_snapshot()
         await self.events.publish()
@@ -397,6 +400,7 @@ class Controller:
             replicas=replicas,
             processes=process_statuses(self.processes.records, self.backend_state.processes, self.inventory),
             throughput=self.links.sample,
+            efficiency=self._rates.messages(),
         )
 
     def _liveness_limits(self) -> LivenessLimits:

@@ -7,6 +7,7 @@ from megatoken.cluster.view.human import duration, number, table
 from megatoken.v1 import control_pb2, throughput_pb2
 
 ENDED_SHOWN = 5
+LEAST_SHARE = 0.005  # of what is lost: less reads as nothing
 
 
 def status_text(status: control_pb2.ClusterStatus) -> str:
@@ -64,6 +65,7 @@ def _nodes(status: control_pb2.ClusterStatus) -> str:
 
 
 def _models(status: control_pb2.ClusterStatus) -> str:
+    efficiencies = {entry.model: entry for entry in status.efficiency}
     rows = [
         [
             model.model,
@@ -71,13 +73,24 @@ def _models(status: control_pb2.ClusterStatus) -> str:
             str(model.running),
             str(model.waiting),
             number(model.generated_tokens_per_s),
+            *_efficiency(efficiencies.get(model.model)),
             model.rollout,
         ]
         for model in status.models
     ]
-    lines = table(["MODEL", "READY", "RUNNING", "QUEUED", "TOKENS/S", "UPDATE"], rows)
+    lines = table(["MODEL", "READY", "RUNNING", "QUEUED", "TOKENS/S", "OF BEST", "LOST TO", "UPDATE"], rows)
     lines += [f"  {model.model} is blocked: {model.blocked}" for model in status.models if model.blocked]
     return "\n".join(lines)
+
+
+def _efficiency(entry: control_pb2.ModelEfficiency | None) -> tuple[str, str]:
+    """Share of the capacity, and the causes of the rest with theirs, the largest first."""
+    if entry is None or not entry.capacity_tokens_per_s:
+        return "-", "-"
+    lost = sorted(entry.lost, key=lambda loss: -loss.tokens_per_s)
+    shares = [(loss.cause, loss.tokens_per_s / entry.capacity_tokens_per_s) for loss in lost]
+    causes = ", ".join(f"{cause} {share:.0%}" for cause, share in shares if share >= LEAST_SHARE)
+    return f"{entry.tokens_per_s / entry.capacity_tokens_per_s:.0%}", causes or "-"
 
 
 def _replicas(status: control_pb2.ClusterStatus) -> str:

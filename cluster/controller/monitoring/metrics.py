@@ -155,7 +155,13 @@ def _models(status: ClusterStatus) -> list[Metric]:
         running.add_metric(who, model.running)
         waiting.add_metric(who, model.waiting)
         rate.add_metric(who, model.generated_tokens_per_s)
-    return [wanted, ready, blocked, rollout, running, waiting, rate]
+    capacity = _gauge("model_capacity_tokens_per_second", "Its READY replicas at the best of their kind.", ["model"])
+    lost = _gauge("model_lost_tokens_per_second", "Capacity less rate over 10 s, by cause.", ["model", "cause"])
+    for efficiency in status.efficiency:
+        capacity.add_metric([efficiency.model], efficiency.capacity_tokens_per_s)
+        for entry in efficiency.lost:
+            lost.add_metric([efficiency.model, entry.cause], entry.tokens_per_s)
+    return [wanted, ready, blocked, rollout, running, waiting, rate, capacity, lost]
 
 
 def _replicas(status: ClusterStatus) -> list[Metric]:

@@ -111,7 +111,7 @@ def header(inputs: Inputs, width: int) -> Header:
     prefill = _window(row, 1, "prompt_tokens_per_s")
     cached = _window(row, 1, "cached_tokens_per_s")
     lines = (
-        f"efficiency {percent(row.efficiency if row is not None and row.efficiency else None)}"
+        f"efficiency {percent(_cluster_efficiency(status, row))}"
         f"   10s {_rate_of(row, 10)}   1m {_rate_of(row, 60)}   5m {_rate_of(row, 300)}"
         f"   prefill {compact(prefill)}/s   cached {compact(cached)}/s",
         f"TTFT {_percentiles(inputs.routers, 'ttft_ms')}   ITL {_percentiles(inputs.routers, 'itl_ms')}",
@@ -126,6 +126,14 @@ def header(inputs: Inputs, width: int) -> Header:
         lines=lines,
         warning=warning_of(inputs),
     )
+
+
+def _cluster_efficiency(status: ClusterStatus, row: ThroughputRow | None) -> float | None:
+    """Against the stand-alone rates of the spec; without those, against the best that replicas have shown."""
+    if row is not None and row.efficiency:
+        return row.efficiency
+    capacity = sum(entry.capacity_tokens_per_s for entry in status.efficiency)
+    return sum(entry.tokens_per_s for entry in status.efficiency) / capacity if capacity else None
 
 
 def _title(status: ClusterStatus) -> str:

@@ -78,7 +78,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("cluster", "generation", "membership_epoch", "membership_version", "unix_s", "controller", "ray_address", "nodes", "models", "replicas", "processes", "throughput", "metrics_address")
+    __slots__ = ("cluster", "generation", "membership_epoch", "membership_version", "unix_s", "controller", "ray_address", "nodes", "models", "replicas", "processes", "throughput", "metrics_address", "efficiency")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     MEMBERSHIP_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +92,7 @@ class ClusterStatus(_message.Message):
     PROCESSES_FIELD_NUMBER: _ClassVar[int]
     THROUGHPUT_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    EFFICIENCY_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     generation: int
     membership_epoch: int
@@ -105,7 +106,48 @@ class ClusterStatus(_message.Message):
     processes: _containers.RepeatedCompositeFieldContainer[ProcessStatus]
     throughput: _throughput_pb2.ThroughputSample
     metrics_address: str
-    def __init__(self, cluster: _Optional[str] = ..., generation: _Optional[int] = ..., membership_epoch: _Optional[int] = ..., membership_version: _Optional[int] = ..., unix_s: _Optional[float] = ..., controller: _Optional[str] = ..., ray_address: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., processes: _Optional[_Iterable[_Union[ProcessStatus, _Mapping]]] = ..., throughput: _Optional[_Union[_throughput_pb2.ThroughputSample, _Mapping]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    efficiency: _containers.RepeatedCompositeFieldContainer[ModelEfficiency]
+    def __init__(self, cluster: _Optional[str] = ..., generation: _Optional[int] = ..., membership_epoch: _Optional[int] = ..., membership_version: _Optional[int] = ..., unix_s: _Optional[float] = ..., controller: _Optional[str] = ..., ray_address: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., processes: _Optional[_Iterable[_Union[ProcessStatus, _Mapping]]] = ..., throughput: _Optional[_Union[_throughput_pb2.ThroughputSample, _Mapping]] = ..., metrics_address: _Optional[str] = ..., efficiency: _Optional[_Iterable[_Union[ModelEfficiency, _Mapping]]] = ...) -> None: ...
+
+class ModelEfficiency(_message.Message):
+    __slots__ = ("model", "capacity_tokens_per_s", "tokens_per_s", "lost", "held_back_by", "best")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    HELD_BACK_BY_FIELD_NUMBER: _ClassVar[int]
+    BEST_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    capacity_tokens_per_s: float
+    tokens_per_s: float
+    lost: _containers.RepeatedCompositeFieldContainer[LostRate]
+    held_back_by: str
+    best: _containers.RepeatedCompositeFieldContainer[BestRate]
+    def __init__(self, model: _Optional[str] = ..., capacity_tokens_per_s: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., lost: _Optional[_Iterable[_Union[LostRate, _Mapping]]] = ..., held_back_by: _Optional[str] = ..., best: _Optional[_Iterable[_Union[BestRate, _Mapping]]] = ...) -> None: ...
+
+class LostRate(_message.Message):
+    __slots__ = ("cause", "tokens_per_s")
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    cause: str
+    tokens_per_s: float
+    def __init__(self, cause: _Optional[str] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
+
+class BestRate(_message.Message):
+    __slots__ = ("revision", "device_kind", "tokens_per_s", "running", "replica", "unix_s")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_KIND_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    revision: str
+    device_kind: str
+    tokens_per_s: float
+    running: int
+    replica: str
+    unix_s: float
+    def __init__(self, revision: _Optional[str] = ..., device_kind: _Optional[str] = ..., tokens_per_s: _Optional[float] = ..., running: _Optional[int] = ..., replica: _Optional[str] = ..., unix_s: _Optional[float] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
     __slots__ = ("node", "address", "site", "state", "device_kind", "devices", "devices_used", "devices_out", "labels")

@@ -13,6 +13,8 @@ from megatoken.cluster.controller.monitoring.service_discovery import serve_cont
 from megatoken.v1.control_pb2 import (
     ClusterStatus,
     Event,
+    LostRate,
+    ModelEfficiency,
     ModelStatus,
     NodeStatus,
     ProcessStatus,
@@ -40,6 +42,14 @@ def status() -> ClusterStatus:
                 blocked="needs 8 devices with memory",
                 blocked_kind="capacity",
                 running=5,
+            )
+        ],
+        efficiency=[
+            ModelEfficiency(
+                model="chat",
+                capacity_tokens_per_s=150.0,
+                tokens_per_s=120.0,
+                lost=[LostRate(cause="idle", tokens_per_s=30.0)],
             )
         ],
         replicas=[
@@ -87,6 +97,8 @@ def test_a_status_becomes_gauges(registry: CollectorRegistry) -> None:
         ("megatoken_cluster_replicas", ("model", "chat"), ("state", "STARTING")): 1,
         ("megatoken_cluster_replicas", ("model", "chat"), ("state", "DRAINING")): 0,
         ("megatoken_cluster_replica_kv_cache_usage_ratio", ("model", "chat"), ("replica", "chat-0")): 0.5,
+        ("megatoken_cluster_model_capacity_tokens_per_second", ("model", "chat")): 150.0,
+        ("megatoken_cluster_model_lost_tokens_per_second", ("model", "chat"), ("cause", "idle")): 30.0,
         (
             "megatoken_cluster_replica_start_seconds",
             ("model", "chat"),

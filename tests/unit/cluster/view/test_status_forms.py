@@ -60,6 +60,19 @@ def test_what_the_engine_made_and_nobody_was_sent_has_a_column() -> None:
     assert cells == {"m-1": "0", "m-0": "20 (12 dropped)", "m-2": "-"}
 
 
+def test_the_share_of_the_best_and_what_the_rest_is_lost_to() -> None:
+    found = status()
+    entry = found.efficiency.add(model="m", capacity_tokens_per_s=1000, tokens_per_s=700, held_back_by="idle")
+    for cause, lost in {"ramp": 4.0, "idle": 200.0, "queue": 96.0}.items():
+        entry.lost.add(cause=cause, tokens_per_s=lost)
+    found.models.add(model="new", wanted=1)
+    lines = status_text(found).splitlines()
+    (row,) = [line for line in lines if line.startswith("m ") and "blocked" not in line]
+    assert row.split()[5:] == ["70%", "idle", "20%,", "queue", "10%"]
+    (row,) = [line for line in lines if line.startswith("new ")]
+    assert row.split()[5:] == ["-", "-"]
+
+
 def test_what_up_waits_for() -> None:
     found = status()
     assert waiting_for(found) == []  # blocked, and nothing on its way: no longer waited for
