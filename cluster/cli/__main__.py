@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("logs", "show what a process wrote"),
     "events": ("events", "show what changed, and why"),
     "top": ("top", "a live full-screen view"),
+    "report": ("report", "one page on the last hours: tokens, efficiency, cost, failovers, starts; also as HTML"),
     "token": ("token", "print the operator's token, or make every token anew"),
     "down": ("down", "drain and stop a cluster"),
     "validate": ("offline.validate", "check a spec without touching anything"),

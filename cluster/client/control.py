@@ -90,6 +90,10 @@ class ControlClient:
         with self._named_errors():
             return self._stub.Cordon(request, timeout=CALL_TIMEOUT_S)
 
+    def history(self, seconds: float) -> control_pb2.History:
+        with self._named_errors():
+            return self._stub.GetHistory(control_pb2.GetHistoryRequest(seconds=seconds), timeout=CALL_TIMEOUT_S)
+
     def status(self) -> control_pb2.ClusterStatus:
         with self._named_errors():
             return self._stub.GetStatus(control_pb2.GetStatusRequest(), timeout=CALL_TIMEOUT_S)

@@ -62,7 +62,8 @@ class Links:
         self._channels: dict[str, Any] = {}
         self._loads: dict[str, tokens_pb2.Load] = {}
         self._meters: dict[str, _Meter] = {}
-        self._queued: dict[str, int] = {}
+        self.routers: dict[str, router_pb2.RouterStatus] = {}
+        """By name: what each last said."""
         self._probes: set[asyncio.Task[None]] = set()
         self._renewals: dict[str, asyncio.Task[None]] = {}
         """By replica: the renewal that is on its way."""
@@ -74,7 +75,7 @@ class Links:
 
     def readings(self) -> Readings:
         rates = {replica: meter.rate for replica, meter in self._meters.items()}
-        return Readings(dict(self._loads), rates, sum(self._queued.values()))
+        return Readings(dict(self._loads), rates, sum(router.queued for router in self.routers.values()))
 
     def renew(self, replicas: Iterable[Replica], limits: LivenessLimits) -> None:
         """Begins to renew every serving worker's lease and take its load; forgets those that are gone, probes the idle.
@@ -155,8 +156,8 @@ class Links:
 
     async def read_routers(self, addresses: Mapping[str, str]) -> None:
         """Asks routers (name -> address) for their queues."""
-        for gone in self._queued.keys() - addresses.keys():
-            self._queued.pop(gone)
+        for gone in self.routers.keys() - addresses.keys():
+            self.routers.pop(gone)
         for name, address in addresses.items():
             try:
                 stub = router_pb2_grpc.RouterStub(self._channel(address))
@@ -164,7 +165,7 @@ class Links:
             except grpc.aio.AioRpcError as error:
                 await self._give_up(address, error)
                 continue
-            self._queued[name] = status.queued
+            self.routers[name] = status
 
     async def read_throughput(self, addresses: Iterable[str]) -> None:
         """Takes the newest sample from the first agent that answers."""

@@ -23,10 +23,11 @@ from megatoken.cluster.controller.desired_state import DesiredState
 from megatoken.cluster.controller.devices import Devices
 from megatoken.cluster.controller.events import EventLog
 from megatoken.cluster.controller.links import Links
+from megatoken.cluster.controller.monitoring.history import History
+from megatoken.cluster.controller.monitoring.rates import BestRates
 from megatoken.cluster.controller.polls import Polls, Readable
 from megatoken.cluster.controller.processes import STOP_GRACE_S, Processes
 from megatoken.cluster.controller.publisher import Members, Publisher
-from megatoken.cluster.controller.rates import BestRates
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.controller.status import (
     model_statuses,
@@ -106,6 +107,7 @@ class Controller:
         self.inventory = Inventory()
         self.devices = Devices(self.desired_state)
         self._rates = BestRates(store)
+        self.history = History(store)
         self.events = EventLog(self.desired_state.spec.control.events_kept, time.time)
         self.publisher = Publisher(store, self.tell)
         self.credentials = CredentialsFile(secrets.own_path)
@@ -218,9 +220,17 @@ class Controller:
         processes_left = await self._supervise(backend, now)
         self._publish_snapshot()
         await self.events.publish()
+        self._note_history()
         held = any(seen.holds_something for seen in self.backend_state.replicas.values())
         live = any(replica.live for replica in self.fleet.replicas)
         return self.desired_state.stopping and self.backend_state.complete and not (held or live or processes_left)
+
+    def _note_history(self) -> None:
+        kinds = {replica.id: replica.placement.ranks[0].kind for replica in self.fleet.replicas}
+        try:
+            self.history.look(self.status(), kinds, self.links.routers.values())
+        except Exception:  # a disk that takes nothing loses minutes of the past, and nothing else
+            self._survived("history")
 
     async def _wait(self, backend: Backend) -> None:
         """Waits for a change that Ray reports, an order, or the time of the next tick, whichever comes first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -14,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from megatoken.access.gate import Gate
 from megatoken.access.table import Program
 from megatoken.cluster.controller.loop import Controller
+from megatoken.cluster.controller.monitoring.history import KEPT_S
 from megatoken.cluster.spec.load import MAX_SPEC_BYTES, load_spec
 from megatoken.errors import MegatokenError, RequestError, grpc_status
 from megatoken.tls import ServerTls, bind
@@ -113,6 +115,16 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
 
     async def GetStatus(self, request: control_pb2.GetStatusRequest, context: Context) -> control_pb2.ClusterStatus:
         return self._controller.status()
+
+    async def GetHistory(self, request: control_pb2.GetHistoryRequest, context: Context) -> control_pb2.History:
+        async def work() -> control_pb2.History:
+            if not 0 < request.seconds <= KEPT_S:
+                raise RequestError("seconds", request.seconds, f"more than 0, at most {KEPT_S:.0f}")
+            since_s = time.time() - request.seconds
+            events = [event async for event in self._controller.events.read(0, follow=False) if event.unix_s > since_s]
+            return control_pb2.History(points=self._controller.history.points(since_s), events=events)
+
+        return await answered(context, work)
 
     async def WatchEvents(
         self, request: control_pb2.WatchEventsRequest, context: Context

@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS replicas (id TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS previous (model TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS drained_nodes (node TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS drain_requests (replica TEXT PRIMARY KEY, timeout_s REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS history (unix_s REAL, model TEXT, point BLOB NOT NULL, PRIMARY KEY (unix_s, model));
 CREATE TABLE IF NOT EXISTS cordons (
     host TEXT, device INTEGER, reason TEXT NOT NULL, wanted_back INTEGER NOT NULL, PRIMARY KEY (host, device)
 );
@@ -142,6 +143,21 @@ class StateStore:
             self._connection.executemany("DELETE FROM drain_requests WHERE replica = ?", gone)
             self._put("serial", str(fleet.serial))
         self._saved = now
+
+    # -- history --
+
+    def add_history(self, points: Iterable[tuple[float, str, bytes]], kept_s: float) -> None:
+        """Adds points (unix time, model, bytes), and drops those older than `kept_s` before them."""
+        rows = list(points)
+        with self._connection:
+            self._connection.executemany("REPLACE INTO history VALUES (?, ?, ?)", rows)
+            oldest_s = max((unix_s for unix_s, _, _ in rows), default=0.0) - kept_s
+            self._connection.execute("DELETE FROM history WHERE unix_s < ?", (oldest_s,))
+
+    def history(self, since_s: float) -> list[bytes]:
+        """The points after a time, oldest first."""
+        query = "SELECT point FROM history WHERE unix_s > ? ORDER BY unix_s, model"
+        return [point for (point,) in self._connection.execute(query, (since_s,)).fetchall()]
 
     # -- small values --
 

@@ -150,7 +150,7 @@ def _moved(
         after = replace(after, serves_until_s=given.seen(replica).lease_until_s)
     why = reason or start_text(after) if event is ReplicaEvent.SERVING else reason
     message = f"{replica.state} -> {state}" + (f": {why}" if why else "")
-    fields = {"model": replica.model, "from": replica.state.value, "to": state.value}
+    fields = {"model": replica.model, "from": replica.state.value, "to": state.value, "why": why}
     return _Move(after, ClusterEvent("replica.state", replica.id, message, cause, fields))
 
 

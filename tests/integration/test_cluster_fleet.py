@@ -246,6 +246,16 @@ async def test_a_cordoned_device_is_left_and_used_again_once_it_is_well(cluster:
     assert "'local' is not allowed; e.g. gpu-03:5" in cluster.run("cordon", "local", status=2)
 
 
+def test_the_report_tells_of_the_last_hour(cluster: RunningCluster, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    text = cluster.run("report", "--since", "1h", "--html", str(page))
+    assert "cluster fleet, " in text
+    assert "sim-1 ready after" in text, "cold starts with their phases"
+    assert "MODEL" in text
+    assert page.read_text().startswith("<!doctype html>")
+    assert "--since: 'soon' is not allowed" in cluster.run("report", "--since", "soon", status=2)
+
+
 def test_a_wrong_spec_names_the_field_and_changes_nothing(cluster: RunningCluster, tmp_path: Path) -> None:
     before = cluster.status()["generation"]
     for text, complaint in [

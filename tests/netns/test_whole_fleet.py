@@ -284,6 +284,18 @@ def test_at_rest_clients_routers_workers_and_vllm_count_the_same(
     assert rows["cluster", "cluster"].generated_tokens == on_nodes == counted
 
 
+def test_the_report_tells_what_the_hour_cost(fleet: Fleet, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    text = fleet.megatoken("report", "--since", "1h", "--price", "cpu=0.1", "--html", str(page))
+    assert "ready after" in text
+    assert "failed: " in text
+    for model in TOKENS:
+        (row,) = [line.split() for line in text.splitlines() if line.startswith(f"{model} ") and " cpu " in line]
+        assert int(row[1].replace(",", "")) > 0, "generated tokens"
+        assert float(row[-1].replace(",", "")) > 0.0, "cost of a million"
+    assert page.read_text().count("<polyline") == 2 * len(TOKENS)
+
+
 def test_what_an_engine_made_was_delivered_or_dropped_but_for_the_killed_ones_last_frames(fleet: Fleet) -> None:
     files = fleet.incarnations()
     missing = {

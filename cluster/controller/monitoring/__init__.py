@@ -1,1 +1,1 @@
-"""What the controller tells Prometheus: its gauges, and where every process can be scraped."""
+"""What is told of the cluster beside its status: gauges and targets for Prometheus, best rates, the last days."""

@@ -61,7 +61,10 @@ METHODS: Final[Mapping[Program, Mapping[str, Callers]]] = {
         **_OPEN,
         **{
             f"{_V1}Control/{method}": _OPERATOR
-            for method in ("Apply", "Scale", "DrainTarget", "Cordon", "GetStatus", "WatchEvents", "GetLogs", "Shutdown")
+            for method in (
+                *("Apply", "Scale", "DrainTarget", "Cordon", "Shutdown"),
+                *("GetStatus", "GetHistory", "WatchEvents", "GetLogs"),
+            )
         },
         f"{_V1}Control/RotateTokens": _OPERATOR,
         f"{_V1}Membership/Watch": frozenset({Identity.ROUTER, Identity.AGENT, Identity.OPERATOR}),

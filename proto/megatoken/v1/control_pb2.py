@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from megatoken.v1 import throughput_pb2 as megatoken_dot_v1_dot_throughput__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amegatoken/v1/control.proto\x12\x0cmegatoken.v1\x1a\x1dmegatoken/v1/throughput.proto\"2\n\x0c\x41pplyRequest\x12\x11\n\tspec_yaml\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"4\n\rApplyResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0f\n\x07\x63hanges\x18\x02 \x03(\t\"/\n\x0cScaleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"#\n\rScaleResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"u\n\x12\x44rainTargetRequest\x12\x11\n\x07replica\x18\x01 \x01(\tH\x00\x12\x0e\n\x04node\x18\x02 \x01(\tH\x00\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04undo\x18\x04 \x01(\x08\x42\x08\n\x06targetB\x0c\n\n_timeout_s\"\'\n\x13\x44rainTargetResponse\x12\x10\n\x08replicas\x18\x01 \x03(\t\"K\n\rCordonRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04undo\x18\x04 \x01(\x08\"\"\n\x0e\x43ordonResponse\x12\x10\n\x08replicas\x18\x01 \x03(\t\"\x12\n\x10GetStatusRequest\"\xd6\x03\n\rClusterStatus\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x18\n\x10membership_epoch\x18\x03 \x01(\x04\x12\x1a\n\x12membership_version\x18\x04 \x01(\x04\x12\x0e\n\x06unix_s\x18\x05 \x01(\x01\x12\x12\n\ncontroller\x18\x06 \x01(\t\x12\x13\n\x0bray_address\x18\x07 \x01(\t\x12\'\n\x05nodes\x18\x08 \x03(\x0b\x32\x18.megatoken.v1.NodeStatus\x12)\n\x06models\x18\t \x03(\x0b\x32\x19.megatoken.v1.ModelStatus\x12-\n\x08replicas\x18\n \x03(\x0b\x32\x1b.megatoken.v1.ReplicaStatus\x12.\n\tprocesses\x18\x0b \x03(\x0b\x32\x1b.megatoken.v1.ProcessStatus\x12\x32\n\nthroughput\x18\x0c \x01(\x0b\x32\x1e.megatoken.v1.ThroughputSample\x12\x17\n\x0fmetrics_address\x18\r \x01(\t\x12\x31\n\nefficiency\x18\x0e \x03(\x0b\x32\x1d.megatoken.v1.ModelEfficiency\"\xb7\x01\n\x0fModelEfficiency\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1d\n\x15\x63\x61pacity_tokens_per_s\x18\x02 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x03 \x01(\x01\x12$\n\x04lost\x18\x04 \x03(\x0b\x32\x16.megatoken.v1.LostRate\x12\x14\n\x0cheld_back_by\x18\x05 \x01(\t\x12$\n\x04\x62\x65st\x18\x06 \x03(\x0b\x32\x16.megatoken.v1.BestRate\"/\n\x08LostRate\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\x12\x14\n\x0ctokens_per_s\x18\x02 \x01(\x01\"y\n\x08\x42\x65stRate\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x02 \x01(\t\x12\x14\n\x0ctokens_per_s\x18\x03 \x01(\x01\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07replica\x18\x05 \x01(\t\x12\x0e\n\x06unix_s\x18\x06 \x01(\x01\"\xfe\x01\n\nNodeStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x06 \x01(\r\x12\x14\n\x0c\x64\x65vices_used\x18\x07 \x01(\r\x12\x13\n\x0b\x64\x65vices_out\x18\x08 \x03(\t\x12\x34\n\x06labels\x18\t \x03(\x0b\x32$.megatoken.v1.NodeStatus.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd5\x01\n\x0bModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\r\x12\x0f\n\x07\x62locked\x18\x04 \x01(\t\x12\x0f\n\x07rollout\x18\x05 \x01(\t\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x1e\n\x16generated_tokens_per_s\x18\x08 \x01(\x01\x12\x0e\n\x06source\x18\t \x01(\t\x12\x0e\n\x06\x65ngine\x18\n \x01(\t\x12\x14\n\x0c\x62locked_kind\x18\x0b \x01(\t\",\n\nStartPhase\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\x95\x03\n\rReplicaStatus\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\r\n\x05ranks\x18\x07 \x03(\t\x12\r\n\x05\x61ge_s\x18\x08 \x01(\x01\x12\x0f\n\x07running\x18\t \x01(\r\x12\x0f\n\x07waiting\x18\n \x01(\r\x12\x10\n\x08kv_usage\x18\x0b \x01(\x02\x12\x1e\n\x16generated_tokens_per_s\x18\x0c \x01(\x01\x12\x18\n\x10generated_tokens\x18\r \x01(\x04\x12\x13\n\x0bincarnation\x18\x0e \x01(\x04\x12\x17\n\x0fspec_generation\x18\x0f \x01(\x04\x12\x17\n\x0fmetrics_address\x18\x10 \x01(\t\x12\x0c\n\x04node\x18\x11 \x01(\t\x12\x13\n\x0bstart_phase\x18\x12 \x01(\t\x12.\n\x0cstart_phases\x18\x13 \x03(\x0b\x32\x18.megatoken.v1.StartPhase\"\x97\x01\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x07 \x01(\t\x12\x13\n\x0bown_address\x18\x08 \x01(\t\"<\n\x12WatchEventsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"\xc8\x01\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06unix_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\r\n\x05\x63\x61use\x18\x06 \x01(\t\x12/\n\x06\x66ields\x18\x07 \x03(\x0b\x32\x1f.megatoken.v1.Event.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"=\n\x0eGetLogsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"\x18\n\x08LogChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\"*\n\x0fShutdownRequest\x12\x17\n\x0f\x64rain_timeout_s\x18\x01 \x01(\x01\"\x12\n\x10ShutdownResponse\"\x15\n\x13RotateTokensRequest\".\n\x14RotateTokensResponse\x12\x16\n\x0eoperator_token\x18\x01 \x01(\t2\x9d\x05\n\x07\x43ontrol\x12@\n\x05\x41pply\x12\x1a.megatoken.v1.ApplyRequest\x1a\x1b.megatoken.v1.ApplyResponse\x12@\n\x05Scale\x12\x1a.megatoken.v1.ScaleRequest\x1a\x1b.megatoken.v1.ScaleResponse\x12R\n\x0b\x44rainTarget\x12 .megatoken.v1.DrainTargetRequest\x1a!.megatoken.v1.DrainTargetResponse\x12\x43\n\x06\x43ordon\x12\x1b.megatoken.v1.CordonRequest\x1a\x1c.megatoken.v1.CordonResponse\x12H\n\tGetStatus\x12\x1e.megatoken.v1.GetStatusRequest\x1a\x1b.megatoken.v1.ClusterStatus\x12\x46\n\x0bWatchEvents\x12 .megatoken.v1.WatchEventsRequest\x1a\x13.megatoken.v1.Event0\x01\x12\x41\n\x07GetLogs\x12\x1c.megatoken.v1.GetLogsRequest\x1a\x16.megatoken.v1.LogChunk0\x01\x12I\n\x08Shutdown\x12\x1d.megatoken.v1.ShutdownRequest\x1a\x1e.megatoken.v1.ShutdownResponse\x12U\n\x0cRotateTokens\x12!.megatoken.v1.RotateTokensRequest\x1a\".megatoken.v1.RotateTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amegatoken/v1/control.proto\x12\x0cmegatoken.v1\x1a\x1dmegatoken/v1/throughput.proto\"2\n\x0c\x41pplyRequest\x12\x11\n\tspec_yaml\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"4\n\rApplyResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0f\n\x07\x63hanges\x18\x02 \x03(\t\"/\n\x0cScaleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"#\n\rScaleResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"u\n\x12\x44rainTargetRequest\x12\x11\n\x07replica\x18\x01 \x01(\tH\x00\x12\x0e\n\x04node\x18\x02 \x01(\tH\x00\x12\x16\n\ttimeout_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04undo\x18\x04 \x01(\x08\x42\x08\n\x06targetB\x0c\n\n_timeout_s\"\'\n\x13\x44rainTargetResponse\x12\x10\n\x08replicas\x18\x01 \x03(\t\"K\n\rCordonRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04undo\x18\x04 \x01(\x08\"\"\n\x0e\x43ordonResponse\x12\x10\n\x08replicas\x18\x01 \x03(\t\"$\n\x11GetHistoryRequest\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"Z\n\x07History\x12*\n\x06points\x18\x01 \x03(\x0b\x32\x1a.megatoken.v1.HistoryPoint\x12#\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x13.megatoken.v1.Event\"\xfe\x02\n\x0cHistoryPoint\x12\x0e\n\x06unix_s\x18\x01 \x01(\x01\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\r\n\x05model\x18\x03 \x01(\t\x12%\n\x07\x63ounted\x18\x04 \x01(\x0b\x32\x14.megatoken.v1.Totals\x12\x14\n\x0ctokens_per_s\x18\x05 \x01(\x01\x12\x1d\n\x15\x63\x61pacity_tokens_per_s\x18\x06 \x01(\x01\x12$\n\x04lost\x18\x07 \x03(\x0b\x32\x16.megatoken.v1.LostRate\x12\r\n\x05ready\x18\x08 \x01(\r\x12\x0e\n\x06wanted\x18\t \x01(\r\x12\x45\n\x0e\x64\x65vice_seconds\x18\n \x03(\x0b\x32-.megatoken.v1.HistoryPoint.DeviceSecondsEntry\x12\x0f\n\x07resumed\x18\x0b \x01(\x04\x12\x0f\n\x07refused\x18\x0c \x01(\x04\x1a\x34\n\x12\x44\x65viceSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x12\n\x10GetStatusRequest\"\xd6\x03\n\rClusterStatus\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x18\n\x10membership_epoch\x18\x03 \x01(\x04\x12\x1a\n\x12membership_version\x18\x04 \x01(\x04\x12\x0e\n\x06unix_s\x18\x05 \x01(\x01\x12\x12\n\ncontroller\x18\x06 \x01(\t\x12\x13\n\x0bray_address\x18\x07 \x01(\t\x12\'\n\x05nodes\x18\x08 \x03(\x0b\x32\x18.megatoken.v1.NodeStatus\x12)\n\x06models\x18\t \x03(\x0b\x32\x19.megatoken.v1.ModelStatus\x12-\n\x08replicas\x18\n \x03(\x0b\x32\x1b.megatoken.v1.ReplicaStatus\x12.\n\tprocesses\x18\x0b \x03(\x0b\x32\x1b.megatoken.v1.ProcessStatus\x12\x32\n\nthroughput\x18\x0c \x01(\x0b\x32\x1e.megatoken.v1.ThroughputSample\x12\x17\n\x0fmetrics_address\x18\r \x01(\t\x12\x31\n\nefficiency\x18\x0e \x03(\x0b\x32\x1d.megatoken.v1.ModelEfficiency\"\xb7\x01\n\x0fModelEfficiency\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1d\n\x15\x63\x61pacity_tokens_per_s\x18\x02 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x03 \x01(\x01\x12$\n\x04lost\x18\x04 \x03(\x0b\x32\x16.megatoken.v1.LostRate\x12\x14\n\x0cheld_back_by\x18\x05 \x01(\t\x12$\n\x04\x62\x65st\x18\x06 \x03(\x0b\x32\x16.megatoken.v1.BestRate\"/\n\x08LostRate\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\x12\x14\n\x0ctokens_per_s\x18\x02 \x01(\x01\"y\n\x08\x42\x65stRate\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x02 \x01(\t\x12\x14\n\x0ctokens_per_s\x18\x03 \x01(\x01\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07replica\x18\x05 \x01(\t\x12\x0e\n\x06unix_s\x18\x06 \x01(\x01\"\xfe\x01\n\nNodeStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x06 \x01(\r\x12\x14\n\x0c\x64\x65vices_used\x18\x07 \x01(\r\x12\x13\n\x0b\x64\x65vices_out\x18\x08 \x03(\t\x12\x34\n\x06labels\x18\t \x03(\x0b\x32$.megatoken.v1.NodeStatus.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd5\x01\n\x0bModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\r\x12\x0f\n\x07\x62locked\x18\x04 \x01(\t\x12\x0f\n\x07rollout\x18\x05 \x01(\t\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x1e\n\x16generated_tokens_per_s\x18\x08 \x01(\x01\x12\x0e\n\x06source\x18\t \x01(\t\x12\x0e\n\x06\x65ngine\x18\n \x01(\t\x12\x14\n\x0c\x62locked_kind\x18\x0b \x01(\t\",\n\nStartPhase\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\x95\x03\n\rReplicaStatus\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\r\n\x05ranks\x18\x07 \x03(\t\x12\r\n\x05\x61ge_s\x18\x08 \x01(\x01\x12\x0f\n\x07running\x18\t \x01(\r\x12\x0f\n\x07waiting\x18\n \x01(\r\x12\x10\n\x08kv_usage\x18\x0b \x01(\x02\x12\x1e\n\x16generated_tokens_per_s\x18\x0c \x01(\x01\x12\x18\n\x10generated_tokens\x18\r \x01(\x04\x12\x13\n\x0bincarnation\x18\x0e \x01(\x04\x12\x17\n\x0fspec_generation\x18\x0f \x01(\x04\x12\x17\n\x0fmetrics_address\x18\x10 \x01(\t\x12\x0c\n\x04node\x18\x11 \x01(\t\x12\x13\n\x0bstart_phase\x18\x12 \x01(\t\x12.\n\x0cstart_phases\x18\x13 \x03(\x0b\x32\x18.megatoken.v1.StartPhase\"\x97\x01\n\rProcessStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x07 \x01(\t\x12\x13\n\x0bown_address\x18\x08 \x01(\t\"<\n\x12WatchEventsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"\xc8\x01\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06unix_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\r\n\x05\x63\x61use\x18\x06 \x01(\t\x12/\n\x06\x66ields\x18\x07 \x03(\x0b\x32\x1f.megatoken.v1.Event.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"=\n\x0eGetLogsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"\x18\n\x08LogChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\"*\n\x0fShutdownRequest\x12\x17\n\x0f\x64rain_timeout_s\x18\x01 \x01(\x01\"\x12\n\x10ShutdownResponse\"\x15\n\x13RotateTokensRequest\".\n\x14RotateTokensResponse\x12\x16\n\x0eoperator_token\x18\x01 \x01(\t2\xe3\x05\n\x07\x43ontrol\x12@\n\x05\x41pply\x12\x1a.megatoken.v1.ApplyRequest\x1a\x1b.megatoken.v1.ApplyResponse\x12@\n\x05Scale\x12\x1a.megatoken.v1.ScaleRequest\x1a\x1b.megatoken.v1.ScaleResponse\x12R\n\x0b\x44rainTarget\x12 .megatoken.v1.DrainTargetRequest\x1a!.megatoken.v1.DrainTargetResponse\x12\x43\n\x06\x43ordon\x12\x1b.megatoken.v1.CordonRequest\x1a\x1c.megatoken.v1.CordonResponse\x12H\n\tGetStatus\x12\x1e.megatoken.v1.GetStatusRequest\x1a\x1b.megatoken.v1.ClusterStatus\x12\x44\n\nGetHistory\x12\x1f.megatoken.v1.GetHistoryRequest\x1a\x15.megatoken.v1.History\x12\x46\n\x0bWatchEvents\x12 .megatoken.v1.WatchEventsRequest\x1a\x13.megatoken.v1.Event0\x01\x12\x41\n\x07GetLogs\x12\x1c.megatoken.v1.GetLogsRequest\x1a\x16.megatoken.v1.LogChunk0\x01\x12I\n\x08Shutdown\x12\x1d.megatoken.v1.ShutdownRequest\x1a\x1e.megatoken.v1.ShutdownResponse\x12U\n\x0cRotateTokens\x12!.megatoken.v1.RotateTokensRequest\x1a\".megatoken.v1.RotateTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'megatoken.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_HISTORYPOINT_DEVICESECONDSENTRY']._loaded_options = None
+  _globals['_HISTORYPOINT_DEVICESECONDSENTRY']._serialized_options = b'8\001'
   _globals['_NODESTATUS_LABELSENTRY']._loaded_options = None
   _globals['_NODESTATUS_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_EVENT_FIELDSENTRY']._loaded_options = None
@@ -52,46 +54,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CORDONREQUEST']._serialized_end=502
   _globals['_CORDONRESPONSE']._serialized_start=504
   _globals['_CORDONRESPONSE']._serialized_end=538
-  _globals['_GETSTATUSREQUEST']._serialized_start=540
-  _globals['_GETSTATUSREQUEST']._serialized_end=558
-  _globals['_CLUSTERSTATUS']._serialized_start=561
-  _globals['_CLUSTERSTATUS']._serialized_end=1031
-  _globals['_MODELEFFICIENCY']._serialized_start=1034
-  _globals['_MODELEFFICIENCY']._serialized_end=1217
-  _globals['_LOSTRATE']._serialized_start=1219
-  _globals['_LOSTRATE']._serialized_end=1266
-  _globals['_BESTRATE']._serialized_start=1268
-  _globals['_BESTRATE']._serialized_end=1389
-  _globals['_NODESTATUS']._serialized_start=1392
-  _globals['_NODESTATUS']._serialized_end=1646
-  _globals['_NODESTATUS_LABELSENTRY']._serialized_start=1601
-  _globals['_NODESTATUS_LABELSENTRY']._serialized_end=1646
-  _globals['_MODELSTATUS']._serialized_start=1649
-  _globals['_MODELSTATUS']._serialized_end=1862
-  _globals['_STARTPHASE']._serialized_start=1864
-  _globals['_STARTPHASE']._serialized_end=1908
-  _globals['_REPLICASTATUS']._serialized_start=1911
-  _globals['_REPLICASTATUS']._serialized_end=2316
-  _globals['_PROCESSSTATUS']._serialized_start=2319
-  _globals['_PROCESSSTATUS']._serialized_end=2470
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=2472
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=2532
-  _globals['_EVENT']._serialized_start=2535
-  _globals['_EVENT']._serialized_end=2735
-  _globals['_EVENT_FIELDSENTRY']._serialized_start=2690
-  _globals['_EVENT_FIELDSENTRY']._serialized_end=2735
-  _globals['_GETLOGSREQUEST']._serialized_start=2737
-  _globals['_GETLOGSREQUEST']._serialized_end=2798
-  _globals['_LOGCHUNK']._serialized_start=2800
-  _globals['_LOGCHUNK']._serialized_end=2824
-  _globals['_SHUTDOWNREQUEST']._serialized_start=2826
-  _globals['_SHUTDOWNREQUEST']._serialized_end=2868
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=2870
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=2888
-  _globals['_ROTATETOKENSREQUEST']._serialized_start=2890
-  _globals['_ROTATETOKENSREQUEST']._serialized_end=2911
-  _globals['_ROTATETOKENSRESPONSE']._serialized_start=2913
-  _globals['_ROTATETOKENSRESPONSE']._serialized_end=2959
-  _globals['_CONTROL']._serialized_start=2962
-  _globals['_CONTROL']._serialized_end=3631
+  _globals['_GETHISTORYREQUEST']._serialized_start=540
+  _globals['_GETHISTORYREQUEST']._serialized_end=576
+  _globals['_HISTORY']._serialized_start=578
+  _globals['_HISTORY']._serialized_end=668
+  _globals['_HISTORYPOINT']._serialized_start=671
+  _globals['_HISTORYPOINT']._serialized_end=1053
+  _globals['_HISTORYPOINT_DEVICESECONDSENTRY']._serialized_start=1001
+  _globals['_HISTORYPOINT_DEVICESECONDSENTRY']._serialized_end=1053
+  _globals['_GETSTATUSREQUEST']._serialized_start=1055
+  _globals['_GETSTATUSREQUEST']._serialized_end=1073
+  _globals['_CLUSTERSTATUS']._serialized_start=1076
+  _globals['_CLUSTERSTATUS']._serialized_end=1546
+  _globals['_MODELEFFICIENCY']._serialized_start=1549
+  _globals['_MODELEFFICIENCY']._serialized_end=1732
+  _globals['_LOSTRATE']._serialized_start=1734
+  _globals['_LOSTRATE']._serialized_end=1781
+  _globals['_BESTRATE']._serialized_start=1783
+  _globals['_BESTRATE']._serialized_end=1904
+  _globals['_NODESTATUS']._serialized_start=1907
+  _globals['_NODESTATUS']._serialized_end=2161
+  _globals['_NODESTATUS_LABELSENTRY']._serialized_start=2116
+  _globals['_NODESTATUS_LABELSENTRY']._serialized_end=2161
+  _globals['_MODELSTATUS']._serialized_start=2164
+  _globals['_MODELSTATUS']._serialized_end=2377
+  _globals['_STARTPHASE']._serialized_start=2379
+  _globals['_STARTPHASE']._serialized_end=2423
+  _globals['_REPLICASTATUS']._serialized_start=2426
+  _globals['_REPLICASTATUS']._serialized_end=2831
+  _globals['_PROCESSSTATUS']._serialized_start=2834
+  _globals['_PROCESSSTATUS']._serialized_end=2985
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=2987
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=3047
+  _globals['_EVENT']._serialized_start=3050
+  _globals['_EVENT']._serialized_end=3250
+  _globals['_EVENT_FIELDSENTRY']._serialized_start=3205
+  _globals['_EVENT_FIELDSENTRY']._serialized_end=3250
+  _globals['_GETLOGSREQUEST']._serialized_start=3252
+  _globals['_GETLOGSREQUEST']._serialized_end=3313
+  _globals['_LOGCHUNK']._serialized_start=3315
+  _globals['_LOGCHUNK']._serialized_end=3339
+  _globals['_SHUTDOWNREQUEST']._serialized_start=3341
+  _globals['_SHUTDOWNREQUEST']._serialized_end=3383
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=3385
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=3403
+  _globals['_ROTATETOKENSREQUEST']._serialized_start=3405
+  _globals['_ROTATETOKENSREQUEST']._serialized_end=3426
+  _globals['_ROTATETOKENSRESPONSE']._serialized_start=3428
+  _globals['_ROTATETOKENSRESPONSE']._serialized_end=3474
+  _globals['_CONTROL']._serialized_start=3477
+  _globals['_CONTROL']._serialized_end=4216
 # @@protoc_insertion_point(module_scope)

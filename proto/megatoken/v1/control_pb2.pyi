@@ -73,6 +73,55 @@ class CordonResponse(_message.Message):
     replicas: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, replicas: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class GetHistoryRequest(_message.Message):
+    __slots__ = ("seconds",)
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    def __init__(self, seconds: _Optional[float] = ...) -> None: ...
+
+class History(_message.Message):
+    __slots__ = ("points", "events")
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    points: _containers.RepeatedCompositeFieldContainer[HistoryPoint]
+    events: _containers.RepeatedCompositeFieldContainer[Event]
+    def __init__(self, points: _Optional[_Iterable[_Union[HistoryPoint, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
+
+class HistoryPoint(_message.Message):
+    __slots__ = ("unix_s", "seconds", "model", "counted", "tokens_per_s", "capacity_tokens_per_s", "lost", "ready", "wanted", "device_seconds", "resumed", "refused")
+    class DeviceSecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    unix_s: float
+    seconds: float
+    model: str
+    counted: _throughput_pb2.Totals
+    tokens_per_s: float
+    capacity_tokens_per_s: float
+    lost: _containers.RepeatedCompositeFieldContainer[LostRate]
+    ready: int
+    wanted: int
+    device_seconds: _containers.ScalarMap[str, float]
+    resumed: int
+    refused: int
+    def __init__(self, unix_s: _Optional[float] = ..., seconds: _Optional[float] = ..., model: _Optional[str] = ..., counted: _Optional[_Union[_throughput_pb2.Totals, _Mapping]] = ..., tokens_per_s: _Optional[float] = ..., capacity_tokens_per_s: _Optional[float] = ..., lost: _Optional[_Iterable[_Union[LostRate, _Mapping]]] = ..., ready: _Optional[int] = ..., wanted: _Optional[int] = ..., device_seconds: _Optional[_Mapping[str, float]] = ..., resumed: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...
+
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -59,6 +59,11 @@ class ControlStub(object):
                 request_serializer=megatoken_dot_v1_dot_control__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=megatoken_dot_v1_dot_control__pb2.ClusterStatus.FromString,
                 _registered_method=True)
+        self.GetHistory = channel.unary_unary(
+                '/megatoken.v1.Control/GetHistory',
+                request_serializer=megatoken_dot_v1_dot_control__pb2.GetHistoryRequest.SerializeToString,
+                response_deserializer=megatoken_dot_v1_dot_control__pb2.History.FromString,
+                _registered_method=True)
         self.WatchEvents = channel.unary_stream(
                 '/megatoken.v1.Control/WatchEvents',
                 request_serializer=megatoken_dot_v1_dot_control__pb2.WatchEventsRequest.SerializeToString,
@@ -113,6 +118,13 @@ class ControlServicer(object):
 
     def GetStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetHistory(self, request, context):
+        """What each model did minute by minute, of up to seven days, and the events of that time that are still known.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -172,6 +184,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=megatoken_dot_v1_dot_control__pb2.GetStatusRequest.FromString,
                     response_serializer=megatoken_dot_v1_dot_control__pb2.ClusterStatus.SerializeToString,
+            ),
+            'GetHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHistory,
+                    request_deserializer=megatoken_dot_v1_dot_control__pb2.GetHistoryRequest.FromString,
+                    response_serializer=megatoken_dot_v1_dot_control__pb2.History.SerializeToString,
             ),
             'WatchEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchEvents,
@@ -329,6 +346,33 @@ class Control(object):
             '/megatoken.v1.Control/GetStatus',
             megatoken_dot_v1_dot_control__pb2.GetStatusRequest.SerializeToString,
             megatoken_dot_v1_dot_control__pb2.ClusterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/megatoken.v1.Control/GetHistory',
+            megatoken_dot_v1_dot_control__pb2.GetHistoryRequest.SerializeToString,
+            megatoken_dot_v1_dot_control__pb2.History.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatoken.cluster.controller.rates import BestRates
+from megatoken.cluster.controller.monitoring.rates import BestRates
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.controller.status import Readings
 from megatoken.cluster.decide.fleet import Fleet, Replica

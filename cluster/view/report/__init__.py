@@ -1,0 +1,1 @@
+"""One page on the last hours of a cluster: what `megatoken report` prints."""
