@@ -23,7 +23,7 @@ from megatoken.cluster.controller.desired_state import DesiredState
 from megatoken.cluster.controller.devices import Devices
 from megatoken.cluster.controller.events import EventLog
 from megatoken.cluster.controller.links import Links
-from megatoken.cluster.controller.monitoring.history import History
+from megatoken.cluster.controller.monitoring.history import LOOK_S, History
 from megatoken.cluster.controller.monitoring.rates import BestRates
 from megatoken.cluster.controller.polls import Polls, Readable
 from megatoken.cluster.controller.processes import STOP_GRACE_S, Processes
@@ -108,6 +108,7 @@ class Controller:
         self.devices = Devices(self.desired_state)
         self._rates = BestRates(store)
         self.history = History(store)
+        self._history_due_s = 0.0
         self.events = EventLog(self.desired_state.spec.control.events_kept, time.time)
         self.publisher = Publisher(store, self.tell)
         self.credentials = CredentialsFile(secrets.own_path)
@@ -226,6 +227,9 @@ class Controller:
         return self.desired_state.stopping and self.backend_state.complete and not (held or live or processes_left)
 
     def _note_history(self) -> None:
+        if time.monotonic() < self._history_due_s:
+            return
+        self._history_due_s = time.monotonic() + LOOK_S
         kinds = {replica.id: replica.placement.ranks[0].kind for replica in self.fleet.replicas}
         try:
             self.history.look(self.status(), kinds, self.links.routers.values())

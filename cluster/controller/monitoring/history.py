@@ -1,11 +1,11 @@
 """What each model did, minute by minute, for KEPT_S: beside the desired state, so that a restart loses a minute.
 
-Fed with each tick's status; a point is what was counted since the last one, and the means of what goes up and down.
+Fed with a status now and then; a point is what was counted since the last one, and the means of what goes up and down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,6 +15,8 @@ from megatoken.v1 import control_pb2, router_pb2, throughput_pb2
 
 STEP_S: Final = 60.0
 KEPT_S: Final = 7 * 86_400.0
+LOOK_S: Final = 5.0  # between looks: a status of thousands of replicas costs a tick some milliseconds
+MOST_POINTS: Final = 1440  # of a model in one answer: some 300 KB
 COUNTED: Final = (
     *("generated_tokens", "prompt_tokens", "cached_tokens"),
     *("requests_finished", "requests_failed", "energy_mj"),
@@ -116,6 +118,40 @@ class History:
                 setattr(counted, name, max(0, getattr(totals, name) - getattr(before, name)))
         return counted
 
-    def points(self, since_s: float) -> Iterable[control_pb2.HistoryPoint]:
-        """Those that ended after a time, oldest first."""
-        return [control_pb2.HistoryPoint.FromString(value) for value in self._store.history(since_s)]
+    def points(self, since_s: float) -> list[control_pb2.HistoryPoint]:
+        """Those that ended after a time, by model, oldest first; of a long time several are made one."""
+        by_model: dict[str, list[control_pb2.HistoryPoint]] = {}
+        for value in self._store.history(since_s):
+            point = control_pb2.HistoryPoint.FromString(value)
+            by_model.setdefault(point.model, []).append(point)
+        return [point for _, points in sorted(by_model.items()) for point in thinned(points, MOST_POINTS)]
+
+
+def thinned(points: Sequence[control_pb2.HistoryPoint], most: int) -> list[control_pb2.HistoryPoint]:
+    """At most so many of one model's, each of as many that follow each other."""
+    size = -(-len(points) // most)
+    return [_joined(points[first : first + size]) for first in range(0, len(points), size)] if points else []
+
+
+def _joined(points: Sequence[control_pb2.HistoryPoint]) -> control_pb2.HistoryPoint:
+    """Counts together; means by time; the rest as at the end."""
+    made = control_pb2.HistoryPoint()
+    made.CopyFrom(points[-1])
+    made.seconds = sum(point.seconds for point in points)
+    made.resumed, made.refused = sum(point.resumed for point in points), sum(point.refused for point in points)
+    made.ClearField("lost")
+    lost: dict[str, float] = {}
+    made.tokens_per_s = made.capacity_tokens_per_s = 0.0
+    for point in points:
+        share = point.seconds / made.seconds if made.seconds else 1.0 / len(points)
+        made.tokens_per_s += point.tokens_per_s * share
+        made.capacity_tokens_per_s += point.capacity_tokens_per_s * share
+        for loss in point.lost:
+            lost[loss.cause] = lost.get(loss.cause, 0.0) + loss.tokens_per_s * share
+    for point in points[:-1]:
+        for name in COUNTED:
+            setattr(made.counted, name, getattr(made.counted, name) + getattr(point.counted, name))
+        for kind, seconds in point.device_seconds.items():
+            made.device_seconds[kind] += seconds
+    made.lost.extend(control_pb2.LostRate(cause=cause, tokens_per_s=rate) for cause, rate in lost.items())
+    return made

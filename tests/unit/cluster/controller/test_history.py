@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatoken.cluster.controller.monitoring.history import KEPT_S, STEP_S, History
+from megatoken.cluster.controller.monitoring.history import KEPT_S, STEP_S, History, thinned
 from megatoken.cluster.controller.state import StateStore
 from megatoken.v1 import control_pb2, router_pb2
 
@@ -72,6 +72,34 @@ def test_a_clock_that_was_set_back_makes_no_negative_minute(store: StateStore) -
     history.look(status(10.0, 0.0, 0), {}, [])
     history.look(status(10.0 + STEP_S, 0.0, 0), {}, [])
     assert [point.seconds for point in history.points(0.0)] == [STEP_S, STEP_S]
+
+
+def test_of_a_long_time_several_points_are_made_one_and_nothing_is_lost() -> None:
+    points = []
+    for minute in range(5):
+        point = control_pb2.HistoryPoint(
+            unix_s=60.0 * minute,
+            seconds=60.0,
+            model="m",
+            tokens_per_s=10.0 * minute,
+            refused=1,
+            resumed=minute,
+            ready=minute,
+        )
+        point.counted.generated_tokens = 100 * minute
+        point.device_seconds["cpu"] = 60.0
+        point.lost.add(cause="idle", tokens_per_s=5.0)
+        points.append(point)
+    first, second = thinned(points, 2)
+    assert (first.unix_s, first.seconds, first.ready) == (120.0, 180.0, 2)
+    assert (second.unix_s, second.seconds, second.ready) == (240.0, 120.0, 4)
+    assert (first.tokens_per_s, second.tokens_per_s) == (pytest.approx(10.0), pytest.approx(35.0))
+    assert [point.counted.generated_tokens for point in (first, second)] == [300, 700]
+    assert [point.device_seconds["cpu"] for point in (first, second)] == [180.0, 120.0]
+    assert [(point.refused, point.resumed) for point in (first, second)] == [(3, 3), (2, 7)]
+    assert first.lost[0].tokens_per_s == pytest.approx(5.0)
+    assert thinned(points, 5) == points
+    assert thinned([], 5) == []
 
 
 def test_what_is_older_than_its_time_goes(store: StateStore) -> None:
