@@ -36,6 +36,7 @@ _log = logging.getLogger("worker")
 async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> int:
     """Serves a booted engine; returns the exit status."""
     from megatoken.process.loop_lag import watch_loop
+    from megatoken.worker.energy import meter_of
     from megatoken.worker.measures import WorkerMeasures
     from megatoken.worker.replica import RunningReplica
     from megatoken.worker.server import WorkerServer
@@ -60,6 +61,7 @@ async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> i
     except BaseException:
         await engine.stop()
         raise
+    replica.energy = meter_of(config)
     facts = replica.facts
     log_event(_log, "replica.ready", address=address, engine=facts.engine, model=config.model)
     report_ready(

@@ -29,6 +29,7 @@ _COUNTERS: Final = (
     ("requests_started", "Requests given to the engine.", totals.REQUESTS_STARTED, 1.0),
     ("busy_seconds", "Time with at least one request running.", totals.BUSY_US, 1e-6),
 )
+_ENERGY: Final = (("energy_joules", "Used by its devices since it began to serve.", totals.ENERGY_MJ, 1e-3),)
 
 
 class WorkerCollector(Collector):
@@ -54,7 +55,8 @@ class WorkerCollector(Collector):
     def _counters(self) -> Iterator[Metric]:
         replica = self._replica
         replica.load()  # brings the busy time up to now
-        for name, text, index, scale in _COUNTERS:
+        energy = _ENERGY if replica.energy is not None else ()
+        for name, text, index, scale in (*_COUNTERS, *energy):
             family = CounterMetricFamily(PREFIX + name, text, labels=LABELS)
             family.add_metric(self._values, replica.counters[index] * scale)
             yield family

@@ -30,6 +30,7 @@ from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker import totals
 from megatoken.worker.config import WorkerConfig
+from megatoken.worker.energy import EnergyMeter
 from megatoken.worker.engines.engine import Ended, Engine, EngineFacts, EngineStep
 from megatoken.worker.engines.requests import check_request
 from megatoken.worker.measures import WorkerMeasures
@@ -66,6 +67,7 @@ class RunningReplica:
         self.fenced = ""  # why it may not serve now; empty: it may
         self.dead: str | None = None  # why the engine is gone
         self.drained = asyncio.Event()
+        self.energy: EnergyMeter | None = None  # of its devices, where they can be read
         self._on_dead = on_dead
         self._streams = StreamTable()
         self._sessions: set[Outlet] = set()
@@ -248,6 +250,8 @@ class RunningReplica:
     def load(self) -> pb.Load:
         """The load as of now."""
         self._account_time()
+        if self.energy is not None:
+            self.counters[totals.ENERGY_MJ] = self.energy.used_mj()
         engine = self.engine.load
         return pb.Load(
             running=engine.running,

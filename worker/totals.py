@@ -18,6 +18,7 @@ REQUESTS_STARTED: Final = INDEX["requests_started"]
 REQUESTS_FINISHED: Final = INDEX["requests_finished"]
 REQUESTS_FAILED: Final = INDEX["requests_failed"]
 BUSY_US: Final = INDEX["busy_us"]
+ENERGY_MJ: Final = INDEX["energy_mj"]
 MADE_TOKENS: Final = INDEX["made_tokens"]
 DROPPED_TOKENS: Final = INDEX["dropped_tokens"]
 

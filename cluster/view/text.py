@@ -38,6 +38,8 @@ def _headline(status: control_pb2.ClusterStatus) -> str:
         text = f"{number(rate)} tokens/s over 10 s, summed by {sample.ranks} ranks ({sample.backend})"
         if row is not None and row.efficiency:
             text += f", scaling efficiency {row.efficiency:.1%}"
+        if row is not None and row.workers.energy_mj:
+            text += f", {1000 * row.workers.generated_tokens / row.workers.energy_mj:.2f} tokens/J"
         if not sample.complete:
             text += f"; incomplete: {sample.incomplete_reason}"
         lines.append(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,6 +10,7 @@ import pytest
 
 from deploy.netns import hosts
 from deploy.netns.ray_nodes import RayNodes
+from megatoken.worker.models import TINY_LLAMA, prepare
 from tests.netns.engines import RunningWorker, release, reserve, start_worker
 
 Reserve = Callable[[Sequence[hosts.Host]], str]
@@ -82,3 +84,19 @@ def test_tensor_parallel_inside_and_pipeline_between_hosts(nodes: RayNodes, grou
     assert time.monotonic() - began < 10, "the first token waited for something that READY should have covered"
     assert answers(split) == expected
     assert split.stop() == 0
+
+
+def test_a_host_whose_weights_differ_is_named_with_the_file_and_nothing_is_served(
+    nodes: RayNodes, group_on: Reserve
+) -> None:
+    first, second = nodes.network.hosts
+    for host in (first, second):
+        shutil.copytree(prepare(TINY_LLAMA, print), host.path("/tmp/model"))
+    with host.path("/tmp/model/model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"!")
+    with pytest.raises(RuntimeError) as failed:
+        start_worker(nodes, first, group_on([first, second]), source="/tmp/model", pipeline_parallel=2)
+    last = [line for line in str(failed.value).splitlines() if line][-1]
+    assert "/tmp/model/model.safetensors" in last
+    assert f" on {second.name}" in last

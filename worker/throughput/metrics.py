@@ -109,6 +109,7 @@ class AgentCollector(Collector):
             yield _gauge("megatoken_throughput_sample_age_seconds", "Since the last complete sample.", age)
         rows = self._rows()
         yield from _totals(rows)
+        yield _energy(rows)
         yield from _rates(rows)
         efficiency = GaugeMetricFamily(
             "megatoken_throughput_efficiency_ratio",
@@ -137,6 +138,18 @@ def _totals(rows: list[RateRow]) -> Iterable[Metric]:
             if row.routers is not None:
                 family.add_metric([row.kind, row.name, "routers"], int(row.routers[INDEX[counter]]))
         yield family
+
+
+def _energy(rows: list[RateRow]) -> Metric:
+    """Only of what has devices that tell."""
+    family = CounterMetricFamily(
+        "megatoken_throughput_energy_joules", "Used by devices that tell.", labels=["scope", "name"]
+    )
+    for row in rows:
+        millijoules = int(row.workers[INDEX["energy_mj"]])
+        if millijoules:
+            family.add_metric([row.kind, row.name], millijoules / 1000)
+    return family
 
 
 def _rates(rows: list[RateRow]) -> Iterable[Metric]:
