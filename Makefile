@@ -6,6 +6,8 @@ SHELL := bash
 # Set TORCH_INDEX to PyTorch's CPU wheel index on a machine whose pip does not know it: a smaller torch.
 TORCH_INDEX ?=
 PYTEST  ?= $(VENV)/bin/python -m pytest
+# Debian's packages come with the base image's release, torch's pin stands in cpu.txt too, and base images differ in who is 1000.
+DOCKERFILE_RULES := --ignore DL3008 --ignore DL3013 --ignore DL3066
 
 # Most of the suite's time is waiting, so two of its workers share the cores; tests/conftest.py says what stays together.
 SHARED  := -n 2 --dist loadscope --no-loadscope-reorder
@@ -56,6 +58,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	test ! -x $(BIN)/hadolint || $(BIN)/hadolint $(DOCKERFILE_RULES) deploy/containers/*.Dockerfile
 
 ## format: what ruff can mend by itself.
 format: $(VENV)/.installed

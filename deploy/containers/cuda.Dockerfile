@@ -1,6 +1,7 @@
 # An NVIDIA node: vLLM's own image of the pinned release, with Ray and Megatoken.
 ARG BASE=vllm/vllm-openai:v0.32.0
 FROM ${BASE}
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN id megatoken >/dev/null 2>&1 || useradd --create-home megatoken
 WORKDIR /opt/megatoken/src
 COPY . .

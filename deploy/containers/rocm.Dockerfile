@@ -2,6 +2,7 @@
 # and Megatoken. The user is in the groups that own /dev/kfd and /dev/dri.
 ARG BASE=vllm/vllm-openai-rocm:v0.32.0
 FROM ${BASE}
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN getent group render >/dev/null || groupadd render; \
     id megatoken >/dev/null 2>&1 || useradd --create-home --groups video,render megatoken
 WORKDIR /opt/megatoken/src
