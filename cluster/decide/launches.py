@@ -178,6 +178,7 @@ def agent_launch(name: str, node: Node, spec: ClusterSpec, context: LaunchContex
         controllers=(context.controller,),
         counters_dir=str(_counters(node, context)),
         backend=agents.backend,
+        device=_agent_device(node, agents.device),
         interface=spec.network.interface,
         tick_s=agents.tick_s,
         deadline_s=agents.deadline_s,
@@ -192,6 +193,12 @@ def agent_launch(name: str, node: Node, spec: ClusterSpec, context: LaunchContex
         log_level=spec.log_level,
     )
     return _launch(name, config, node, spec, context, "agent")
+
+
+def _agent_device(node: Node, default: int) -> int:
+    """The node's own choice, where its label is the number of a device of it."""
+    chosen = node.labels.get("agent_device", "")
+    return next((device.index for device in node.devices if str(device.index) == chosen), default)
 
 
 def _launch(

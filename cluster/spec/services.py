@@ -93,6 +93,7 @@ class AgentsSpec(SpecPart):
     tick_s: float = Field(1.0, ge=0.05, le=60, description="time between two sums")
     deadline_s: float = Field(2.0, gt=0, le=60, description="limit on one sum before its epoch ends")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="nccl is RCCL on ROCm; auto: by device")
+    device: int = Field(0, ge=0, le=1023, description="where nccl reduces; a node's label agent_device says otherwise")
     host: str | None = Field(None, min_length=1, description="address they bind; unset: " + HOST_RULE)
 
 

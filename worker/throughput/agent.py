@@ -281,14 +281,18 @@ class Agent:
             "store": (host.strip("[]"), int(port)),
             "host": config.reachable_host,
             "interface": config.interface,
-            "timeout_s": config.form_deadline_s,
+            "timeout_s": self._forming_s,
         }
-        await self._reducer.connect(facts, config.form_deadline_s + CONNECT_SLACK_S)
+        await self._reducer.connect(facts, self._forming_s + CONNECT_SLACK_S)
         self.metrics.formed(group.backend or "gloo")
         self._events.put_nowait(Connected(order.epoch))
 
+    @property
+    def _forming_s(self) -> float:
+        return self._config.forming_s(self._group.backend or "gloo")
+
     async def _greet(self, epoch: int) -> None:
-        reducer, timeout_s = self._reducer, self._config.form_deadline_s
+        reducer, timeout_s = self._reducer, self._forming_s
         if reducer is None:
             return
         self._greeted = greeting_of(self._own, self._read_counters(), self._serving)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from megatoken.tls import ClientTls, ServerTls
+
+GLOO_FORM_S: Final = 2.0
+NCCL_FORM_S: Final = 30.0
 
 
 class AgentConfig(BaseModel):
@@ -39,7 +42,9 @@ class AgentConfig(BaseModel):
     interface: str | None = Field(None, max_length=64, description="network interface of the collective; unset: host's")
     tick_s: float = Field(1.0, ge=0.05, le=60, description="seconds between two sums")
     deadline_s: float = Field(1.0, ge=0.1, le=60, description="seconds a sum may take before it counts as incomplete")
-    form_deadline_s: float = Field(2.0, ge=0.1, le=120, description="seconds that forming a group may take")
+    form_deadline_s: float | None = Field(
+        None, ge=0.1, le=120, description="seconds that forming a group may take; unset: 2, with nccl 30"
+    )
     attend_s: float = Field(0.5, ge=0.02, le=10, description="seconds between two signs of life to the controller")
     standalone_rates: dict[str, float] = Field(
         default_factory=dict,
@@ -52,6 +57,12 @@ class AgentConfig(BaseModel):
     )
     unguarded: bool = Field(default=False, description="without credentials_file: let everybody in who reaches host")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+
+    def forming_s(self, backend: str) -> float:
+        """The limit on forming a group: nccl first makes a context and a communicator on the device."""
+        if self.form_deadline_s is not None:
+            return self.form_deadline_s
+        return NCCL_FORM_S if backend.startswith("nccl") else GLOO_FORM_S
 
     @field_validator("controllers")
     @classmethod

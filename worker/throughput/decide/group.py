@@ -58,7 +58,8 @@ class GroupPolicy:
     settle_s: float = 0.3
     gather_s: float = 0.3
     gather_max_s: float = 1.0
-    form_s: float = 3.0  # a group that has not formed by then is not waited for
+    form_s: float = 3.0  # a group that has not formed by then is not waited for: an agent's limit, and a little
+    nccl_form_s: float = 32.0  # the same where a device is first made ready
     hold_s: float = 0.5
     hold_max_s: float = 60.0
     forgive_s: float = 60.0  # without trouble for this long: a clean record
@@ -304,7 +305,8 @@ class Groups:
     def _may_join(self, joiners: list[str], now: float) -> bool:
         members = [self._agents[agent].said for agent in self.group.agents if agent in self._agents]
         settled = all(s.epoch == self.group.epoch and s.state is Stance.TICKING for s in members)
-        if not settled and now - self._formed_s < self.policy.form_s:
+        nccl = self.group.backend.startswith("nccl")
+        if not settled and now - self._formed_s < (self.policy.nccl_form_s if nccl else self.policy.form_s):
             return False
         came = [self._agents[agent].first_s for agent in joiners]
         return now - max(came) >= self.policy.gather_s or now - min(came) >= self.policy.gather_max_s

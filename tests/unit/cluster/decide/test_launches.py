@@ -134,6 +134,13 @@ def test_a_replica_must_have_the_weights_that_another_of_its_spec_serves() -> No
     assert given(facts=replace(facts, weights=())).weights == {}
 
 
+@pytest.mark.parametrize(("label", "device"), [("5", 5), ("", 2), ("8", 2), ("five", 2)])
+def test_the_agent_reduces_on_the_device_that_its_node_chose(label: str, device: int) -> None:
+    wanted = ClusterSpec.model_validate({"models": [], "agents": {"device": 2}})
+    node = replace(OTHER, labels={"agent_device": label})
+    assert as_read(agent_launch("a", node, wanted, context(False)), AgentConfig).device == device
+
+
 def test_ranks_that_share_a_nodes_cores_take_a_share_each() -> None:
     def threads(neighbours: int, **model: Any) -> int:
         wanted = spec(**model)

@@ -249,16 +249,22 @@ def test_a_group_that_ticked_waits_out_its_pause_once_and_begins_with_short_ones
     assert published_at(groups, 2.25, frozenset({1.125})) == [0.375, 0.5, 1.0, 2.0, 2.125, 2.25]
 
 
-@pytest.mark.parametrize(("now", "joins"), [(3.125, False), (3.25, True)])
-def test_a_group_that_does_not_form_is_waited_for_up_to_its_bound(now: float, joins: bool) -> None:
-    groups = Groups(POLICY)
-    groups.attended(Attended(attendee("a")), 0.0)
+@pytest.mark.parametrize(
+    ("backend", "now", "joins"),
+    [("gloo", 3.125, False), ("gloo", 3.25, True), ("nccl/cuda", 5.125, False), ("nccl/cuda", 5.25, True)],
+)
+def test_a_group_that_does_not_form_is_waited_for_up_to_its_backends_bound(
+    backend: str, now: float, joins: bool
+) -> None:
+    groups = Groups(replace(POLICY, nccl_form_s=5.0))
+    one, two = attendee("a", backends=(backend,)), attendee("b", backends=(backend,))
+    groups.attended(Attended(one), 0.0)
     groups.poll(0.25)
     at = 0.25
     while at < now:
         at += 0.125
-        groups.attended(Attended(attendee("a"), 1, Stance.FORMING), at)
-        groups.attended(Attended(attendee("b")), at)
+        groups.attended(Attended(one, 1, Stance.FORMING), at)
+        groups.attended(Attended(two), at)
         group = groups.poll(at)
         assert group is None or at == now
     assert (group is not None) is joins
