@@ -96,7 +96,9 @@ def _member(
 def _model(model: ModelSpec, fleet: Fleet) -> membership_pb2.ModelMember:
     ready = sum(1 for replica in fleet.of_model(model.name) if replica.state is ReplicaState.READY)
     block = fleet.blocked.get(model.name)
-    lasts = block is not None and block.kind is not BlockedKind.LEASE  # that one is over in seconds: requests wait
+    # A lease's end and a replica that drains make room soon, e.g. for the one that replaces it: requests wait.
+    drains = any(replica.state is ReplicaState.DRAINING for replica in fleet.of_model(model.name))
+    lasts = block is not None and block.kind is not BlockedKind.LEASE and not drains
     return membership_pb2.ModelMember(
         model=model.name,
         policy=model.policy or "",

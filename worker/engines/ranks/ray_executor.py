@@ -23,6 +23,7 @@ from megatoken.process.devices import visible_devices
 from megatoken.process.host import host_of
 from megatoken.worker.engines import weights
 from megatoken.worker.engines.ranks.executor import MortalExecutor, mark_rank
+from megatoken.worker.engines.ranks.rank_start import watch_ranks
 from megatoken.worker.engines.ranks.variables import DEVICES_VARIABLE, REPLICA_VARIABLE, SOCKETS_VARIABLE
 
 
@@ -31,6 +32,7 @@ class PlacedRank(RayWorkerProc):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, rank: int, *arguments: Any, **options: Any) -> None:
         mark_rank(rank)
+        watch_ranks()  # vLLM's plugins do it in other processes, and leave Ray's alone
         self._planned_rank = rank
         sockets = os.environ.get(SOCKETS_VARIABLE)
         if sockets:

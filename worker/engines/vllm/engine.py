@@ -41,11 +41,11 @@ from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines import weights
 from megatoken.worker.engines.engine import EngineFacts, EngineLoad, EngineRequest, StepSink
 from megatoken.worker.engines.ranks import placement as rank_placement
+from megatoken.worker.engines.ranks.rank_start import watch_ranks
 from megatoken.worker.engines.requests import TRANSFERS
 from megatoken.worker.engines.vllm.arguments import engine_arguments, lora_modules
 from megatoken.worker.engines.vllm.metrics import VllmMetrics
 from megatoken.worker.engines.vllm.plugins import tie_forks
-from megatoken.worker.engines.vllm.rank_start import watch_ranks
 from megatoken.worker.engines.vllm.request import (
     REFUSALS,
     as_request_error,

@@ -24,7 +24,7 @@ def tie_to_parent() -> None:
     if owner is None or owner == str(os.getpid()) or under_raylet:
         return
     die_with_parent()
-    from megatoken.worker.engines.vllm.rank_start import watch_ranks
+    from megatoken.worker.engines.ranks.rank_start import watch_ranks
     from megatoken.worker.engines.vllm.resume import install
 
     install()

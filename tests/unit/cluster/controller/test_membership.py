@@ -74,3 +74,4 @@ def test_what_blocks_a_model_reaches_routers_whole() -> None:
     said = "start failed: the text holds '; next try in' itself; and more"
     assert content(blocked=said).models[0].blocked == said
     assert content(blocked=said, kind=BlockedKind.LEASE).models[0].blocked == "", "over in seconds: requests wait"
+    assert content(replica(1, ReplicaState.DRAINING), blocked=said).models[0].blocked == "", "it makes room as it ends"
