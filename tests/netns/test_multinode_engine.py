@@ -97,6 +97,6 @@ def test_a_host_whose_weights_differ_is_named_with_the_file_and_nothing_is_serve
         weights.write(b"!")
     with pytest.raises(RuntimeError) as failed:
         start_worker(nodes, first, group_on([first, second]), source="/tmp/model", pipeline_parallel=2)
-    last = [line for line in str(failed.value).splitlines() if line][-1]
-    assert "/tmp/model/model.safetensors" in last
+    (last,) = [line for line in str(failed.value).splitlines() if line.startswith("worker: ")]
+    assert "/tmp/model/model.safetensors" in last, str(failed.value)
     assert f" on {second.name}" in last

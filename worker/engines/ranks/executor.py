@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from megatoken.process.devices import VISIBILITY
 from megatoken.process.tag import tag_process
-from megatoken.worker.engines.ranks.variables import LOSS_VARIABLE, REPLICA_VARIABLE
+from megatoken.worker.engines.ranks.variables import LOSS_VARIABLE, PROBLEM, REPLICA_VARIABLE
 from megatoken.worker.engines.ranks.waits import wait_asleep
 
 ORDERLY_END_S: Final = 1.0
@@ -33,7 +33,11 @@ class MortalExecutor:
 
     def _init_executor(self) -> None:
         wait_asleep()
-        super()._init_executor()  # type: ignore[misc]
+        try:
+            super()._init_executor()  # type: ignore[misc]
+        except Exception as error:
+            note_problem(error)
+            raise
 
     def _post_init_executor(self) -> None:
         super()._post_init_executor()  # type: ignore[misc]
@@ -76,6 +80,14 @@ def note_loss(ranks: list[int]) -> None:
     path = os.environ.get(LOSS_VARIABLE)
     if path and ranks and not Path(path).exists():
         Path(path).write_text(" ".join(map(str, ranks)))
+
+
+def note_problem(error: Exception) -> None:
+    """Tells the worker why the ranks did not start: vLLM itself only says that they did not."""
+    path = os.environ.get(LOSS_VARIABLE)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if path and lines:
+        Path(path + PROBLEM).write_text(lines[-1])
 
 
 def mark_rank(rank: int) -> None:

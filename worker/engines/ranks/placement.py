@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatoken.worker.config import WorkerConfig
-from megatoken.worker.engines.ranks.variables import DEVICE_VARIABLE, DEVICES_VARIABLE, LOSS_VARIABLE, REPLICA_VARIABLE
+from megatoken.worker.engines.ranks.variables import (
+    DEVICE_VARIABLE,
+    DEVICES_VARIABLE,
+    LOSS_VARIABLE,
+    PROBLEM,
+    REPLICA_VARIABLE,
+)
 
 CPU_RESOURCE = "cpu_device"
 
@@ -46,6 +52,17 @@ def lost_ranks(config: WorkerConfig) -> list[int]:
         return []
     _loss_file(config).unlink(missing_ok=True)
     return ranks
+
+
+def start_problem(config: WorkerConfig) -> str:
+    """Why the ranks did not start, as one of them said it; empty: none did."""
+    path = _loss_file(config).with_name(_loss_file(config).name + PROBLEM)
+    try:
+        said = path.read_text()
+    except OSError:
+        return ""
+    path.unlink(missing_ok=True)
+    return said
 
 
 def _loss_file(config: WorkerConfig) -> Path:

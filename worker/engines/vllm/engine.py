@@ -97,7 +97,8 @@ class VllmEngine:
         try:
             self._client = EngineCoreClient.make_async_mp_client(vllm_config, executor, log_stats=True)
         except (RuntimeError, TimeoutError, OSError) as error:
-            raise EngineDeadError(f"vLLM's engine core did not start: {error}") from error
+            why = rank_placement.start_problem(self._config) or str(error)
+            raise EngineDeadError(f"vLLM's engine core did not start: {why[:MAX_REASON]}") from error
         self._processor = InputProcessor(vllm_config)
         self._vllm_config = vllm_config
         log_event(_log, "engine.started", engine="vllm", seconds=round(time.monotonic() - began_s, 1))
