@@ -34,6 +34,13 @@ def test_no_folder_has_more_modules_than_one_sees_at_a_glance() -> None:
     assert not large
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their names alone, and the second would be left out with an error."""
+    names = [path.name for path in sources("tests") if path.name.startswith("test_")]
+    assert len(names) > 100
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
 def test_every_package_says_what_it_is_for() -> None:
     silent = [
         str(folder.relative_to(ROOT))
