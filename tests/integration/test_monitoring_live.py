@@ -55,6 +55,7 @@ SPEC = {
 # Names of the contract that a simulated cluster at rest has no reason to show.
 NOT_HERE = {
     "megatoken_worker_energy_joules_total",  # no device reports it
+    "megatoken_throughput_energy_joules_total",
     "megatoken_cluster_model_blocked",  # nothing is
 }
 
