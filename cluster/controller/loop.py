@@ -217,7 +217,6 @@ class Controller:
         for place in self.devices.to_check(self.inventory, self.fleet):
             await self._in_thread(functools.partial(backend.check_device, place))
         self.desired_state.settle_updates(self.fleet)
-        self._rates.look(self.fleet, self.links.readings(), self.links.sample, now, time.time())
         processes_left = await self._supervise(backend, now)
         self._publish_snapshot()
         await self.events.publish()
@@ -229,9 +228,11 @@ class Controller:
     def _note_history(self) -> None:
         if time.monotonic() < self._history_due_s:
             return
-        self._history_due_s = time.monotonic() + LOOK_S
+        now = time.monotonic()
+        self._history_due_s = now + LOOK_S
         kinds = {replica.id: replica.placement.ranks[0].kind for replica in self.fleet.replicas}
         try:
+            self._rates.look(self.fleet, self.links.readings(), self.links.sample, now, time.time())
             self.history.look(self.status(), kinds, self.links.routers.values())
         except Exception:  # a disk that takes nothing loses minutes of the past, and nothing else
             self._survived("history")

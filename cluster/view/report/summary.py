@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from megatoken.cluster.decide.efficiency import CAUSES
 from megatoken.v1 import control_pb2
 
-CAUSES: Final = ("ramp", "idle", "imbalance", "queue")
 MILLION: Final = 1e6
 HOUR_S: Final = 3600.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megatoken.cluster.decide.efficiency import CAUSES
 from megatoken.cluster.view.human import duration, number, table
 from megatoken.cluster.view.report.summary import ModelSummary, Summary
 
@@ -37,7 +38,7 @@ MODEL_HEADER = [
     *("MODEL", "GENERATED", "PROMPT", "CACHED", "DONE", "FAILED", "TOKENS/S"),
     *("DEVICE HOURS", "TOKENS/J", "COST", "PER MILLION"),
 ]
-LOSS_HEADER = ["MODEL", "CAPACITY", "OF BEST", "RAMP", "IDLE", "IMBALANCE", "QUEUE"]
+LOSS_HEADER = ["MODEL", "CAPACITY", "OF BEST", *(cause.upper() for cause in CAUSES)]
 
 
 def model_cells(model: ModelSummary) -> list[str]:
@@ -60,7 +61,7 @@ def model_cells(model: ModelSummary) -> list[str]:
 
 def loss_cells(model: ModelSummary) -> list[str]:
     """In the order of LOSS_HEADER: shares of the capacity."""
-    lost = [f"{model.lost[cause] / model.capacity:.0%}" for cause in ("ramp", "idle", "imbalance", "queue")]
+    lost = [f"{model.lost[cause] / model.capacity:.0%}" for cause in CAUSES]
     return [model.model, number(model.capacity), _known(model.share_of_best, "{:.0%}"), *lost]
 
 
