@@ -18,6 +18,7 @@ ENGINES: Final = re.compile(
     r"tests/integration/test_(cluster|edge_(direct|fleet|openai|process))|_vllm|netns/test_multinode_engine"
 )
 ALONE: Final = "tests/netns/test_whole_fleet.py"
+STEPS: Final[dict[str, bool]] = {}  # of the fleet, in their order: whether one failed
 FIRST: Final = ("engines", "tests/netns", "tests/integration", "tests/chaos", "tests/simulation", "tests/fuzz")
 
 
@@ -57,6 +58,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Names what failed at once: the whole suite takes a while, and its dots name nobody."""
+    if share_of(report.nodeid) == ALONE:
+        STEPS[report.nodeid] = STEPS.get(report.nodeid, False) or report.failed
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         told = f"\n{report.when} of {report.nodeid} failed after {report.duration:.1f} s"
         print(told, file=sys.__stderr__, flush=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Each step of the fleet rests on those before it: where one failed, `--last-failed` means all of them."""
+    cache = getattr(session.config, "cache", None)
+    if cache is not None and any(STEPS.values()) and "PYTEST_XDIST_WORKER" not in os.environ:
+        cache.set("cache/lastfailed", {**cache.get("cache/lastfailed", {}), **dict.fromkeys(STEPS, True)})

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from megatoken.cluster.decide.fleet import Fleet, Replica
 from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Inventory
-from megatoken.cluster.placement.place import BlockedKind
 from megatoken.cluster.spec.model import ModelSpec
 from megatoken.v1 import membership_pb2
 
@@ -96,13 +95,10 @@ def _member(
 def _model(model: ModelSpec, fleet: Fleet) -> membership_pb2.ModelMember:
     ready = sum(1 for replica in fleet.of_model(model.name) if replica.state is ReplicaState.READY)
     block = fleet.blocked.get(model.name)
-    # A lease's end and a replica that drains make room soon, e.g. for the one that replaces it: requests wait.
-    drains = any(replica.state is ReplicaState.DRAINING for replica in fleet.of_model(model.name))
-    lasts = block is not None and block.kind is not BlockedKind.LEASE and not drains
     return membership_pb2.ModelMember(
         model=model.name,
         policy=model.policy or "",
         replicas_wanted=model.replicas,
         replicas_ready=ready,
-        blocked=block.text if block is not None and lasts else "",
+        blocked="" if block is None or block.passes else block.text,
     )

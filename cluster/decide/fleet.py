@@ -116,6 +116,8 @@ class Block:
     kind: BlockedKind
     text: str
     """Says the same until something changed."""
+    passes: bool = False
+    """Whether it ends by itself before long: requests wait for a replica instead of being refused with the text."""
 
 
 @dataclass(frozen=True, slots=True)

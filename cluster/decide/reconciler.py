@@ -42,11 +42,12 @@ from megatoken.cluster.decide.lifecycle import event_for
 from megatoken.cluster.decide.replica import FINAL, LIFECYCLE, ReplicaEvent, ReplicaState
 from megatoken.cluster.decide.request import request_for
 from megatoken.cluster.decide.rollout import RolloutStep, next_step
-from megatoken.cluster.placement.place import Blocked, BlockedKind, Placement, ReplicaRequest, place
+from megatoken.cluster.placement.place import BlockedKind, Placement, ReplicaRequest, place
 from megatoken.cluster.spec.model import ModelSpec
 
 SLUG = str.maketrans({"/": "-", "_": "-", ".": "-"})
 NOTHING = ReplicaObservation()
+MANY_FAILURES = 3  # starts that failed so often in a row are no longer a passing fault
 Replicas = Mapping[str, Replica]
 
 
@@ -269,10 +270,10 @@ def _block_starts(
     for name, step in steps.items():
         own = health.get(name, ModelHealth())
         if own.revision == given.models[name].revision and given.now < own.not_before_s:
-            blocked[name] = Block(BlockedKind.STARTS, _crash_text(own))
+            blocked[name] = Block(BlockedKind.STARTS, _crash_text(own), passes=own.failures < MANY_FAILURES)
         elif step.put_off:
             lost = [r for r in replicas.values() if r.model == name and r.serves_until_s > given.now]
-            blocked[name] = Block(BlockedKind.LEASE, _lease_text(lost))
+            blocked[name] = Block(BlockedKind.LEASE, _lease_text(lost), passes=True)
     return blocked
 
 
@@ -296,7 +297,7 @@ def _create(given: _Given, replicas: Replicas, steps: Mapping[str, RolloutStep],
     strangers = _unknown(given.observation, replicas)
     if strangers:  # of a fleet whose state file was lost: which devices they hold is not known, and they are ending
         text = f"waits for the end of {', '.join(strangers)}, which nothing is known of"
-        return _Made([], {request.model: Block(BlockedKind.CAPACITY, text) for request in requests})
+        return _Made([], {request.model: Block(BlockedKind.CAPACITY, text, passes=True) for request in requests})
     made = _Made([], {})
     yielded = False  # one at a time: its devices may be all that is needed
     held = _held(given, replicas.values())
@@ -304,7 +305,8 @@ def _create(given: _Given, replicas: Replicas, steps: Mapping[str, RolloutStep],
         if isinstance(outcome, Placement):
             made.moves.append(_planned(given, outcome))
         else:
-            made.blocked[outcome.model] = _no_room(outcome)
+            passes = _has_room_soon(given, replicas, request)
+            made.blocked[outcome.model] = Block(outcome.kind, f"{outcome.reason} {outcome.unblock}".strip(), passes)
             old = replicas.get(steps[outcome.model].yield_one)
             if not yielded and old is not None and old.active and _makes_room(given, replicas, old, request):
                 yielded = True
@@ -328,8 +330,11 @@ def _planned(given: _Given, placement: Placement) -> _Move:
     return _Move(replica, ClusterEvent("replica.planned", replica.id, f"planned on {where}", "reconcile", fields))
 
 
-def _no_room(outcome: Blocked) -> Block:
-    return Block(outcome.kind, f"{outcome.reason} {outcome.unblock}".strip())
+def _has_room_soon(given: _Given, replicas: Replicas, request: ReplicaRequest) -> bool:
+    """Whether it fits once those that drain or have ended let go of their devices."""
+    held = _held(given, replicas.values())
+    left = [placement for placement in held if replicas[placement.replica].active]
+    return left != held and isinstance(place([request], given.observation.inventory, left)[0], Placement)
 
 
 def _makes_room(given: _Given, replicas: Replicas, old: Replica, request: ReplicaRequest) -> bool:

@@ -203,7 +203,33 @@ def test_a_lease_that_still_runs_is_named_and_those_of_other_models_are_not() ->
     other = replica(two, 3, 2, ReplicaState.FAILED, reason="node lost: z", serves_until_s=NOW + 5.0)
     found = plan(Desired(1, (one, two)), fleet_of(lost, over, other), {})
     text = "a-1 (node lost: x) may serve until its lease ends; its replacement starts then"
-    assert found.fleet.blocked["a"] == Block(BlockedKind.LEASE, text)
+    assert found.fleet.blocked["a"] == Block(BlockedKind.LEASE, text, passes=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "devices", "passes"),
+    [
+        (ReplicaState.DRAINING, 1, True),
+        (ReplicaState.FAILED, 1, True),  # Ray has not let go of it
+        (ReplicaState.READY, 1, False),
+        (ReplicaState.DRAINING, 0, False),  # its devices are gone
+    ],
+)
+def test_room_that_others_are_about_to_leave_blocks_a_model_only_for_a_while(
+    state: ReplicaState, devices: int, passes: bool
+) -> None:
+    other, wanted = model("a", replicas=1 if state is ReplicaState.READY else 0), model("b")
+    held = replica(other, 1, 0, state, since_s=NOW)
+    found = plan(Desired(1, (other, wanted)), fleet_of(held), {held.id: SERVING}, devices)
+    assert found.fleet.blocked["b"].passes is passes
+
+
+@pytest.mark.parametrize(("failures", "passes"), [(1, True), (2, True), (3, False)])
+def test_starts_that_fail_again_and_again_are_no_passing_fault(failures: int, passes: bool) -> None:
+    wanted = model("a")
+    health = {"a": ModelHealth(failures, NOW + 60.0, wanted.revision, "exit status 1")}
+    found = plan(Desired(1, (wanted,)), Fleet(health=health), {})
+    assert found.fleet.blocked["a"].passes is passes
 
 
 def test_only_the_oldest_endings_are_forgotten_and_none_that_hold_something() -> None:
