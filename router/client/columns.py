@@ -149,6 +149,11 @@ class ColumnSession:
             await self._channel.close(None)
 
     @property
+    def refused(self) -> bool:
+        """Whether the router is known to have refused the session: it saw no request of it."""
+        return self._session is not None and self._session.refused
+
+    @property
     def _opened(self) -> SessionClient:
         if self._session is None:
             raise RuntimeError("the session is not open")

@@ -29,6 +29,8 @@ class SessionClient:
         self._cancels: list[int] = []
         self._something = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
+        self.refused = False
+        """Whether the other side is known to have refused the call: it saw no request."""
 
     def begin(self) -> None:
         """Sends from now on."""
@@ -42,7 +44,7 @@ class SessionClient:
         """
         with contextlib.suppress(TimeoutError, aio.AioRpcError):
             async with asyncio.timeout(timeout_s):  # wait_for may lose a cancel
-                await self._call.initial_metadata()
+                self.refused = wire.SESSION_TAKEN[0] not in await self._call.initial_metadata()
         self.begin()
 
     def start(self, stream: int, request: bytes) -> None:

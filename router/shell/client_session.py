@@ -53,7 +53,7 @@ class ClientSession(SessionSink):
 
     async def serve(self, context: Any) -> None:
         # The caller may write: one who writes to a refused call hears no reason.
-        await context.send_initial_metadata(())
+        await context.send_initial_metadata((wire.SESSION_TAKEN,))
         self._state.add_sink(self)
         writer = asyncio.create_task(self._write(context))
         reader = asyncio.create_task(self._read(context))

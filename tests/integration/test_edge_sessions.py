@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from megatoken.errors import OverloadError, UnavailableError
+from megatoken.reconnect import Pauses
 from megatoken.router.edge.config import EdgeConfig
 from megatoken.router.edge.metrics import EdgeMetrics
+from megatoken.router.edge.router_session import link
 from megatoken.router.edge.router_session import sessions as module
 from megatoken.router.edge.router_session.link import RouterLink
+from megatoken.router.edge.router_session.session import SHUTTING_DOWN
 from megatoken.router.edge.router_session.sessions import Sessions
 from megatoken.router.identity.api_keys import KeyRing
 from megatoken.tokens.frames import pack
@@ -134,6 +137,28 @@ async def test_no_router_is_said_in_time() -> None:
         await sessions.close()
 
 
+async def test_a_router_that_refuses_sessions_while_it_shuts_down_costs_a_request_only_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "Pauses", lambda: Pauses(0.01, 0.01))
+    async with FakeRouter(lambda _: [7, END]) as router:
+        router.gate.clear()
+        sessions = Sessions(config(router.address), EdgeMetrics(), None)
+        sessions.start()
+        try:
+            asking = asyncio.create_task(ask(sessions, "", "a"))
+            async with asyncio.timeout(10):
+                while not router.requests:  # noqa: ASYNC110 (the router is another party)
+                    await asyncio.sleep(0.01)
+            router.refusals = 20
+            await router.break_sessions()
+            router.gate.set()
+            assert await asking == [7]
+            assert router.refusals == 0
+        finally:
+            await sessions.close()
+
+
 async def test_a_session_is_kept_while_somebody_is_about_to_use_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +190,7 @@ async def test_requests_of_a_closed_session_are_told(tmp_path: Path) -> None:
             session.open(receiver, GenerateRequest(model="m", prompt=pack([1])))
         await asyncio.wait_for(sessions.close(), 10)
         finish = await asyncio.wait_for(receiver.ended, 5)
-        assert (finish.code, finish.message) == (14, f"the edge closed its session with router {router.address}")
+        assert (finish.code, finish.message) == (14, SHUTTING_DOWN)
 
 
 async def test_a_link_closes_although_one_cancel_is_lost() -> None:

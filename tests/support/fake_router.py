@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 import grpc
 import grpc.aio
 
+from megatoken.tokens import wire
 from megatoken.tokens.frames import column, pack
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1.tokens_pb2 import FINISH_REASON_CANCELLED, FINISH_REASON_STOP, Detail, Finish, GenerateRequest
@@ -37,6 +38,7 @@ class FakeRouter:
         self.gate.set()
         self.permits: asyncio.Semaphore | None = None
         self.requests: list[GenerateRequest] = []
+        self.refusals = 0  # sessions that are refused from now on, as a router does that is shutting down
         self.cancelled: list[int] = []
         self.running = 0
         self.sessions: list[Any] = []
@@ -68,7 +70,10 @@ class FakeRouter:
         self.sessions.clear()
 
     async def _session(self, frames: AsyncIterator[columns.ClientFrame], context: Any) -> AsyncIterator[columns.Frame]:
-        await context.send_initial_metadata(())
+        if self.refusals:
+            self.refusals -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "shutting down")
+        await context.send_initial_metadata((wire.SESSION_TAKEN,))
         self.keys.append(dict(context.invocation_metadata()).get("authorization"))
         out: asyncio.Queue[columns.Frame] = asyncio.Queue()
         running: dict[int, asyncio.Task[None]] = {}

@@ -30,6 +30,7 @@ from megatoken.v1.tokens_pb2 import (
 )
 
 MOST_LOSSES = 5  # of one request
+SHUTTING_DOWN = "this edge is shutting down; another one, or this one later, takes the request"
 DEADLINE_EXCEEDED, UNAVAILABLE = 4, 14  # gRPC status numbers
 
 
@@ -80,7 +81,7 @@ class OpenRequest:
     """Log probabilities of the prompt came before the first token; what goes on would bring them again."""
     losses: int = 0
     """Sessions that were lost under it: it might be what breaks them."""
-    waits_since_s: float = 0.0
+    waits_since_s: float | None = None
 
 
 class Session:
@@ -230,13 +231,14 @@ class Session:
         if finish is None and self._link is not None:
             self._link.cancel(number)
 
-    def _wait(self, number: int, running: OpenRequest) -> None:
-        """Takes a request out of the session, to be sent again in the next one."""
+    def _wait(self, number: int, running: OpenRequest, *, anew: bool = True) -> None:
+        """Takes a request out of the session, to be sent again in the next one; not anew: its wait goes on."""
         self._opened.pop(number)
         self.streams.finish(number, running.receiver.request_id)
         self._silent.discard(number)
         self._replaying.discard(number)
-        running.waits_since_s = self._clock()
+        if anew or running.waits_since_s is None:
+            running.waits_since_s = self._clock()
         self._waiting[running.receiver.request_id] = running
 
     def on_connected(self) -> None:
@@ -284,8 +286,8 @@ class Session:
             return raw, None
         return prefix_request(raw, running.had.tobytes()), None
 
-    def on_lost(self, problem: str, streams: Container[int]) -> None:
-        """A session of the link broke, with what ran of these streams.
+    def on_lost(self, problem: str, streams: Container[int], taken: bool) -> None:
+        """A session of the link broke, with what ran of these streams; `taken`: the router may have seen them.
 
         Its requests wait for the next one; those that cannot go on fail with UNAVAILABLE.
         """
@@ -297,8 +299,8 @@ class Session:
                 self._note_end(number, gone)
                 self.streams.finish(number, None)
             elif self._may_go_on(running):
-                running.losses += 1
-                self._wait(number, running)
+                running.losses += taken
+                self._wait(number, running, anew=taken)
             else:
                 self._note_end(number, gone)
                 self.streams.finish(number, running.receiver.request_id)
@@ -310,14 +312,21 @@ class Session:
             return False
         return GenerateRequest.FromString(running.request).resume != RESUME_OFF
 
-    def give_up(self, *, at_once: bool = False) -> None:
-        """Ends what has waited for a router long enough, or all that waits. Called about once a second."""
+    def give_up(self) -> None:
+        """Ends what has waited for a router long enough. Called about once a second."""
         now = self._clock()
+        problem = self._link.problem if self._link is not None else "the edge is not connected to a router"
         for request_id, running in list(self._waiting.items()):
-            if at_once or now - running.waits_since_s >= self._return_s:
+            if running.waits_since_s is not None and now - running.waits_since_s >= self._return_s:
                 del self._waiting[request_id]
-                problem = self._link.problem if self._link is not None else "the edge is not connected to a router"
                 self._feed_end(running, error_finish(problem))
+        self._flush()
+
+    def close(self) -> None:
+        """Ends all that waits for a router, once the link is closed."""
+        for running in self._waiting.values():
+            self._feed_end(running, error_finish(SHUTTING_DOWN))
+        self._waiting.clear()
         self._flush()
 
     def _flush(self) -> None:

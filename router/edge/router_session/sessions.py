@@ -103,7 +103,7 @@ class Sessions:
                 await self._upkeep
         for session, link in self._open.values():
             await link.close()
-            session.give_up(at_once=True)
+            session.close()
         await self._channel.close(None)
 
     def _connect(self, key: str | None) -> tuple[Session, RouterLink]:

@@ -190,7 +190,7 @@ async def test_an_edge_link_whose_receiver_fails_tells_the_others_and_goes_on(mo
         raise KeyError("a defect")
 
     async with FakeRouter(lambda _: [7]) as router:
-        link = edge_module.RouterLink(router.address, fail, lambda problem, _streams: lost.append(problem))
+        link = edge_module.RouterLink(router.address, fail, lambda problem, *_: lost.append(problem))
         link.start()
         assert await link.wait_connected(5.0)
         link.submit(b"")
