@@ -22,6 +22,7 @@ from megatoken.tokens.frames import MalformedFrame, column
 from megatoken.tokens.outbox import FramePart
 from megatoken.tokens.pieces import detail_stream
 from megatoken.tokens.responses import WaitingResponses
+from megatoken.tokens.wire import SESSION_TAKEN
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker.leases import LeaseChecks, LeaseTable
@@ -44,6 +45,7 @@ def tokens_handler(replica: RunningReplica, leases_of: Callable[[Any], LeaseChec
     """
 
     async def session(_requests: Any, context: Any) -> None:
+        await context.send_initial_metadata((SESSION_TAKEN,))
         await serve_session(replica, context, Outlet(leases_of(context)))
 
     async def generate(request: bytes, context: Any) -> None:

@@ -194,6 +194,8 @@ async def lets_in(channel: Any, method: MethodDescriptor, lease: str, call_s: fl
             return True
         stream = call(timeout=call_s) if method.client_streaming else call(body, timeout=call_s)
         if method.client_streaming:
+            if method.name == "Session":
+                await stream.initial_metadata()  # one who writes to a refused call hears another reason
             await stream.write(body)
         return await _first_is_no_refusal(stream, method)
     except grpc.aio.AioRpcError as error:

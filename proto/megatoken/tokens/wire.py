@@ -21,7 +21,7 @@ TAG_FRAME_TOKEN: Final = b"\x1a"
 TAG_FRAME_DETAIL: Final = b"\x22"
 TAG_FRAME_FINISH: Final = b"\x2a"
 
-SESSION_TAKEN: Final = ("megatoken-session", "taken")  # initial metadata of a Session that the router serves
+SESSION_TAKEN: Final = ("megatoken-session", "taken")  # initial metadata of a Session that is served
 MAX_REQUEST_BYTES: Final = 8 << 20  # an encoded GenerateRequest; a prompt of a million tokens has half of it
 
 

@@ -62,8 +62,8 @@ class TokensServicer(object):
     def Session(self, request_iterator, context):
         """Carries many requests. Order within a request is kept, every token arrives once, and an error of one request is
         its own Finish and touches no other. Closing the client's half lets running requests end; cancelling the call
-        aborts them. A router that takes the call says so at once, by the initial metadata `megatoken-session: taken`; one
-        that refuses it has seen none of its requests.
+        aborts them. Who takes the call says so at once, by the initial metadata `megatoken-session: taken`; who refuses
+        it has seen none of its requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
