@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "up",
         "start a cluster: a local one, or on the Ray that the spec or RAY_ADDRESS names",
     ),
+    "fetch": ("offline.fetch", "put the weights of a spec's models on every node, from one that has them"),
     "apply": ("apply", "make a running cluster what a spec says"),
     "status": ("status", "show nodes, models, replicas with state and reason, queue, tokens/s"),
     "scale": ("scale", "change the number of a model's replicas: MODEL=N"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatoken.cluster.client.control import TOKEN_VARIABLE, CommandError, ControlClient, choose, client_of
 from megatoken.cluster.client.records import ClusterRecord
 from megatoken.cluster.runtime_dirs import state_directory
+from megatoken.cluster.spec.cluster import ClusterSpec
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,13 @@ def chosen(arguments: argparse.Namespace) -> ClusterRecord:
 def connect(arguments: argparse.Namespace) -> ControlClient:
     """A client of the meant cluster's controller. Raises CommandError."""
     return client_of(chosen(arguments))
+
+
+def ray_address(spec: ClusterSpec) -> str:
+    """Of the Ray that the spec or RAY_ADDRESS names; "local": none."""
+    if spec.ray.address == "auto" or (spec.ray.address == "local" and os.environ.get("RAY_ADDRESS")):
+        return os.environ.get("RAY_ADDRESS") or "auto"
+    return spec.ray.address
 
 
 def read_text(path: str) -> str:

@@ -12,6 +12,8 @@ from megatoken.v1 import control_pb2
 
 POLL_S = 0.25
 SIGN_OF_LIFE_S = 10.0
+BAR_S = 0.1
+CLEAR = "\r\x1b[K"
 AWAY_S = 60.0  # how long a controller may not answer: Ray restarts one that died, and a busy machine is slow
 QUIET_KINDS = ("throughput.epoch",)
 
@@ -24,11 +26,23 @@ class Progress:
     def __init__(self, say: Say | None = None) -> None:
         self._began = time.monotonic()
         self._said_at = self._began
+        self._bar_at = 0.0
+        self._terminal = say is None and sys.stderr.isatty()
         self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
 
     def say(self, text: str) -> None:
         self._said_at = time.monotonic()
-        self._say(f"[{self._said_at - self._began:6.1f} s] {text}")
+        self._say(f"{CLEAR if self._bar_at else ''}[{self._said_at - self._began:6.1f} s] {text}")
+        self._bar_at = 0.0
+
+    def bar(self, text: str) -> None:
+        """Shows `text` in place of the bar before it; without a terminal, or with a `say` of its own, now and then."""
+        now = time.monotonic()
+        if not self._terminal:
+            self.still(text)
+        elif now - self._bar_at >= BAR_S:
+            print(f"{CLEAR}[{now - self._began:6.1f} s] {text}", end="", file=sys.stderr, flush=True)
+            self._bar_at = now
 
     def still(self, text: str) -> None:
         """Says `text` when nothing was said for a while."""

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from megatoken.cluster.doctor.facts import Finding, LinkFacts, Needs, NodeFacts, PairFacts, Severity
+from megatoken.cluster.view.human import gib
 
 GIB, MIB = 1 << 30, 1 << 20
 SKEW_WARN_S, SKEW_STOP_S = 0.5, 300.0  # logs no longer line up; certificates and tokens may not be valid yet
@@ -254,7 +255,7 @@ def disks(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
                     "weights",
                     _title(node),
                     f"no model at {', '.join(node.missing_sources)}",
-                    "Copy the weights there, or mount the shared file system that has them.",
+                    "`megatoken fetch -f SPEC` copies them from a node that has them; or mount where they are.",
                 )
             )
         if needs.weight_bytes and node.cache_free_bytes < needs.weight_bytes + DISK_MARGIN_BYTES:
@@ -263,14 +264,14 @@ def disks(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
                     Severity.STOP,
                     "disk",
                     _title(node),
-                    f"{node.cache_directory} has {_gib(node.cache_free_bytes)} free; the weights need "
-                    f"{_gib(needs.weight_bytes)}",
+                    f"{node.cache_directory} has {gib(node.cache_free_bytes)} free; the weights need "
+                    f"{gib(needs.weight_bytes)}",
                     "Free space, or point HF_HOME and MEGATOKEN_CACHE at a larger disk.",
                 )
             )
     if not found and nodes:
         least = min(nodes, key=lambda node: node.cache_free_bytes)
-        found.append(_good("disk", nodes, f"at least {_gib(least.cache_free_bytes)} free for weights"))
+        found.append(_good("disk", nodes, f"at least {gib(least.cache_free_bytes)} free for weights"))
     return found
 
 
@@ -286,7 +287,7 @@ def shared_memory(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
             found.append(Finding(severity, "shared memory", _title(node), what, advice))
     if not found and nodes:
         least = min(node.shm_free_bytes for node in nodes)
-        found.append(_good("shared memory", nodes, f"at least {_gib(least)} free"))
+        found.append(_good("shared memory", nodes, f"at least {gib(least)} free"))
     return found
 
 
@@ -325,10 +326,6 @@ def _list(words: Sequence[str], most: int = 4) -> str:
 
 def _rate(bytes_per_s: float) -> str:
     return f"{bytes_per_s / 1e9:.2f} GB/s"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
 
 
 def _loopback(address: str) -> bool:

@@ -22,8 +22,9 @@ CONFIG_FILE = "config.json"
 def model_problems(spec: ClusterSpec) -> list[str]:
     """Sources that do not exist and parallel sizes that a model does not allow; one line each."""
     problems = []
+    runs_here = spec.ray.address == "local" and not spec.launch  # elsewhere the doctor looks, on every node
     for model in spec.models:
-        problems += [f"models.{model.name}.{text}" for text in _source_problems(model)]
+        problems += [f"models.{model.name}.{text}" for text in _source_problems(model, here=runs_here)]
         shape = shape_of(model)
         if shape is not None:
             sizes = model.parallel
@@ -82,12 +83,12 @@ def device_problems(spec: ClusterSpec) -> list[str]:
     ]
 
 
-def _source_problems(model: ModelSpec) -> list[str]:
+def _source_problems(model: ModelSpec, *, here: bool) -> list[str]:
     if model.source.startswith(PREFIX) and model.source.removeprefix(PREFIX) not in BUILTIN:
         known = ", ".join(PREFIX + name for name in BUILTIN)
         return [f"source: {model.source!r} is not allowed; built-in models are {known}"]
     directory = source_directory(model.source)
-    if directory is not None and not model.source.startswith(PREFIX) and not directory.is_dir():
+    if here and directory is not None and not model.source.startswith(PREFIX) and not directory.is_dir():
         return [f"source: {model.source!r} is not allowed; a directory with a model, or a Hugging Face id"]
     return []
 

@@ -8,6 +8,7 @@ from typing import Any
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
 from megatoken.cluster.placement.place import Blocked, Rank
 from megatoken.cluster.planning.plan import Alternative, ClusterPlan, ModelPlan
+from megatoken.cluster.view.human import gib
 
 GIB = 1 << 30
 MAX_LINES = 400  # of the table by node; more are counted, not shown
@@ -70,7 +71,7 @@ def _models(plan: ClusterPlan) -> str:
         (
             model.model,
             f"{model.placed} of {model.wanted}",
-            _gib(model.need_bytes) if model.need_bytes else "unknown",
+            gib(model.need_bytes) if model.need_bytes else "unknown",
             "placed" if model.placed == model.wanted else "BLOCKED",
         )
         for model in plan.models
@@ -171,7 +172,7 @@ def _alternatives(model: ModelPlan) -> str:
             str(split.replicas),
             split.device_kind,
             str(split.unused),
-            f"{_gib(split.need_bytes)} of {_gib(split.device_bytes)}" if split.device_bytes else _gib(split.need_bytes),
+            f"{gib(split.need_bytes)} of {gib(split.device_bytes)}" if split.device_bytes else gib(split.need_bytes),
             f"{split.kv_tokens:,}" if split.kv_tokens else "unknown",
             f"{split.rate / best:.2f}",
         )
@@ -180,10 +181,6 @@ def _alternatives(model: ModelPlan) -> str:
     header = ("", "SPLIT", "REPLICAS", "KIND", "IDLE", "MEMORY A RANK", "KV TOKENS A REPLICA", "EXPECTED")
     note = f"{model.model}: splits that fit the inventory, by expected throughput (1.00: the first; ->: the spec's)"
     return f"{note}\n{table(header, rows)}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -77,6 +77,24 @@ def up_over_ssh(spec: ClusterSpec, *, wait: bool, timeout_s: float, doctor: bool
     return 0
 
 
+def fetch_over_ssh(spec: ClusterSpec, origin: str) -> int:
+    """`megatoken fetch` on the hosts; starts Ray there for that unless the cluster is up. Raises CommandError."""
+    states, progress = state_directory(os.environ), Progress()
+    try:
+        cluster = _cluster(spec, states, progress)
+        if record_path(states, spec.cluster).exists():
+            return cluster.fetch(origin)
+        cluster.check()
+        cluster.up(controller=False)
+        try:
+            return cluster.fetch(origin)
+        finally:
+            cluster.down(controller=False)
+            (states / f"{spec.cluster}.token").unlink(missing_ok=True)
+    except LaunchError as error:
+        raise CommandError(str(error)) from None
+
+
 def down_over_ssh(spec: ClusterSpec) -> None:
     """Takes the controller and Ray down on every host. Raises CommandError naming hosts that did not answer."""
     states, progress = state_directory(os.environ), Progress()

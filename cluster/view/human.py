@@ -22,6 +22,18 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.1f}"
 
 
+def gib(size: int) -> str:
+    """12.3 GiB, or 4.5 MiB of what is small."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 or not size else f"{size / 2**20:.1f} MiB"
+
+
+def bar(done: int, total: int, width: int = 24) -> str:
+    """[######------] 50 %"""
+    share = done / total if total else 1.0
+    filled = int(share * width)
+    return f"[{'#' * filled}{'-' * (width - filled)}] {share:.0%}".replace("%", " %")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table whose columns are as wide as their contents; numbers stand right."""
     widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]

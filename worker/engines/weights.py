@@ -29,20 +29,37 @@ Manifest = Mapping[str, str]
 
 
 def manifest_of(directory: Path, notes: Path, report: Callable[[str], None] = lambda _name: None) -> dict[str, str]:
-    """Hashes what is new since the notes were written; `report` is told each file that is. Raises OSError."""
-    known = _read_notes(notes / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json")
-    files = sorted(path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    marks = {path.name: _mark(path) for path in files}
-    stale = [path for path in files if known.get(path.name, ("",))[0] != marks[path.name]]
-    found = {name: digest for name, (mark, digest) in known.items() if marks.get(name) == mark}
+    """Of what is in the directory. Raises OSError."""
+    files = {path.name: path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file()}
+    return hashes_of(directory, files, notes, report)
+
+
+def hashes_of(
+    directory: Path, files: Mapping[str, Path], notes: Path, report: Callable[[str], None] = lambda _name: None
+) -> dict[str, str]:
+    """Hashes what the directory's notes do not have; `report` is told each file that it was. Raises OSError."""
+    known = _read_notes(_notes_file(notes, directory))
+    marks = {name: mark_of(path) for name, path in files.items()}
+    found = {name: known[name][1] for name, mark in marks.items() if known.get(name, ("",))[0] == mark}
+    stale = {name: path for name, path in files.items() if name not in found}
     if stale:
         with ThreadPoolExecutor(THREADS) as pool:
-            for path, digest in zip(stale, pool.map(sha256_of, stale), strict=True):
-                report(path.name)
-                found[path.name] = digest
+            for name, digest in zip(stale, pool.map(sha256_of, stale.values()), strict=True):
+                report(name)
+                found[name] = digest
         with contextlib.suppress(OSError):  # then they are hashed again next time
-            _write_notes(notes, directory, {name: (marks[name], digest) for name, digest in found.items()})
+            remember(directory, {name: (marks[name], found[name]) for name in stale}, notes)
     return dict(sorted(found.items()))
+
+
+def remember(directory: Path, hashed: Mapping[str, tuple[str, str]], notes: Path) -> None:
+    """Adds files of the directory to its notes: (mark, hash) by name. Raises OSError."""
+    path = _notes_file(notes, directory)
+    known = {**_read_notes(path), **hashed}
+    notes.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f"{path.name}.{os.getpid()}")
+    staged.write_text(json.dumps(known))
+    staged.rename(path)
 
 
 def sha256_of(path: Path) -> str:
@@ -82,7 +99,8 @@ def _rule(name: str, found: Manifest, expected: Manifest, whose: str) -> str:
     return f"{whose} has {there}, here it is {here} on {os.uname().nodename}"
 
 
-def _mark(path: Path) -> str:
+def mark_of(path: Path) -> str:
+    """What changes when a file does."""
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
 
@@ -94,9 +112,5 @@ def _read_notes(path: Path) -> dict[str, tuple[str, str]]:
         return {}
 
 
-def _write_notes(notes: Path, directory: Path, known: Mapping[str, tuple[str, str]]) -> None:
-    notes.mkdir(parents=True, exist_ok=True)
-    path = notes / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json"
-    staged = path.with_name(f"{path.name}.{os.getpid()}")
-    staged.write_text(json.dumps(known))
-    staged.rename(path)
+def _notes_file(notes: Path, directory: Path) -> Path:
+    return notes / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json"

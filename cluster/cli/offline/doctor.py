@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 
-from megatoken.cluster.cli.common import read_text
+from megatoken.cluster.cli.common import ray_address, read_text
 from megatoken.cluster.client.control import CommandError
 from megatoken.cluster.doctor.examine import CannotExamine, examine, findings_of
 from megatoken.cluster.doctor.judge import stops
 from megatoken.cluster.doctor.text import findings_text
-from megatoken.cluster.spec.cluster import ClusterSpec, default_spec
+from megatoken.cluster.spec.cluster import default_spec
 from megatoken.cluster.spec.load import load_spec
 
 
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0: nothing would stop a launch; 1: something would."""
     spec = load_spec(read_text(arguments.file)) if arguments.file else default_spec()
-    address = arguments.address or _ray_address(spec)
+    address = arguments.address or ray_address(spec)
     try:
         seen = examine(spec, address, reductions=not arguments.no_all_reduce, report=_report)
     except CannotExamine as error:
@@ -49,9 +48,3 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _report(line: str) -> None:
     print(f"doctor: {line}", file=sys.stderr)
-
-
-def _ray_address(spec: ClusterSpec) -> str:
-    if spec.ray.address == "auto" or (spec.ray.address == "local" and os.environ.get("RAY_ADDRESS")):
-        return os.environ.get("RAY_ADDRESS") or "auto"
-    return spec.ray.address

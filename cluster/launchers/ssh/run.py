@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatoken.cluster.launchers.node.command import spec_on
 from megatoken.cluster.launchers.spec import LaunchSpec, SshLaunch
-from megatoken.cluster.launchers.ssh.steps import SshPlan, SshStep, ssh_plan
+from megatoken.cluster.launchers.ssh.steps import SshPlan, SshStep, fetch_step, ssh_plan
 from megatoken.cluster.spec.cluster import ClusterSpec
 from megatoken.cluster.spec.load import dump_spec
 
@@ -95,6 +95,11 @@ class SshCluster:
             raise
         return self._plan.ray_address
 
+    def fetch(self, origin: str) -> int:
+        """Runs `megatoken fetch` on the head, whose words go to this terminal; its exit status."""
+        step = fetch_step(self._spec, self._ssh, origin)
+        return subprocess.run(step.argv, input=self._given(step), text=True, check=False).returncode
+
     def operator_token(self) -> str:
         """What the head's controller made for operators. Raises LaunchError."""
         problem, token = self._output(self._plan.token, self._ssh.connect_timeout_s + CHECK_S)
@@ -124,21 +129,21 @@ class SshCluster:
 
     def _output(self, step: SshStep, limit_s: float) -> tuple[str, str]:
         """(what went wrong, what it printed); the first is empty when nothing did."""
-        lines = [self._token, *(f"{name}={value}" for name, value in step.env)]
-        given = {
-            "token": "\n".join(lines) + "\n",
-            "spec": dump_spec(spec_on(self._spec, self._plan.ray_address)),
-            "": "",
-        }
         try:
             done = subprocess.run(
-                step.argv, input=given[step.stdin], capture_output=True, text=True, timeout=limit_s, check=False
+                step.argv, input=self._given(step), capture_output=True, text=True, timeout=limit_s, check=False
             )
         except subprocess.TimeoutExpired:
             return f"host {step.host}: could not {step.what} within {limit_s:.0f} s", ""
         except FileNotFoundError:
             return "the program ssh is not installed on this machine", ""
         return explain(step, done.returncode, done.stderr) if done.returncode else "", done.stdout
+
+    def _given(self, step: SshStep) -> str:
+        """What a step reads."""
+        if step.stdin == "token":
+            return "".join(f"{line}\n" for line in (self._token, *(f"{name}={value}" for name, value in step.env)))
+        return dump_spec(spec_on(self._spec, self._plan.ray_address)) if step.stdin == "spec" else ""
 
 
 def explain(step: SshStep, status: int, stderr: str) -> str:

@@ -139,6 +139,15 @@ def _controller(spec: ClusterSpec, ssh: SshLaunch, head: SshHost, doctor: bool) 
     return SshStep(head.host, "bring the controller up", ssh_argv(ssh, head, f"cat >{file} && {up}"), "spec")
 
 
+def fetch_step(spec: ClusterSpec, ssh: SshLaunch, origin: str) -> SshStep:
+    """Copies weights between the hosts, while Ray runs there; `origin`: `megatoken fetch --from`."""
+    directory = _directory(ssh, spec)
+    file = _quoted(f"{directory}/fetch.yaml")
+    words = f"fetch -f {file}{f' --from {shlex.quote(origin)}' if origin else ''}"
+    remote = f"cat >{file} && {_megatoken(ssh, directory)} {words}"
+    return SshStep(ssh.hosts[0].host, "fetch weights", ssh_argv(ssh, ssh.hosts[0], remote), "spec")
+
+
 def _token(spec: ClusterSpec, ssh: SshLaunch, head: SshHost) -> SshStep:
     """Prints the operator's token, which the head made; it travels through ssh only."""
     remote = f"{_megatoken(ssh, _directory(ssh, spec))} token --cluster {_quoted(spec.cluster)}"

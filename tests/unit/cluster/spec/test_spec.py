@@ -179,6 +179,14 @@ def test_sizes_that_the_model_does_not_allow(tmp_path: Path, monkeypatch: pytest
     assert "a directory with a model" in found(source="/no/such/model")[0]
 
 
+@pytest.mark.parametrize("elsewhere", [{"launch": {"ssh": {}}}, {"ray": {"address": "10.0.0.1:6379"}}])
+def test_a_model_directory_need_not_be_where_the_command_runs_if_the_cluster_is_elsewhere(
+    elsewhere: dict[str, object],
+) -> None:
+    models = [{"name": "a", "source": "/no/such/model"}]
+    assert model_problems(ClusterSpec.model_validate({"models": models, **elsewhere})) == []
+
+
 def test_a_replica_wider_than_the_local_machine() -> None:
     spec = load_spec("ray: {cpu_devices: 2}\nmodels: [{name: a, source: x, parallel: {pipeline: 3}}]")
     assert "3 devices a replica is not allowed; ray.cpu_devices gives this cluster 2" in device_problems(spec)[0]

@@ -1,0 +1,91 @@
+"""`megatoken fetch` over three hosts, each with a disk of its own: whole, cut off, differing, and on a full disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from deploy.netns.hosts import Host
+from deploy.netns.ray_nodes import RayNodes
+
+FETCH = [str(Path(sys.executable).with_name("megatoken")), "fetch"]
+MODEL, SMALL = "/tmp/models/m", "/tmp/small"
+LARGE_BYTES = 384 << 20  # several times what an object store here holds
+SPEC = "models: [{{name: m, engine: vllm, source: {directory}}}]\n"
+
+
+def digests(host: Host, directory: str = MODEL) -> dict[str, str]:
+    root = host.path(directory)
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_weights_of_one_host_come_to_all_whatever_happens_on_the_way(
+    make_ray_nodes: Callable[[int, int], RayNodes],
+) -> None:
+    nodes = make_ray_nodes(3, 1)
+    head, second, third = nodes.network.hosts
+    for name, directory in (("spec", MODEL), ("small", SMALL)):
+        head.path(f"/tmp/{name}.yaml").write_text(SPEC.format(directory=directory))
+
+    def fetch(*options: str, spec: str = "spec", status: int = 0) -> str:
+        command = [*FETCH, "-f", f"/tmp/{spec}.yaml", "--address", nodes.address, *options]
+        done = head.run(command, nodes.environment(head), timeout_s=150, check=False)
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert f"{MODEL}: no node has a file there" in fetch(status=1)
+
+    root = second.path(MODEL)
+    (root / "tokenizer").mkdir(parents=True)
+    (root / "tokenizer" / "merges.txt").write_text("a b\n")
+    (root / "config.json").write_text("{}\n")
+    piece = os.urandom(1 << 20)
+    with (root / "model.safetensors").open("wb") as file:
+        for number in range(LARGE_BYTES >> 20):
+            file.write(piece[number:] + piece[:number])
+    right = digests(second)
+
+    command = [*FETCH, "-f", "/tmp/spec.yaml", "--address", nodes.address]
+    first = head.popen(command, nodes.environment(head), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while sum(path.stat().st_size for path in third.path(MODEL).rglob(".model*.part")) < LARGE_BYTES // 3:
+        assert time.monotonic() < deadline, "nothing arrives"
+        assert first.poll() is None, "it had ended before it was to be cut off"
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait(20)
+    assert not third.path(MODEL).joinpath("model.safetensors").exists(), "no engine sees half a file"
+
+    said = fetch()
+    assert f"{MODEL}: 3 files, " in said
+    assert "on 3 nodes" in said
+    to_write = float(said.partition(f"{MODEL}: ")[2].split(" MiB to write")[0])
+    assert to_write < 0.8 * 2 * (LARGE_BYTES >> 20), "what had come was taken again"
+    assert digests(head) == digests(third) == right
+    assert "nothing to copy" in fetch()
+
+    third.path(f"{MODEL}/config.json").write_text('{"another": 1}\n')
+    assert f"{MODEL}/config.json: node" in fetch(status=1)
+    assert digests(head)["config.json"] == right["config.json"]
+    fetch("--from", second.address)
+    assert digests(third) == right
+    assert "--from: 'nobody' is not allowed; a node of the cluster: " in fetch("--from", "nobody", status=1)
+
+    head.path(SMALL).mkdir()
+    head.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", SMALL])
+    second.path(SMALL).mkdir()
+    (second.path(SMALL) / "model.safetensors").write_bytes(piece * 64)
+    refused = fetch(spec="small", status=1)
+    assert f"node {head.name}: {SMALL} needs 64.0 MiB more, and 16.0 MiB is free there" in refused
+    assert not third.path(SMALL).exists(), "nothing was begun"
