@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from megatoken.tls import ClientTls, ServerTls
 from megatoken.tokens.ranges import MAX_CHOICES
 from megatoken.tokens.wire import MAX_REQUEST_BYTES
+from megatoken.tracing import TracingConfig
 
 
 class _Part(BaseModel):
@@ -128,6 +129,7 @@ class RouterConfig(_Part):
     unguarded: bool = Field(default=False, description="without credentials_file: let everybody in who reaches host")
     throughput_agent: str | None = Field(default=None, description="host:port of the node's throughput agent")
     drain_s: float = Field(default=30.0, ge=0, description="how long running requests may still take after SIGTERM")
+    tracing: TracingConfig | None = Field(default=None, description="unset: no spans")
     request_log: bool = Field(
         default=False, description="one JSON line a finished request on standard error, without prompts"
     )

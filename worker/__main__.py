@@ -36,6 +36,7 @@ _log = logging.getLogger("worker")
 async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> int:
     """Serves a booted engine; returns the exit status."""
     from megatoken.process.loop_lag import watch_loop
+    from megatoken.tracing import tracer_of
     from megatoken.worker.energy import meter_of
     from megatoken.worker.measures import WorkerMeasures
     from megatoken.worker.replica import RunningReplica
@@ -62,6 +63,7 @@ async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> i
         await engine.stop()
         raise
     replica.energy = meter_of(config)
+    replica.tracer = tracer_of(config.tracing, "megatoken-worker", config.replica)
     facts = replica.facts
     log_event(_log, "replica.ready", address=address, engine=facts.engine, model=config.model)
     report_ready(
@@ -92,6 +94,8 @@ async def serve(config: WorkerConfig, engine: Engine, ready_fd: int | None) -> i
     await server.stop(FLUSH_S)
     close_metrics()
     await engine.stop()
+    if replica.tracer is not None:
+        await asyncio.to_thread(replica.tracer.close)
     if replica.dead is not None:
         raise EngineDeadError(replica.dead)
     return 0

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatoken.tls import ServerTls
+from megatoken.tracing import TracingConfig
 
 
 class FaultConfig(BaseModel):
@@ -124,6 +125,7 @@ class WorkerConfig(BaseModel):
         description="not renewed by the controller for this long, it serves nobody; unset: runs alone",
     )
     stop_timeout_s: float = Field(default=5.0, ge=0, description="on SIGTERM, how long running requests may go on")
+    tracing: TracingConfig | None = Field(default=None, description="unset: no spans")
     tls: ServerTls | None = Field(default=None, description="unset: plain text")
     credentials_file: Path | None = Field(
         default=None, description="mode 600, from the control plane: what it shows and accepts; unset: no gate"

@@ -26,6 +26,7 @@ from megatoken.errors import (
 )
 from megatoken.log import log_event
 from megatoken.tokens.ranges import MAX_CHOICES
+from megatoken.tracing import Attributes, Span, Tracer
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker import totals
@@ -67,6 +68,7 @@ class RunningReplica:
         self.fenced = ""  # why it may not serve now; empty: it may
         self.dead: str | None = None  # why the engine is gone
         self.drained = asyncio.Event()
+        self.tracer: Tracer | None = None
         self.energy: EnergyMeter | None = None  # of its devices, where they can be read
         self._on_dead = on_dead
         self._streams = StreamTable()
@@ -154,12 +156,18 @@ class RunningReplica:
             prompt_tokens = len(message.prompt) // 4
             lease = outlet.leases.check(message, prompt_tokens, self.facts.max_model_len - prompt_tokens)
         request = check_request(message, self.config.model, self.facts)
+        now_s = time.monotonic()
         if self._streams.live + request.choices > self.config.max_requests:
             raise OverloadError(
                 f"{self._streams.live} streams run here and {self.config.max_requests} is the limit", RETRY_AFTER_S
             )
         self.engine.check(request)
-        running = Running(request, outlet, time.monotonic(), request.choices, lease=lease)
+        running = Running(request, outlet, now_s, request.choices, lease=lease)
+        if self.tracer is not None:
+            attributes = {"megatoken.request_id": request.request_id, "megatoken.replica": self.config.replica}
+            request.traceparent, running.span = self.tracer.begin(
+                "worker request", request.traceparent, now_s, attributes
+            )
         self._streams.allot(running, number)
         if lease is not None and outlet.leases is not None:
             outlet.leases.take(lease)
@@ -195,6 +203,9 @@ class RunningReplica:
         for prefilled in step.prefilled:
             running = self._streams[prefilled.slot]
             running.cached_tokens = max(running.cached_tokens, prefilled.cached_tokens)
+            if prefilled.slot == running.request.slots[0] and running.span is not None:
+                running.span.event("scheduled", prefilled.scheduled_s or running.arrived_s)
+                running.span.event("first token", now_s)
             if prefilled.slot == running.request.slots[0] and not running.probe:
                 self.counters[totals.PROMPT_TOKENS] += prefilled.prompt_tokens
                 self.counters[totals.CACHED_TOKENS] += prefilled.cached_tokens
@@ -293,8 +304,20 @@ class RunningReplica:
         which = totals.REQUESTS_FAILED if running.failed else totals.REQUESTS_FINISHED
         self.counters[which] += 1
         self.measures.ended(reason, now_s - running.arrived_s)
+        if running.span is not None:
+            self._end_span(running, running.span, reason, now_s)
         self._account_time()
         self._note_drained()
+
+    @staticmethod
+    def _end_span(running: Running, span: Span, reason: int, now_s: float) -> None:
+        attributes: Attributes = {
+            "gen_ai.usage.input_tokens": len(running.request.prompt),
+            "gen_ai.usage.output_tokens": running.generated,
+            "megatoken.cached_tokens": running.cached_tokens,
+            "gen_ai.response.finish_reasons": pb.FinishReason.Name(reason),
+        }
+        span.end(now_s, attributes, "it ended with an error" if reason == pb.FINISH_REASON_ERROR else None)
 
     def _abort(self, slots: list[int], reason: int, error: MegatokenError | None = None, notify: bool = True) -> None:
         if not slots:

@@ -94,6 +94,7 @@ def worker_launch(
         start_timeout_s=model.start_timeout_s,
         lease_s=spec.control.worker_lease_s,
         tls=spec.security.server_tls,
+        tracing=spec.tracing,
         log_level=spec.log_level,
     )
     env = dict(model.env)
@@ -137,6 +138,7 @@ def router_launch(name: str, node: Node, spec: ClusterSpec, context: LaunchConte
         delivery=routers.delivery,
         leases=routers.leases,
         request_log=routers.request_log,
+        tracing=spec.tracing,
         tls=spec.security.server_tls,
         worker_tls=spec.security.client_tls,
         api_keys_file=spec.security.api_keys_file,
@@ -161,6 +163,7 @@ def edge_launch(name: str, node: Node, spec: ClusterSpec, context: LaunchContext
         site=node.site,
         limits=EdgeLimits(max_requests=spec.edge.max_requests),
         access_log=spec.edge.access_log,
+        tracing=spec.tracing,
         metrics_host=_host(None, node, context),  # never where clients are, even if edge.host is every address
         metrics_port=0,
     )

@@ -28,7 +28,7 @@ def changes_between(before: ClusterSpec | None, after: ClusterSpec) -> list[str]
     for model in before.models:
         if after.model(model.name) is None:
             found.append(f"model {model.name}: is removed; its {model.replicas} replicas drain")
-    for section in ("routers", "edge", "agents", "network", "log_level"):
+    for section in ("routers", "edge", "agents", "network", "tracing", "log_level"):
         if getattr(before, section) != getattr(after, section):
             found.append(f"{section}: changes; its processes are exchanged one after the other")
     return found

@@ -23,6 +23,7 @@ from megatoken.cluster.spec.services import (
     RoutersSpec,
     SecuritySpec,
 )
+from megatoken.tracing import TracingConfig
 
 DEFAULT_CLUSTER = "default"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -42,6 +43,7 @@ class ClusterSpec(SpecPart):
     agents: AgentsSpec = AgentsSpec()
     security: SecuritySpec = SecuritySpec()
     network: NetworkSpec = NetworkSpec()
+    tracing: TracingConfig | None = Field(None, description="OpenTelemetry spans of requests; unset: none")
     launch: dict[str, Any] | None = Field(None, description="how machines are brought up; see `megatoken render`")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="of every process")
 

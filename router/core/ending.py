@@ -101,9 +101,9 @@ def settle(state: RouterState, request: Request, finish: tokens_pb2.Finish, now:
             break
         except Exception as error:
             state.faults.caught("delivery", error)
-    if state.on_finished is not None:
+    for told in state.on_finished:
         try:
-            state.on_finished(request, finish, now)
+            told(request, finish, now)
         except Exception as error:
             state.faults.caught("request log", error)
 

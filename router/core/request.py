@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatoken.router.core.lifecycle import LIFECYCLE, RequestEvent, RequestState
 from megatoken.router.identity.callers import Caller
@@ -70,6 +70,7 @@ class Request:
     suspected_of: str = ""  # the replica that died before giving it a token; empty: none, or it is cleared
     prefix_hashes: tuple[int, ...] = ()
     attempts: int = 0
+    span: Any = None  # of whoever traces it
     history: list[RequestEvent] = field(default_factory=list)  # bounded, since a request moves so many times at most
 
     def move(self, event: RequestEvent) -> None:

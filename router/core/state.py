@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatoken.errors import MegatokenError
 from megatoken.process.supervise import Faults
@@ -27,6 +28,7 @@ from megatoken.router.streams.latency import Latencies
 from megatoken.router.streams.ledger import RouterLedger
 from megatoken.router.streams.slots import SlotTable
 from megatoken.v1 import tokens_pb2
+from megatoken.v1.frame_columns_pb2 import GenerateRequest
 
 
 @dataclass(slots=True)
@@ -52,7 +54,8 @@ class RouterState:
     live_bytes: int = 0  # encoded requests that these keep for sending them again
     deadlines: Due = field(default_factory=Due)
     holds: Due = field(default_factory=Due)  # held tokens to pass on
-    on_finished: Callable[[Request, tokens_pb2.Finish, float], None] | None = None
+    on_entered: Callable[[GenerateRequest, float], Any] | None = None  # Request.span; may change the message's trace
+    on_finished: list[Callable[[Request, tokens_pb2.Finish, float], None]] = field(default_factory=list)
     on_lease_usage: Callable[[Endpoint, tokens_pb2.LeaseUsage, float], None] | None = None  # as workers report it
     ordinal: int = 0  # of requests that bring no id
 

@@ -103,8 +103,12 @@ def _admit(
     message.ClearField("delivery")  # holding back is the router's part
     message.ClearField("max_delay_ms")
     resume = state.config.resume.enabled if not message.resume else message.resume != _RESUME_OFF
-    requests = [
-        Request(
+    parent = message.traceparent
+    requests = []
+    for choice in range(choices):
+        message.traceparent = parent
+        span = state.on_entered(message, now) if state.on_entered is not None else None
+        request = Request(
             request_id=message.request_id,
             sink=sink,
             sink_index=sink_index,
@@ -127,9 +131,9 @@ def _admit(
             deadline_s=deadline_s,
             arrived_s=now,
             prefix_hashes=hashes,
+            span=span,
         )
-        for choice in range(choices)
-    ]
+        requests.append(request)
     state.callers.enter(caller, choices, cost, now, size_bytes)
     if own is not None:
         _hand_over(state, requests, caller, own)

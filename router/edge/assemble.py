@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from megatoken.router.edge.router_session.sessions import Sessions
 from megatoken.router.edge.vllm.layer import ModelApp, build_model_app
 from megatoken.router.identity.api_keys import KeyRing
 from megatoken.router.identity.callers import CallerRegistry
+from megatoken.tracing import Tracer, tracer_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Edge:
     sessions: Sessions
     models: tuple[ModelApp, ...]
     metrics: MetricsServer | None
+    tracer: Tracer | None
 
     async def close(self) -> None:
         """Closes the sessions with the router and ends vLLM's threads."""
@@ -34,6 +37,8 @@ class Edge:
         await self.sessions.close()
         for model in self.models:
             model.shutdown()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
 
 async def assemble(config: EdgeConfig, keys: KeyRing | None = None) -> Edge:
@@ -43,11 +48,13 @@ async def assemble(config: EdgeConfig, keys: KeyRing | None = None) -> Edge:
     sessions.watch_connection(metrics.router_connected)
     sessions.start()
     models = tuple([await build_model_app(model, config, sessions) for model in config.models])
+    tracer = tracer_of(config.tracing, "megatoken-edge", config.edge)
     dispatch = Dispatch(
         apps={name: model for model in models for name in (*model.model.names, *model.model.loras)},
         is_healthy=lambda: sessions.connected,
         callers=CallerRegistry(keys),
         max_body_bytes=config.limits.max_body_bytes,
+        tracer=tracer,
     )
     server = None
     if config.metrics_port is not None:
@@ -59,4 +66,4 @@ async def assemble(config: EdgeConfig, keys: KeyRing | None = None) -> Edge:
             metrics.http_exposition,
             {"/version": lambda: ("application/json", version)},
         )
-    return Edge(dispatch, sessions, models, server)
+    return Edge(dispatch, sessions, models, server, tracer)

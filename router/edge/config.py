@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatoken.tls import ClientTls, ServerTls
 from megatoken.tokens.wire import MAX_REQUEST_BYTES
+from megatoken.tracing import TracingConfig
 
 
 class _Part(BaseModel):
@@ -76,6 +77,7 @@ class EdgeConfig(_Part):
     limits: EdgeLimits = EdgeLimits()
     metrics_host: str = Field("127.0.0.1", description="address of /metrics and /version, which ask for no key")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="0: any free one; unset: they are not served")
+    tracing: TracingConfig | None = Field(default=None, description="unset: no spans")
     access_log: bool = Field(False, description="one line a request; never with a prompt or a key")
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 

@@ -35,12 +35,14 @@ from megatoken.router.shell.leases import IssuedLeases, LeaseSigner
 from megatoken.router.shell.membership import apply_snapshot
 from megatoken.router.shell.metrics import LeaseCollector, loop_lag, serve_metrics
 from megatoken.router.shell.request_log import log_request
+from megatoken.router.shell.request_spans import RequestSpans
 from megatoken.router.shell.service import RouterService, tokens_handler
 from megatoken.router.shell.throughput import ClusterCollector, ThroughputRelay
 from megatoken.router.shell.watch import watch_membership
 from megatoken.router.shell.worker_link import WorkerLink
 from megatoken.router.streams.ledger import RouterLedger
 from megatoken.tls import bind
+from megatoken.tracing import tracer_of
 from megatoken.v1 import membership_pb2, router_pb2, router_pb2_grpc, throughput_pb2, throughput_pb2_grpc, tokens_pb2
 
 log = logging.getLogger(__name__)
@@ -84,7 +86,10 @@ class RouterApp:
         self._ask_key = self.state.callers.identify if self._gate is None else lambda _metadata: None
         self.throughput = ThroughputRelay(self._ask_key)
         if config.request_log:
-            self.state.on_finished = log_request
+            self.state.on_finished.append(log_request)
+        self._tracer = tracer_of(config.tracing, "megatoken-router", config.router)
+        if self._tracer is not None:
+            RequestSpans(self._tracer, self.state)
         self._lag_s = loop_lag()
         self._inbox = Inbox(self.state)
         self.address = ""
@@ -227,6 +232,8 @@ class RouterApp:
         self._stop_metrics()
         if self.writer is not None:
             self.writer.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
 
 def _signer(credentials: CredentialsFile | None) -> LeaseSigner | None:

@@ -11,7 +11,7 @@ from megatoken.v1 import tokens_pb2
 
 log = logging.getLogger(__name__)
 
-_NAMES: Final = {number: name for name, number in tokens_pb2.FinishReason.items()}
+REASONS: Final = {number: name for name, number in tokens_pb2.FinishReason.items()}
 
 
 def log_request(request: Request, finish: tokens_pb2.Finish, now: float) -> None:
@@ -24,7 +24,7 @@ def log_request(request: Request, finish: tokens_pb2.Finish, now: float) -> None
         model=request.pool.model,
         tenant=request.tenant,
         replica=finish.replica,
-        reason=_NAMES.get(finish.reason, str(finish.reason)),  # a newer worker may have more
+        reason=REASONS.get(finish.reason, str(finish.reason)),  # a newer worker may have more
         code=finish.code,
         prompt_tokens=finish.prompt_tokens,
         cached_tokens=finish.cached_tokens,

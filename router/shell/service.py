@@ -12,9 +12,9 @@ from megatoken.access.gate import CallMetadata
 from megatoken.errors import MegatokenError
 from megatoken.router.config import RouterConfig
 from megatoken.router.core.state import RouterState
-from megatoken.router.shell.client_session import ClientSession
-from megatoken.router.shell.cork import Corks
-from megatoken.router.shell.generate import refuse, serve_generate
+from megatoken.router.shell.calls.client_session import ClientSession
+from megatoken.router.shell.calls.cork import Corks
+from megatoken.router.shell.calls.generate import refuse, serve_generate
 from megatoken.router.shell.leases import IssuedLeases
 from megatoken.router.shell.status import models, router_status
 from megatoken.v1 import router_pb2, router_pb2_grpc

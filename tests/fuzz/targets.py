@@ -30,7 +30,7 @@ from megatoken.router.identity.callers import Caller, CallerRegistry
 from megatoken.router.identity.shown_key import secret_in
 from megatoken.router.intake.intake import on_frame
 from megatoken.router.secure import EOF
-from megatoken.router.shell.client_session import ClientSession
+from megatoken.router.shell.calls.client_session import ClientSession
 from megatoken.tokens.frames import MalformedFrame, column
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
 from megatoken.worker.engines.engine import EngineFacts

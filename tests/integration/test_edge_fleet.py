@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import openai
 import pytest
 import pytest_asyncio
 
+from tests.support.collector import Collector
 from tests.support.processes import Processes, Started
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.vllm]
@@ -38,9 +39,10 @@ def member(worker: Started, model: str) -> dict[str, Any]:
     }
 
 
-def start_fleet(processes: Processes) -> Started:
-    """Two workers, a router, and the edge that is returned."""
+def start_fleet(processes: Processes, collector: Collector) -> Started:
+    """Two workers, a router, and the edge that is returned. Of themselves they trace nothing."""
     counters = str(processes.directory / "counters")
+    tracing = {"endpoint": collector.endpoint, "sample": 0}
     simulated = processes.start(
         "worker",
         {"replica": "simulated-0", "model": SIMULATED, "engine": "simulated", "counters_dir": counters,
@@ -49,26 +51,34 @@ def start_fleet(processes: Processes) -> Started:
     real = processes.start(
         "worker",
         {"replica": "real-0", "model": REAL, "source": SOURCE, "dtype": "bfloat16", "counters_dir": counters,
-         "max_model_len": 2048, "max_running": 8, "log_level": "warning"},
+         "max_model_len": 2048, "max_running": 8, "log_level": "warning", "tracing": tracing},
         timeout_s=300,
     )  # fmt: skip
     replicas = [member(simulated, SIMULATED), member(real, REAL)]
     models = [{"model": SIMULATED}, {"model": REAL}]
     snapshot = {"epoch": "1", "version": "1", "replicas": replicas, "models": models}
-    router = processes.start("router", {"router": "router-test", "static_snapshot": snapshot})
+    router = processes.start("router", {"router": "router-test", "static_snapshot": snapshot, "tracing": tracing})
     served = [
         {"name": REAL, "source": SOURCE, "dtype": "bfloat16", "max_model_len": 2048},
         {"name": SIMULATED, "source": SOURCE, "max_model_len": 8192},
     ]
     return processes.start(
-        "router.edge", {"edge": "edge-test", "router": router.address, "models": served}, timeout_s=240
+        "router.edge",
+        {"edge": "edge-test", "router": router.address, "models": served, "tracing": tracing},
+        timeout_s=240,
     )
 
 
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with Collector() as opened:
+        yield opened
+
+
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def client() -> AsyncIterator[openai.AsyncOpenAI]:
+async def client(collector: Collector) -> AsyncIterator[openai.AsyncOpenAI]:
     with Processes() as processes:
-        edge = await asyncio.to_thread(start_fleet, processes)
+        edge = await asyncio.to_thread(start_fleet, processes, collector)
         url = f"http://{edge.address}/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as made:
             yield made
@@ -89,6 +99,24 @@ async def test_the_capital_of_japan_streams(client: openai.AsyncOpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 8
+
+
+async def test_a_request_that_its_client_traces_is_traced_to_the_engine_and_no_other(
+    client: openai.AsyncOpenAI, collector: Collector
+) -> None:
+    trace, span = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    stream = await client.chat.completions.create(
+        model=REAL, messages=QUESTION, temperature=0, max_tokens=32, stream=True,
+        extra_headers={"traceparent": f"00-{trace}-{span}-01"},
+    )  # fmt: skip
+    assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]) == ANSWER
+    at_edge, at_router, at_worker = await asyncio.to_thread(collector.wait, 3, trace)
+    assert (at_edge.service, at_edge.name) == ("megatoken-edge", "edge /v1/chat/completions")
+    assert (at_edge.parent, at_router.parent, at_worker.parent) == (span, at_edge.span, at_router.span)
+    assert at_edge.attributes["http.response.status_code"] == 200
+    assert len({one.attributes["megatoken.request_id"] for one in (at_edge, at_router, at_worker)}) == 1
+    assert at_worker.attributes["gen_ai.usage.output_tokens"] == 8
+    assert {one.trace for one in collector.spans()} == {trace}
 
 
 async def test_a_schema_is_kept(client: openai.AsyncOpenAI) -> None:

@@ -177,10 +177,11 @@ class Fleet:
             except CommandError as error:
                 last = str(error)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not met within {timeout_s:g} s; last: {last}\n{self._events()}")
+                raise TimeoutError(f"not met within {timeout_s:g} s; last: {last}\n{self.events()}")
             time.sleep(0.1)
 
-    def _events(self) -> str:
+    def events(self) -> str:
+        """The latest, or why there are none."""
         try:
             return self.megatoken("events")[-6000:]
         except CommandError as error:
@@ -358,7 +359,8 @@ class Clients:
                         return
                     await asyncio.sleep(0.5)
                 except openai.InternalServerError as error:  # 503: the model is blocked, and the answer says why
-                    self.report.refused[model].append(str(error))
+                    step = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition("::")[2]
+                    self.report.refused[model].append(f"{error} [{step}]")
                     if time.monotonic() - began > 300:
                         self.report.lost.append(f"{model}: {error!r}")
                         return

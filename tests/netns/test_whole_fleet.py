@@ -205,15 +205,16 @@ def test_a_node_that_was_cut_off_is_used_again(fleet: Fleet, clients: Clients) -
     clients.answered(1)
 
 
-def test_no_request_was_lost_or_answered_otherwise(clients: Clients) -> None:
+def test_no_request_was_lost_or_answered_otherwise(fleet: Fleet, clients: Clients) -> None:
     report = clients.stop()
     assert report.wrong == []
     assert report.lost == []
     assert min(report.answers.values()) > 5, report.answers
-    assert not report.refused["smol"]
+    assert not report.refused["smol"], f"{report.refused['smol']}\n{fleet.events()}"
     # Only while the cable was out, and in the planner's words.
     told = Counter(report.refused["tiny"])
-    assert [text for text in told if "model: 'tiny' has no replica: " not in text or "node" not in text] == [], told
+    others = [text for text in told if "model: 'tiny' has no replica: " not in text or "node" not in text]
+    assert not others, f"{told}\n{fleet.events()}"
 
 
 @dataclass(frozen=True)

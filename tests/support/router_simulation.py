@@ -200,7 +200,7 @@ class Simulation:
             config, RouterLedger(), random.Random(seed + 1), EndpointTable(config.admission, config.breaker)
         )
         self.state.faults = Faults(raise_it)
-        self.state.on_finished = self._finished
+        self.state.on_finished.append(self._finished)
         pool = self.state.fleet.add_pool("m", self.state.policy_of(""))
         pool.wanted = len(kinds)
         self.engines: list[Engine] = []

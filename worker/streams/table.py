@@ -16,6 +16,7 @@ import numpy.typing as npt
 from megatoken.access.lease import LeaseTerms
 from megatoken.tokens.frames import U32, Column
 from megatoken.tokens.outbox import FramePart
+from megatoken.tracing import Span
 from megatoken.worker.engines.engine import EngineRequest, EngineStep
 from megatoken.worker.streams.outlet import Outlet
 
@@ -37,6 +38,7 @@ class Running:
     lease: LeaseTerms | None = None
     lease_end: Any = None  # asyncio.TimerHandle
     generated: int = 0  # by the choices that ended
+    span: Span | None = None
 
 
 class StreamTable:

@@ -7,6 +7,7 @@ vLLM's and could be any. Built in __main__.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final, Protocol
 
@@ -18,6 +19,7 @@ from megatoken.router.edge.http.exchange import EXCHANGE, Exchange
 from megatoken.router.edge.http.refusals import GuardedSend
 from megatoken.router.identity.callers import Caller, CallerRegistry
 from megatoken.router.identity.shown_key import secret_in
+from megatoken.tracing import Tracer
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -56,6 +58,7 @@ class Dispatch:
         is_healthy: Callable[[], bool],
         callers: CallerRegistry,
         max_body_bytes: int,
+        tracer: Tracer | None = None,
     ) -> None:
         self._apps = apps
         self._default = next(iter(apps.values()))
@@ -63,6 +66,7 @@ class Dispatch:
         self._is_healthy = is_healthy
         self._callers = callers
         self._max_body_bytes = max_body_bytes
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -110,8 +114,18 @@ class Dispatch:
                 return
             served = self._default
         self._callers.admit(caller, served.name)
-        EXCHANGE.set(Exchange(send, secret, traceparent(scope)))
-        await served.app(scope, replay(body, receive), send)
+        parent, span = traceparent(scope), None
+        if self._tracer is not None:
+            name, attributes = f"edge {scope['path']}", {"gen_ai.request.model": served.name}
+            parent, span = self._tracer.begin(name, parent, time.monotonic(), attributes)
+        EXCHANGE.set(Exchange(send, secret, parent, span))
+        try:
+            await served.app(scope, replay(body, receive), send)
+        finally:
+            if span is not None:
+                status = send.status
+                failed = None if status and status < 400 else f"status {status}" if status else "no answer"
+                span.end(time.monotonic(), {"http.response.status_code": status}, failed)
 
     async def _models(self, name: str, caller: Caller, send: Send) -> None:
         listed: dict[str, dict[str, Any]] = {}

@@ -7,15 +7,17 @@ from typing import Any, Final
 
 from megatoken.router.edge.http.refusals import GuardedSend
 from megatoken.router.edge.router_session.direct import DirectWriter, Template
+from megatoken.tracing import Span
 
 
 class Exchange:
     """One HTTP exchange as the parts of the edge see it: its guarded send, its caller's key, what it started."""
 
-    __slots__ = ("generations", "guard", "secret", "traceparent")
+    __slots__ = ("generations", "guard", "secret", "span", "traceparent")
 
-    def __init__(self, guard: GuardedSend, secret: str = "", traceparent: str = "") -> None:
-        self.traceparent = traceparent  # W3C trace context, as the client sent it
+    def __init__(self, guard: GuardedSend, secret: str = "", traceparent: str = "", span: Span | None = None) -> None:
+        self.traceparent = traceparent  # W3C trace context: of the edge's span, or as the client sent it
+        self.span = span
         self.guard = guard
         self.secret = secret
         self.generations: list[Any] = []

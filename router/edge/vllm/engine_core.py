@@ -183,6 +183,8 @@ class RouterEngineCore(EngineCoreClient):
         exchange = EXCHANGE.get()
         try:
             message = self._to_contract(request, exchange.traceparent if exchange is not None else "")
+            if exchange is not None and exchange.span is not None:
+                exchange.span.set({"megatoken.request_id": message.request_id})
             receiver = CoreReceiver(self, request.request_id, len(request.prompt_token_ids or ()), exchange)
             with self._sessions.use(exchange.secret if exchange is not None else "") as session:
                 await session.wait_connected()

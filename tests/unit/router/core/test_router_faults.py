@@ -46,7 +46,7 @@ def frame(request: Request, *tokens: int, **fields: Any) -> tuple[Endpoint, byte
 
 def test_an_unknown_finish_reason_with_the_log_on_costs_nobody_a_token(caplog: pytest.LogCaptureFixture) -> None:
     fleet, a, b = two()
-    fleet.state.on_finished = log_request
+    fleet.state.on_finished.append(log_request)
     end = tokens_pb2.Finish(stream=a.slot, reason=77)  # type: ignore[arg-type]  # of a newer worker
     with caplog.at_level(logging.INFO):
         on_frames(fleet.state, [frame(b, 1), frame(a, 9, finish=[end]), frame(b, 2), frame(b, 3)], fleet.now)
@@ -61,7 +61,7 @@ def test_who_listens_to_ends_cannot_disturb_them() -> None:
     def listen(*_: object) -> None:
         raise OSError("disk full")
 
-    fleet.state.on_finished = listen
+    fleet.state.on_finished.append(listen)
     end = tokens_pb2.Finish(stream=a.slot, reason=tokens_pb2.FINISH_REASON_STOP)
     on_frames(fleet.state, [frame(a, 9, finish=[end]), frame(b, 1), frame(b, 2)], fleet.now)
     assert fleet.end(a) is not None

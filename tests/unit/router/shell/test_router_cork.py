@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatoken.router.shell import cork
-from megatoken.router.shell.cork import Corks, find_socket
+from megatoken.router.shell.calls import cork
+from megatoken.router.shell.calls.cork import Corks, find_socket
 
 
 @pytest.fixture

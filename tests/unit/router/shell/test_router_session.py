@@ -13,7 +13,7 @@ from megatoken.router.core.state import RouterState
 from megatoken.router.fleet.fleet import EndpointTable
 from megatoken.router.identity.callers import Caller
 from megatoken.router.secure import EOF
-from megatoken.router.shell.client_session import CANCELS_AT_ONCE, MAX_REFUSALS, REQUESTS_AT_ONCE, ClientSession
+from megatoken.router.shell.calls.client_session import CANCELS_AT_ONCE, MAX_REFUSALS, REQUESTS_AT_ONCE, ClientSession
 from megatoken.router.streams.ledger import RouterLedger
 from megatoken.tokens import wire
 from megatoken.tokens.fields import FIELDS_AT_ONCE, fields_at_most

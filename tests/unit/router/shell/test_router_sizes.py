@@ -11,7 +11,7 @@ import pytest
 from megatoken.errors import RequestError
 from megatoken.router.client.client import TokenClient
 from megatoken.router.client.columns import ColumnSession
-from megatoken.router.shell.generate import GenerateSink, submit_call
+from megatoken.router.shell.calls.generate import GenerateSink, submit_call
 from megatoken.tokens.frames import U32, token_columns
 from megatoken.tokens.outbox import FrameOutbox, FramePart
 from megatoken.tokens.wire import MAX_REQUEST_BYTES

@@ -21,7 +21,7 @@ from megatoken.router.core.ending import ERROR, error_finish
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
 from megatoken.router.core.submission import cancel, submit
-from megatoken.router.shell.cork import Connection, Corks
+from megatoken.router.shell.calls.cork import Connection, Corks
 from megatoken.router.streams.slots import DIRECT
 from megatoken.tokens.responses import WaitingResponses
 from megatoken.tokens.wire import too_large, varint

@@ -1,0 +1,1 @@
+"""One module for each way that a client's call is served."""
