@@ -7,6 +7,7 @@ For callers that serve many requests at once: submit encoded requests, get every
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -104,7 +105,10 @@ class ColumnSession:
         self.numbers = Numbers(first, first)
 
     async def open(self, timeout_s: float) -> None:
-        """Raises UnavailableError when the router does not answer in time."""
+        """Raises UnavailableError when the router does not answer in time, or is about to stop.
+
+        Other refusals come from `frames`.
+        """
         self._channel = channel_to(self.address, self._tls)
         try:
             async with asyncio.timeout(timeout_s):  # wait_for may lose a cancel
@@ -112,8 +116,14 @@ class ColumnSession:
         except TimeoutError:
             raise UnavailableError(f"router {self.address} does not answer within {timeout_s:.0f} s") from None
         session = SessionClient(self._channel, self._metadata)
-        await session.begin_taken(min(timeout_s, TAKEN_S))
+        taken = await session.begin_taken(min(timeout_s, TAKEN_S))
         self._session = session
+        if not taken:
+            with contextlib.suppress(TimeoutError):  # it was taken, by an older router
+                async with asyncio.timeout(TAKEN_S):
+                    code, details = await session.status()
+                if code is grpc.StatusCode.UNAVAILABLE:
+                    raise UnavailableError(f"router {self.address}: {details}")
 
     def submit(self, request: bytes, choices: int = 1) -> int:
         """Sends an encoded GenerateRequest; returns its stream number, the first of `choices` in a row.
@@ -147,11 +157,6 @@ class ColumnSession:
             await self._session.end()
         if self._channel is not None:
             await self._channel.close(None)
-
-    @property
-    def refused(self) -> bool:
-        """Whether the router is known to have refused the session: it saw no request of it."""
-        return self._session is not None and self._session.refused
 
     @property
     def _opened(self) -> SessionClient:

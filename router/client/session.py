@@ -29,23 +29,23 @@ class SessionClient:
         self._cancels: list[int] = []
         self._something = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
-        self.refused = False
-        """Whether the other side is known to have refused the call: it saw no request."""
 
     def begin(self) -> None:
         """Sends from now on."""
         self._writer = asyncio.create_task(self._write())
 
-    async def begin_taken(self, timeout_s: float) -> None:
+    async def begin_taken(self, timeout_s: float) -> bool:
         """Sends once the other side has taken the call or refused it, or `timeout_s` has passed.
 
-        A write to a call that is just being refused makes gRPC forget why. A server of another kind may say nothing
-        until it has something to say.
+        False: it was refused, and none of its requests will be seen. A write to a call that is just being refused makes
+        gRPC forget why. A server of another kind may say nothing until it has something to say.
         """
+        taken = True
         with contextlib.suppress(TimeoutError, aio.AioRpcError):
             async with asyncio.timeout(timeout_s):  # wait_for may lose a cancel
-                self.refused = wire.SESSION_TAKEN[0] not in await self._call.initial_metadata()
+                taken = wire.SESSION_TAKEN[0] in await self._call.initial_metadata()
         self.begin()
+        return taken
 
     def start(self, stream: int, request: bytes) -> None:
         """Sends an encoded GenerateRequest."""

@@ -110,7 +110,7 @@ def test_no_sequence_of_frames_breaks_the_books(events: list[Any], return_s: flo
         session.open(receiver, GenerateRequest(model="m", sampling=SamplingParams(seed=1) if seeded else None))
     for event in events:
         if event == "lost":
-            session.on_lost("gone", EVERY, True)
+            session.on_lost("gone", EVERY)
         elif event == "connected":
             session.on_connected()
         elif event == "late":
@@ -122,9 +122,9 @@ def test_no_sequence_of_frames_breaks_the_books(events: list[Any], return_s: flo
             try:
                 session.on_frame(event)
             except MalformedFrame:
-                session.on_lost("malformed", EVERY, True)
+                session.on_lost("malformed", EVERY)
         assert session.running == balance.running
-    session.on_lost("the end", EVERY, True)
+    session.on_lost("the end", EVERY)
     session.close()
     assert session.running == balance.running == 0
 

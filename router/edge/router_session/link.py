@@ -29,15 +29,14 @@ logger = logging.getLogger(__name__)
 class RouterLink:
     """The callbacks are called in the event loop that `start` ran in, and must not block.
 
-    `on_lost(problem, streams, taken)`: a session ended, and with it whatever ran of these. It was not taken by a router
-    that stops, say: that one saw none of them. `on_connected`: there is one.
+    `on_lost(problem, streams)`: a session ended, and with it whatever ran of these. `on_connected`: there is one.
     """
 
     def __init__(
         self,
         address: str,
         on_frame: Callable[[Frame], None],
-        on_lost: Callable[[str, Container[int], bool], None],
+        on_lost: Callable[[str, Container[int]], None],
         tls: ClientTls | None = None,
         key: str | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
@@ -72,11 +71,10 @@ class RouterLink:
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """Waits for a session; False when there is none in time."""
-        if self._session is not None:
-            return True
         try:
             async with asyncio.timeout(timeout_s):  # wait_for may lose a cancel
-                await self._connected.wait()
+                while self._session is None:  # one that was there may be gone before this task's turn
+                    await self._connected.wait()
         except TimeoutError:
             return False
         return True
@@ -153,13 +151,11 @@ class RouterLink:
     async def _read(self, session: ColumnSession) -> None:
         """Every frame of a session to its end. However that comes, the session's requests are told."""
         self.problem = f"the edge failed on what router {self.address} sent"
-        taken = True
         try:
             async for frame in session.frames():
                 self._on_frame(frame)
             self.problem = f"router {self.address} ended the session"
         except MegatokenError as error:
-            taken = not (session.refused and isinstance(error, UnavailableError))
             self._note(error)
         except asyncio.CancelledError:
             self.problem = f"the edge closed its session with router {self.address}"
@@ -174,7 +170,7 @@ class RouterLink:
                 await session.close()
             finally:
                 log_event(logger, "edge.router_lost", self.problem, level=logging.WARNING, router=self.address)
-                self._on_lost(self.problem, session.numbers, taken)
+                self._on_lost(self.problem, session.numbers)
 
     def _note(self, error: MegatokenError) -> None:
         self.problem = str(error)

@@ -81,7 +81,7 @@ class OpenRequest:
     """Log probabilities of the prompt came before the first token; what goes on would bring them again."""
     losses: int = 0
     """Sessions that were lost under it: it might be what breaks them."""
-    waits_since_s: float | None = None
+    waits_since_s: float = 0.0
 
 
 class Session:
@@ -231,14 +231,13 @@ class Session:
         if finish is None and self._link is not None:
             self._link.cancel(number)
 
-    def _wait(self, number: int, running: OpenRequest, *, anew: bool = True) -> None:
-        """Takes a request out of the session, to be sent again in the next one; not anew: its wait goes on."""
+    def _wait(self, number: int, running: OpenRequest) -> None:
+        """Takes a request out of the session, to be sent again in the next one."""
         self._opened.pop(number)
         self.streams.finish(number, running.receiver.request_id)
         self._silent.discard(number)
         self._replaying.discard(number)
-        if anew or running.waits_since_s is None:
-            running.waits_since_s = self._clock()
+        running.waits_since_s = self._clock()
         self._waiting[running.receiver.request_id] = running
 
     def on_connected(self) -> None:
@@ -286,8 +285,8 @@ class Session:
             return raw, None
         return prefix_request(raw, running.had.tobytes()), None
 
-    def on_lost(self, problem: str, streams: Container[int], taken: bool) -> None:
-        """A session of the link broke, with what ran of these streams; `taken`: the router may have seen them.
+    def on_lost(self, problem: str, streams: Container[int]) -> None:
+        """A session of the link broke, with what ran of these streams.
 
         Its requests wait for the next one; those that cannot go on fail with UNAVAILABLE.
         """
@@ -299,8 +298,8 @@ class Session:
                 self._note_end(number, gone)
                 self.streams.finish(number, None)
             elif self._may_go_on(running):
-                running.losses += taken
-                self._wait(number, running, anew=taken)
+                running.losses += 1
+                self._wait(number, running)
             else:
                 self._note_end(number, gone)
                 self.streams.finish(number, running.receiver.request_id)
@@ -317,7 +316,7 @@ class Session:
         now = self._clock()
         problem = self._link.problem if self._link is not None else "the edge is not connected to a router"
         for request_id, running in list(self._waiting.items()):
-            if running.waits_since_s is not None and now - running.waits_since_s >= self._return_s:
+            if now - running.waits_since_s >= self._return_s:
                 del self._waiting[request_id]
                 self._feed_end(running, error_finish(problem))
         self._flush()

@@ -99,8 +99,8 @@ class Stage:
         self.session.open(receiver, GenerateRequest(model="m", **fields))
         return receiver
 
-    def lose(self, *, taken: bool = True) -> None:
-        self.session.on_lost("the router is gone", ALL, taken)
+    def lose(self) -> None:
+        self.session.on_lost("the router is gone", ALL)
 
 
 def rows(stream: int, *tokens: int) -> Detail:
@@ -165,7 +165,7 @@ def test_cancelled_ones_count_as_running_until_they_end() -> None:
 def test_without_a_wait_a_lost_router_fails_what_runs() -> None:
     stage = Stage(return_s=0.0)
     first, second = stage.open("a"), stage.open("b")
-    stage.session.on_lost("the router is gone", ALL, True)
+    stage.session.on_lost("the router is gone", ALL)
     for receiver in (first, second):
         assert receiver.finish is not None
         assert receiver.finish.code == 14
@@ -316,23 +316,6 @@ def test_a_request_under_which_session_after_session_is_lost_fails() -> None:
     assert receiver.finish is not None
 
 
-def test_a_router_that_refuses_session_after_session_costs_a_request_its_time_and_no_loss() -> None:
-    stage = Stage()
-    receiver, late = stage.open("a"), stage.open("b")
-    stage.session.cancel("b")
-    stage.lose()
-    for second in range(10):
-        stage.now = float(second)
-        stage.session.on_connected()
-        stage.lose(taken=False)
-        stage.session.give_up()
-        assert receiver.finish is None
-    stage.now = 10.0
-    stage.session.give_up()
-    assert receiver.finish is not None
-    assert late.finish is None
-
-
 def test_what_waits_when_the_edge_shuts_down_hears_of_that() -> None:
     stage = Stage()
     receiver = stage.open("a")
@@ -346,7 +329,7 @@ def test_what_waits_when_the_edge_shuts_down_hears_of_that() -> None:
 def test_the_end_of_a_session_that_was_left_touches_no_stream_of_the_next() -> None:
     stage = Stage()
     old, new = stage.open("a"), stage.open("b")
-    stage.session.on_lost("gone", range(1), True)
+    stage.session.on_lost("gone", range(1))
     stage.session.on_connected()
     assert len(stage.wire.sent) == 3
     stage.session.on_frame(Frame(stream=pack([1, 2]), token=pack([5, 6])))

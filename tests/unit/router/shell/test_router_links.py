@@ -182,6 +182,15 @@ async def test_an_edge_link_goes_on_after_an_unreadable_certificate(
         await link.close()
 
 
+async def test_a_session_that_came_and_went_before_its_turn_is_not_what_a_request_waited_for() -> None:
+    link = edge_module.RouterLink("127.0.0.1:9", lambda _: None, lambda *_: None)
+    waiting = asyncio.create_task(link.wait_connected(0.1))
+    await asyncio.sleep(0)
+    link._connected.set()
+    link._connected.clear()
+    assert not await waiting
+
+
 async def test_an_edge_link_whose_receiver_fails_tells_the_others_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge_module, "Pauses", lambda: Pauses(0.01, 0.01))
     lost: list[str] = []
@@ -190,7 +199,7 @@ async def test_an_edge_link_whose_receiver_fails_tells_the_others_and_goes_on(mo
         raise KeyError("a defect")
 
     async with FakeRouter(lambda _: [7]) as router:
-        link = edge_module.RouterLink(router.address, fail, lambda problem, *_: lost.append(problem))
+        link = edge_module.RouterLink(router.address, fail, lambda problem, _streams: lost.append(problem))
         link.start()
         assert await link.wait_connected(5.0)
         link.submit(b"")
