@@ -1,25 +1,26 @@
-"""Energy that a replica's devices used, from their drivers' own counters: NVML on NVIDIA, AMD SMI on AMD.
+"""Energy that a replica's devices used, from counters of their drivers, or of the processor packages (RAPL) for CPUs.
 
-Both count from when the driver was loaded; a meter counts from its start. There is none where one of the replica's
-devices cannot be read: on a CPU, on another node than the worker's, or behind a driver that keeps no counter. A part
-would look like a whole.
+A meter counts from its start. There is none where one of the replica's devices cannot be read: on another node than
+the worker's, behind a driver that keeps no counter, or where only root may read RAPL's. A part would look like a whole.
+A CPU replica is given the packages' energy by its ranks' share of those on its node when it started.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from pathlib import Path
+from typing import Final
 
 from megatoken.process.devices import visible_devices
 from megatoken.worker.config import WorkerConfig
+from megatoken.worker.drivers import MICRO_PER_MILLI, drivers
 
 INTERVAL_S: Final = 1.0  # between readings: a driver's call takes up to a millisecond
-MICRO_PER_MILLI: Final = 1000.0
+POWERCAP: Final = Path("/sys/class/powercap")
 
 Read = Callable[[], float]
 """One device's counter, in millijoule."""
@@ -50,34 +51,44 @@ class EnergyMeter:
         return int(self._used)
 
 
-def meter_of(config: WorkerConfig, environ: Mapping[str, str] = os.environ) -> EnergyMeter | None:
+def meter_of(
+    config: WorkerConfig, environ: Mapping[str, str] = os.environ, powercap: Path = POWERCAP
+) -> EnergyMeter | None:
     """For the devices of this replica; None where they cannot all be read."""
-    if config.engine != "vllm" or config.device_kind == "cpu" or config.placement_group_id is not None:
+    if config.engine != "vllm" or config.placement_group_id is not None:
         return None
+    if config.device_kind == "cpu":
+        return _cpu_meter(config, powercap)
     names = visible_devices(environ, range(config.world_size))
-    for library, reads_of in (("pynvml", _nvidia), ("amdsmi", _amd)):
+    for driver in drivers():
         try:
-            return EnergyMeter(reads_of(importlib.import_module(library), names))
-        except ImportError:
-            continue
-        except Exception as error:  # no such device, no counter, no driver
-            _log.info("%s does not tell the energy of devices %s: %s", library, ", ".join(names), error)
+            return EnergyMeter([partial(driver.energy_mj, name) for name in names])
+        except Exception as error:  # no such device, no counter
+            _log.info("the energy of devices %s is not told: %s", ", ".join(names), error)
     return None
 
 
-def _nvidia(nvml: Any, names: Sequence[str]) -> list[Read]:
-    nvml.nvmlInit()
-    by_number, by_uuid = nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetHandleByUUID
-    handles = [by_number(int(name)) if name.isdecimal() else by_uuid(name) for name in names]
-    return [partial(nvml.nvmlDeviceGetTotalEnergyConsumption, handle) for handle in handles]
+def _cpu_meter(config: WorkerConfig, powercap: Path) -> EnergyMeter | None:
+    share = config.world_size / max(config.world_size, config.cpu_ranks or 1)
+    try:
+        packages = [path for path in powercap.glob("intel-rapl:*") if path.name.count(":") == 1]
+        return EnergyMeter([Package(path, share) for path in packages]) if packages else None
+    except (OSError, ValueError) as error:
+        _log.info("the energy of this machine's processors is not told: %s", error)
+        return None
 
 
-def _amd(smi: Any, names: Sequence[str]) -> list[Read]:
-    smi.amdsmi_init()
-    handles = smi.amdsmi_get_processor_handles()
+class Package:
+    """One processor package's share, from RAPL's counter, which begins anew at its range."""
 
-    def read(handle: Any) -> float:
-        found = smi.amdsmi_get_energy_count(handle)  # a count, and the microjoule of one
-        return float(found["energy_accumulator"]) * float(found["counter_resolution"]) / MICRO_PER_MILLI
+    def __init__(self, path: Path, share: float) -> None:
+        self._counter, self._share = path / "energy_uj", share
+        self._range = int((path / "max_energy_range_uj").read_text())
+        self._turns, self._last = 0, 0
 
-    return [partial(read, handles[int(name)]) for name in names]
+    def __call__(self) -> float:
+        """Millijoule."""
+        now = int(self._counter.read_text())
+        self._turns += now < self._last
+        self._last = now
+        return (self._turns * self._range + now) * self._share / MICRO_PER_MILLI

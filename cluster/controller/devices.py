@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping
 
 from megatoken.cluster.controller.desired_state import DesiredState
 from megatoken.cluster.decide.cordon import with_cordons
-from megatoken.cluster.decide.device_health import DeviceStrikes, Place, checked, due, judge, with_devices_out
+from megatoken.cluster.decide.device_health import (
+    DeviceStrikes,
+    DriverState,
+    Place,
+    checked,
+    due,
+    judge,
+    reported,
+    with_devices_out,
+)
 from megatoken.cluster.decide.fleet import Fleet
 from megatoken.cluster.inventory.topology import Inventory
 
@@ -27,6 +36,10 @@ class Devices:
     def judge(self, before: Fleet, after: Fleet) -> None:
         """Learns from what a tick made of the fleet."""
         self._strikes = judge(self._strikes, before, after, self._clock())
+
+    def hear(self, states: Mapping[Place, DriverState]) -> None:
+        """What drivers said of their devices."""
+        self._strikes = reported(self._strikes, states, self._clock())
 
     def take(self, checks: Mapping[Place, str], inventory: Inventory) -> None:
         """Checks ended, with what each found; empty: nothing."""

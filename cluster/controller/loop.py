@@ -202,6 +202,7 @@ class Controller:
         await self._wait(backend)
         self.backend_state = await self._in_thread(backend.state)
         now = time.monotonic()
+        self.devices.hear(self.backend_state.drivers)
         self.devices.take(self.backend_state.checks, self.backend_state.inventory)
         observation = await self._inspected(backend, self._observation())
         desired = self.desired_state.desired.on_nodes(self.inventory)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from megatoken.cluster.decide.device_health import Place
+from megatoken.cluster.decide.device_health import DriverState, Place
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation
 from megatoken.cluster.decide.liveness import PartSeen
 from megatoken.cluster.inventory.topology import Inventory
@@ -50,6 +50,8 @@ class BackendState:
     processes: Mapping[str, ProcessObservation] = field(default_factory=dict)
     checks: Mapping[Place, str] = field(default_factory=dict)
     """By device whose check ended since the last look: what is wrong with it, empty where nothing is."""
+    drivers: Mapping[Place, DriverState] = field(default_factory=dict)
+    """What drivers said of devices since the last look."""
     complete: bool = True
 
 

@@ -4,6 +4,9 @@ A replica that ends by itself while it starts or serves is a strike against each
 device out for a pause, and then until a check that loads it passes; back in service, one more strike puts it out again
 for twice as long, and so does a check that fails. A replica that serves on it for SETTLED_S clears it.
 
+What a device's driver says counts by itself (`reported`): memory errors that ECC could not mend since the last look, or
+a device that the driver gives up, put it out at once. Nothing that runs there is ended for it.
+
 Not strikes: a lost node, a kill from outside (SIGKILL says nothing of the device), a drain. A model that fails
 wherever it is put is not the devices' fault: once two of its replicas' worth of devices would be out without one
 replica of that revision serving, they are given back and that revision strikes no more until it serves.
@@ -32,6 +35,16 @@ Revision = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class DriverState:
+    """What a driver says of one device."""
+
+    errors: int = 0
+    """Memory errors that ECC could not mend, since the driver was loaded."""
+    broken: str = ""
+    """Why it gives the device up."""
+
+
+@dataclass(frozen=True, slots=True)
 class Strikes:
     """What is held against one device."""
 
@@ -50,6 +63,8 @@ class DeviceStrikes:
 
     strikes: Mapping[Place, Strikes] = field(default_factory=dict)
     blamed: frozenset[Revision] = frozenset()
+    errors: Mapping[Place, int] = field(default_factory=dict)
+    """Uncorrected memory errors at the last look."""
 
 
 def judge(book: DeviceStrikes, before: Fleet, after: Fleet, now: float) -> DeviceStrikes:
@@ -72,7 +87,21 @@ def judge(book: DeviceStrikes, before: Fleet, after: Fleet, now: float) -> Devic
             if revision not in serving and _is_to_blame(strikes, revision, len(_places(replica))):
                 blamed.add(revision)
                 strikes = {place: entry for place, entry in strikes.items() if entry.by != revision}
-    return DeviceStrikes(strikes, frozenset(blamed))
+    return replace(book, strikes=strikes, blamed=frozenset(blamed))
+
+
+def reported(book: DeviceStrikes, states: Mapping[Place, DriverState], now: float) -> DeviceStrikes:
+    """The book after drivers were asked. Errors of before the first look are nobody's news."""
+    strikes = dict(book.strikes)
+    for place, state in states.items():
+        new = state.errors - book.errors.get(place, state.errors)
+        entry = strikes.get(place, Strikes())
+        if entry.out or not (state.broken or new > 0):
+            continue
+        text = state.broken or f"{new} memory errors that could not be corrected"
+        strikes[place] = _paused(replace(entry, reason=f"its driver: {text}"), now)
+    errors = {place: state.errors for place, state in states.items()}
+    return replace(book, strikes=strikes, errors={**book.errors, **errors})
 
 
 def due(book: DeviceStrikes, now: float) -> frozenset[Place]:
@@ -135,4 +164,5 @@ def _is_to_blame(strikes: Mapping[Place, Strikes], revision: Revision, width: in
 def _why(entry: Strikes, now: float) -> str:
     left_s = entry.out_until_s - now
     then = f"checked in {left_s:.0f} s" if left_s > 0 else "being checked"
-    return f"replicas died here {entry.count} times ({entry.reason}); {then}"
+    died = f"replicas died here {entry.count} times ({entry.reason})" if entry.count else entry.reason
+    return f"{died}; {then}"

@@ -6,6 +6,7 @@ cluster's namespace are `replica/ID`, `process/NAME` and `controller`, by which 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -18,9 +19,10 @@ import ray
 from megatoken.cluster.decide.launches import DEVICES, NODE_ADDRESS
 from megatoken.cluster.inventory.topology import CPU_KIND
 from megatoken.cluster.ray.child import Child, Launch
-from megatoken.process.devices import visibility
+from megatoken.process.devices import visibility, visible_devices
 from megatoken.process.interface import interface_of
 from megatoken.process.tag import tagged_processes
+from megatoken.worker.drivers import drivers
 
 CONTROLLER_NAME = "controller"
 REPLICA_PREFIX = "replica/"
@@ -103,8 +105,31 @@ def check_device(kind: str, device: int, timeout_s: float) -> str:
     except (OSError, ValueError) as error:
         return str(error)
     if not done.returncode:
-        return ""
+        broken = "" if kind == CPU_KIND else _given_up(device)
+        return f"its driver: {broken}" if broken else ""
     return done.stdout.strip() or f"its check ended with status {done.returncode}"
+
+
+def _given_up(device: int) -> str:
+    (name,) = visible_devices(os.environ, [device])
+    for driver in drivers():
+        with contextlib.suppress(Exception):  # it does not tell: whatever the library raises
+            return driver.broken(name)
+    return ""
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def driver_states(devices: list[int]) -> dict[int, tuple[int, str]]:
+    """(uncorrected memory errors, why it is given up) by device of this node, of those that a driver knows."""
+    found: dict[int, tuple[int, str]] = {}
+    for driver in drivers():
+        for device, name in zip(devices, visible_devices(os.environ, devices), strict=True):
+            with contextlib.suppress(Exception):  # a device of the other vendor: whatever the library raises
+                broken, errors = driver.broken(name), 0
+                with contextlib.suppress(Exception):  # one without ECC, or that is lost
+                    errors = driver.uncorrected_errors(name)
+                found[device] = errors, broken
+    return found
 
 
 @ray.remote(num_cpus=0, max_retries=0)

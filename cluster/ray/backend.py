@@ -35,6 +35,7 @@ from megatoken.cluster.ray.actors import (
     processes_of,
     remove_directory,
 )
+from megatoken.cluster.ray.driver_poll import DriverPoll
 from megatoken.cluster.ray.inventory import CPU_RESOURCE, inventory_of
 from megatoken.cluster.runtime_dirs import node_directory
 from megatoken.process.tag import replica_tag
@@ -80,6 +81,7 @@ class RayBackend:
         self._handles: dict[str, _Handle] = {}
         self._groups: dict[str, Any] = {}
         self._checks: dict[Place, Any] = {}
+        self._drivers = DriverPoll()
         self._inventory = Inventory()
         self._adopt()
 
@@ -110,7 +112,7 @@ class RayBackend:
         ids = {name.removeprefix(REPLICA_PREFIX) for name in self._handles if name.startswith(REPLICA_PREFIX)}
         for replica_id in ids | groups.keys():
             replicas[replica_id] = self._replica(replica_id, groups.get(replica_id, Reservation.NONE))
-        return BackendState(self._inventory, replicas, processes, self._checked())
+        return BackendState(self._inventory, replicas, processes, self._checked(), self._drivers.state(self._inventory))
 
     def _replica(self, replica_id: str, reservation: Reservation) -> ReplicaObservation:
         handle = self._handles.get(REPLICA_PREFIX + replica_id)

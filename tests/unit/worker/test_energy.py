@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -95,7 +96,6 @@ def test_without_a_library_there_is_no_meter() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"device_kind": "cpu"},
         {"engine": "simulated", "simulated": {}},
         {"placement_group_id": "ab", "ray_address": "h:1", "rank_devices": (0, 1), "pipeline_parallel": 2},
     ],
@@ -123,3 +123,38 @@ def test_a_driver_without_the_counter_leaves_it_to_the_next(monkeypatch: pytest.
     meter = meter_of(config(), {"HIP_VISIBLE_DEVICES": "1"})
     assert meter is not None
     assert meter._last == [pytest.approx(61.2)], "4,000 counts of 15.3 microjoule, in millijoule"
+
+
+def package(powercap: Path, number: int, used_uj: int, most_uj: int = 1 << 40) -> Path:
+    path = powercap / f"intel-rapl:{number}"
+    path.mkdir(parents=True)
+    (path / "energy_uj").write_text(f"{used_uj}\n")
+    (path / "max_energy_range_uj").write_text(f"{most_uj}\n")
+    return path / "energy_uj"
+
+
+def test_a_cpu_replica_has_its_ranks_share_of_the_packages_and_no_part_twice(tmp_path: Path) -> None:
+    first, _ = package(tmp_path, 0, 5_000_000), package(tmp_path, 1, 1_000_000)
+    (tmp_path / "intel-rapl:0:0").mkdir()  # the cores of a package, which its counter has already
+    meter = meter_of(config(device_kind="cpu", tensor_parallel=2, cpu_ranks=4), {}, tmp_path)
+    assert meter is not None
+    first.write_text("9000000\n")
+    meter._clock = lambda: meter._read_s + 1.0  # type: ignore[method-assign]
+    assert meter.used_mj() == 2000, "half of 4 J"
+    first.write_text("9001000\n")
+    assert meter.used_mj() == 2000, "half a millijoule more"
+
+
+def test_a_counter_of_a_package_begins_anew_at_its_range(tmp_path: Path) -> None:
+    counter = package(tmp_path, 0, 9_000_000, most_uj=10_000_000)
+    meter = meter_of(config(device_kind="cpu"), {}, tmp_path)
+    assert meter is not None
+    meter._clock = lambda: meter._read_s + 1.0  # type: ignore[method-assign]
+    counter.write_text("1000000\n")
+    assert meter.used_mj() == 2000
+
+
+def test_a_machine_whose_counters_are_not_there_or_not_for_us_has_no_meter(tmp_path: Path) -> None:
+    assert meter_of(config(device_kind="cpu"), {}, tmp_path) is None
+    package(tmp_path, 0, 1).unlink()
+    assert meter_of(config(device_kind="cpu"), {}, tmp_path) is None

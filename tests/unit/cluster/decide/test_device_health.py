@@ -8,9 +8,11 @@ from megatoken.cluster.decide.device_health import (
     PAUSE_S,
     SETTLED_S,
     DeviceStrikes,
+    DriverState,
     checked,
     due,
     judge,
+    reported,
     with_devices_out,
 )
 from megatoken.cluster.decide.exit_cause import BY_ITSELF, ExitCause
@@ -140,3 +142,32 @@ def test_a_wide_model_is_blamed_only_once_two_of_its_places_are_out() -> None:
         book = die(book, 0.0, 2, 3)
     assert book.blamed == {("m", "r")}
     assert out(book, 1.0) == []
+
+
+def test_new_memory_errors_put_a_device_out_until_a_check_passes_and_old_ones_do_not() -> None:
+    book = reported(DeviceStrikes(), {("n", 2): DriverState(errors=7)}, 10.0)
+    assert out(book, 10.0) == [], "of before the first look"
+    book = reported(book, {("n", 2): DriverState(errors=9), ("n", 3): DriverState()}, 20.0)
+    assert out(book, 20.0) == [2]
+    assert why(book, 20.0) == "its driver: 2 memory errors that could not be corrected; checked in 60 s"
+    assert due(book, 20.0 + PAUSE_S) == {("n", 2)}
+    book = checked(book, ("n", 2), "", 90.0)
+    assert out(book, 90.0) == []
+    assert out(reported(book, {("n", 2): DriverState(errors=9)}, 100.0), 100.0) == []
+    assert out(reported(book, {("n", 2): DriverState(errors=10)}, 100.0), 100.0) == [2]
+
+
+def test_a_device_that_its_driver_gives_up_is_out_once_and_a_check_that_fails_keeps_it_out() -> None:
+    lost = {("n", 4): DriverState(broken="the GPU has fallen off the bus")}
+    book = reported(DeviceStrikes(), lost, 10.0)
+    assert why(book, 10.0) == "its driver: the GPU has fallen off the bus; checked in 60 s"
+    assert reported(book, lost, 40.0).strikes == book.strikes, "its pause does not begin anew"
+    book = checked(book, ("n", 4), "its driver: the GPU has fallen off the bus", 70.0)
+    assert why(book, 70.0) == "a check: its driver: the GPU has fallen off the bus; checked in 120 s"
+
+
+def test_a_driver_and_replicas_that_died_are_one_account() -> None:
+    book = reported(DeviceStrikes(), {("n", 3): DriverState(broken="x")}, 10.0)
+    book = checked(book, ("n", 3), "", 80.0)
+    book = die(book, 90.0, 3, beside=(SERVING,))
+    assert why(book, 90.0) == f"replicas died here 1 times ({BOOM}); checked in 120 s", "it was out before"
