@@ -75,8 +75,11 @@ class ProcessLaunch:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration as its file has it: what was not set stays the program's own default."""
-        return self.config.model_dump(mode="json", exclude_unset=True)
+        """The configuration as its file has it: what was not set stays the program's own default.
+
+        Equal configurations have equal files, however they came about: a spec that was read back says all of it.
+        """
+        return self.config.model_dump(mode="json", exclude_unset=True, exclude_defaults=True)
 
 
 class Backend(Protocol):

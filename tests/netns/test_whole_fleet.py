@@ -166,6 +166,7 @@ def test_a_rolling_update_exchanges_both_models_also_where_a_second_replica_has_
     fleet: Fleet, clients: Clients
 ) -> None:
     before = {row.replica for model in TOKENS for row in fleet.ready(model, 1)}
+    processes = {row.name for row in fleet.status().processes}
     fleet.change_models(max_running=6)
     fleet.wait(
         lambda status: not before & {row.replica for row in status.replicas if row.state == "READY"}, 2 * SERVED_S
@@ -173,6 +174,7 @@ def test_a_rolling_update_exchanges_both_models_also_where_a_second_replica_has_
     for model in TOKENS:
         (replica,) = fleet.ready(model, 1, SERVED_S)
         assert [entry.phase for entry in replica.start_phases] == PHASES
+    assert {row.name for row in fleet.status().processes} == processes, "no router or edge is exchanged for a model"
     clients.answered(1)
 
 

@@ -52,6 +52,22 @@ def test_per_node_and_counts() -> None:
     assert slots(wanted((HEAD, replace(OTHER, alive=False)), routers={"per_node": True})) == ["agent-0", "router-0"]
 
 
+def test_no_process_is_exchanged_for_a_spec_that_says_the_same_in_more_words() -> None:
+    edge = {"count": 1, "max_requests": 9}
+    spec = ClusterSpec.model_validate(
+        {
+            "models": [{"name": "a", "source": "x"}],
+            "routers": {"resume": {"wait_s": 240}, "limits": {}, "policy": "prefix"},
+            "edge": edge,
+            "agents": {"tick_s": 2, "deadline_s": 10},
+            "tracing": {"endpoint": "http://10.0.0.9:4317"},
+        }
+    )
+    read_back = ClusterSpec.model_validate_json(spec.model_dump_json())  # as the controller's state keeps it
+    one, other = (wanted_processes(said, Inventory((HEAD, OTHER)), Fleet(), AROUND) for said in (spec, read_back))
+    assert [entry.launch.name for entry in one] == [entry.launch.name for entry in other]
+
+
 def test_a_name_changes_with_the_configuration_and_only_with_it() -> None:
     def name(**spec: Any) -> str:
         return next(entry.launch.name for entry in wanted(**spec) if entry.slot == "router-0")
