@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import ssl
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from megatoken.cluster.client.records import read_records
 from megatoken.counters import NAMES, read_counters
 from megatoken.process.tag import PREFIX
 from megatoken.v1 import control_pb2, throughput_pb2
+from megatoken.worker.models import TINY_LLAMA, prepare
 from tests.netns.sshd import PORT, keygen, public, start_sshd
 from tests.support.certificates import Authority
 from tests.support.terminal import Terminal
@@ -35,6 +37,7 @@ from tests.support.terminal import Terminal
 KEY = "flagship-key"
 SLOTS = {"node0": 2, "node1": 3, "node2": 3}
 UP_S = 400.0
+WEIGHTS = "/tmp/weights/tiny"  # each host has a /tmp of its own; only the head has them at first
 EDGE_PORT = 8000
 STREAMS = 1  # of each model
 PACE_S = 3.0  # from one question of a stream to the next at least: two cores also start engines
@@ -91,7 +94,7 @@ class Fleet:
             "models": [
                 {
                     "name": "tiny",
-                    "source": "builtin:tiny-llama",
+                    "source": WEIGHTS,
                     "parallel": {"tensor": 2, "pipeline": 2},
                     "placement": {"nodes": [host.address for host in self.network.hosts[1:]]},
                     **engine,
@@ -132,6 +135,10 @@ class Fleet:
     def up(self) -> None:
         path = self.directory / "spec.yaml"
         path.write_text(yaml.safe_dump(self.spec))
+        shutil.copytree(prepare(TINY_LLAMA, lambda _line: None), self.head.path(WEIGHTS))
+        fetched = self.megatoken("fetch", "-f", str(path), timeout_s=UP_S)
+        if "on 3 nodes" not in fetched:
+            raise AssertionError(f"the hosts have not all the same weights: {fetched}")
         self.megatoken("up", "-f", str(path), "--timeout", str(UP_S), timeout_s=UP_S + 60)
         (record,) = read_records(self.directory / "state")
         self.control = client_of(record)

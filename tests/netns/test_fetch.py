@@ -40,9 +40,9 @@ def test_the_weights_of_one_host_come_to_all_whatever_happens_on_the_way(
     def fetch(*options: str, spec: str = "spec", status: int = 0) -> str:
         command = [*FETCH, "-f", f"/tmp/{spec}.yaml", "--address", nodes.address, *options]
         done = head.run(command, nodes.environment(head), timeout_s=150, check=False)
-        assert done.returncode == status, done.stderr
+        assert done.returncode == status, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
-        return done.stderr
+        return done.stdout + done.stderr
 
     assert f"{MODEL}: no node has a file there" in fetch(status=1)
 

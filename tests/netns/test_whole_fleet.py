@@ -1,8 +1,8 @@
 """One fleet with everything on, as a user launches it, while its parts die one after the other: `make fleet`.
 
 Three hosts; mutual TLS, API keys, agents, a router and an edge on each; real vLLM: SmolLM2 with two stages, and the
-tiny Llama with two stages of two. `megatoken up` over ssh; the official openai client streams through the edges all the
-time, greedy and in float32, so that every answer is known beforehand.
+tiny Llama with two stages of two, whose weights are on one host at first. `megatoken fetch` and `up` over ssh; the
+official openai client streams through the edges all the time, greedy and in float32, so that every answer is known.
 """
 
 from __future__ import annotations

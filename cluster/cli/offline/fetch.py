@@ -43,16 +43,15 @@ def run(arguments: argparse.Namespace) -> int:
     from megatoken.cluster.fetch.fetch import fetch  # Ray takes a second to import
     from megatoken.cluster.fetch.plan import FetchError
 
-    progress = Progress()
     try:
-        found = fetch(directories, address, arguments.origin, progress)
+        found = fetch(directories, address, arguments.origin, Progress())
     except (FetchError, ConnectionError) as error:
         raise CommandError(str(error), 1) from None
     for one in found:
         copied = f"{gib(one.copied)} copied" if one.copied else "nothing to copy"
-        progress.say(f"{one.directory}: {one.files} files, {gib(one.size)}, on {one.nodes} nodes; {copied}")
+        print(f"{one.directory}: {one.files} files, {gib(one.size)}, on {one.nodes} nodes; {copied}")
         for node, text in one.problems.items():
-            progress.say(f"{one.directory}: node {node} has not all of it: {text}; fetch again, it goes on from there")
+            print(f"{one.directory}: node {node} has not all of it: {text}; fetch again, it goes on from there")
         for node, names in one.further.items():
-            progress.say(f"{one.directory}: node {node} has further files: {', '.join(names)}; remove them there")
+            print(f"{one.directory}: node {node} has further files: {', '.join(names)}; remove them there")
     return 1 if any(one.problems for one in found) else 0
