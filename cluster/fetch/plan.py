@@ -79,8 +79,8 @@ def plan(directory: str, holdings: Sequence[Holding], origin: str = "") -> Fetch
     right = [holding for holding in holdings if not origin or holding.node == origin]
     files = _agreed(directory, right)
     if not files:
-        where = f"node {right[0].title} has" if origin and right else "no node has"
-        raise FetchError(f"{directory}: {where} no file there; put the weights on one node first, then fetch")
+        where = f"node {right[0].title} has no file there" if origin and right else "no node has a file there"
+        raise FetchError(f"{directory}: {where}; put the weights on one node first, then fetch")
     transfers = []
     for name, content in sorted(files.items(), key=lambda entry: (entry[1].size, entry[0])):
         sources = tuple(holding.node for holding in holdings if holding.files.get(name) == content)

@@ -70,8 +70,8 @@ def test_every_node_whose_disk_is_too_small_is_named_before_anything_is_copied()
     ]
 
 
-@pytest.mark.parametrize(("origin", "said"), [("", "no node has"), ("id-b", "node b has")])
+@pytest.mark.parametrize(("origin", "said"), [("", "no node has a"), ("id-b", "node b has no")])
 def test_without_any_file_there_is_nothing_to_fetch(origin: str, said: str) -> None:
     nodes = [holding("b")] if not origin else [holding("a", x=LARGE), holding("b")]
-    with pytest.raises(FetchError, match=f"^/m: {said} no file there"):
+    with pytest.raises(FetchError, match=f"^/m: {said} file there"):
         plan("/m", nodes, origin)
