@@ -143,6 +143,10 @@ class Fleet:
         (record,) = read_records(self.directory / "state")
         self.control = client_of(record)
 
+    def token_files(self, host: Host) -> list[Path]:
+        """Where a host keeps Ray's token."""
+        return list(host.path("/tmp/mt").glob("*/ray_token"))
+
     def down(self) -> None:
         dark = [host.address for host in self.network.hosts if host.init_pid is None]
         try:
@@ -150,6 +154,10 @@ class Fleet:
         except CommandError as error:
             if not dark or not all(address in str(error) for address in dark):
                 raise
+        kept = [str(path) for host in self.network.hosts if host.init_pid for path in self.token_files(host)]
+        kept += [str(path) for path in (self.directory / "state").iterdir()] if not dark else []
+        if kept:
+            raise AssertionError(f"left behind by `megatoken down`: {kept}")
         left = [f"{host.name}: {text}" for host in self.network.hosts for text in host.processes().values()]
         left = [text for text in left if "sshd" not in text]
         if left:

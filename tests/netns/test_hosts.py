@@ -98,7 +98,9 @@ def test_a_wrong_request_says_what_is_allowed(count: int, name: str, message: st
         Network.create(count, name=name)
 
 
-def test_ray_sees_separate_nodes_with_slots_and_labels(make_ray_nodes: Callable[[int, int], RayNodes]) -> None:
+def test_ray_sees_separate_nodes_with_slots_and_labels_and_refuses_a_driver_with_another_token(
+    make_ray_nodes: Callable[[int, int], RayNodes],
+) -> None:
     nodes = make_ray_nodes(2, 3)
     code = "import ray, json; ray.init(logging_level='ERROR'); print(json.dumps(ray.nodes()))"
     seen = nodes.head.run([sys.executable, "-c", code], nodes.environment(nodes.head)).stdout
@@ -106,10 +108,6 @@ def test_ray_sees_separate_nodes_with_slots_and_labels(make_ray_nodes: Callable[
         assert f'"NodeManagerAddress": "{host.address}"' in seen
         assert f'"host": "{host.name}"' in seen
     assert seen.count('"cpu_device": 3.0') == 2
-
-
-def test_a_driver_without_the_token_is_refused(make_ray_nodes: Callable[[int, int], RayNodes]) -> None:
-    nodes = make_ray_nodes(1, 1)
     environment = nodes.environment(nodes.head, RAY_AUTH_TOKEN="0" * 64)
     del environment["RAY_AUTH_TOKEN_PATH"]
     done = nodes.head.run([sys.executable, "-c", "import ray; ray.init()"], environment, check=False)

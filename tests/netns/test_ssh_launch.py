@@ -146,30 +146,6 @@ def test_up_examines_every_host_before_it_starts_anything(
     assert ssh_hosts.left() == []
 
 
-def test_up_and_down_bring_a_whole_cluster_over_ssh(
-    ssh_hosts: SshHosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("MEGATOKEN_STATE_DIR", str(tmp_path / "state"))
-    spec = tmp_path / "spec.yaml"
-    spec.write_text(dump_spec(ssh_hosts.spec()))
-    try:
-        assert main(["up", "-f", str(spec), "--timeout", "240"]) == 0, capsys.readouterr().err
-        assert capsys.readouterr().out.count("READY") >= 2
-        token = (tmp_path / "state" / "sshtest.token").read_text()
-        for host in ssh_hosts.network.hosts:
-            there = host.path("/tmp/mt/sshtest/ray_token")
-            assert there.read_text() == token
-            assert there.stat().st_mode & 0o777 == 0o600
-            assert token not in " ".join(host.processes().values()), "the token is on a command line"
-        assert main(["up", "-f", str(spec)]) == 2
-        assert "it is up already" in capsys.readouterr().err
-    finally:
-        assert main(["down"]) == 0, capsys.readouterr().err
-    assert ssh_hosts.left() == []
-    assert not ssh_hosts.network.hosts[0].path("/tmp/mt/sshtest/ray_token").exists()
-    assert list((tmp_path / "state").iterdir()) == []
-
-
 def test_the_rendered_scripts_bring_a_whole_cluster_up_and_down(ssh_hosts: SshHosts, tmp_path: Path) -> None:
     spec = ssh_hosts.spec()
     scripts = tmp_path / "scripts"

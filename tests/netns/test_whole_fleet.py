@@ -21,6 +21,7 @@ import pytest
 
 from deploy.netns import hosts
 from deploy.netns.hosts import Host, Network
+from megatoken.cluster.client.control import CommandError
 from megatoken.cluster.view.top.text import compact
 from tests.netns.fleet import TOKENS, Clients, Fleet, tagged
 from tests.netns.sshd import MISSING
@@ -89,6 +90,16 @@ def test_every_part_is_there_and_both_models_answer(fleet: Fleet, clients: Clien
     assert len(tiny.ranks) == 4
     assert len(fleet.hosts_of(tiny)) == 2
     clients.answered(2)
+
+
+def test_rays_token_is_for_its_owner_and_on_no_command_line_and_the_fleet_is_up_once(fleet: Fleet) -> None:
+    (token,) = {path.read_text() for host in fleet.network.hosts for path in fleet.token_files(host)}
+    for host in fleet.network.hosts:
+        (path,) = fleet.token_files(host)
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert token not in " ".join(host.processes().values())
+    with pytest.raises(CommandError, match="it is up already"):
+        fleet.megatoken("up", "-f", str(fleet.directory / "spec.yaml"))
 
 
 def test_replicas_scale_up_and_one_spans_two_hosts(fleet: Fleet, clients: Clients) -> None:

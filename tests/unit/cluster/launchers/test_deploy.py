@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from megatoken.cluster.inventory.model_shape import read_shape
-from megatoken.cluster.inventory.topology import Inventory
+from megatoken.cluster.inventory.topology import Device, Inventory, Node
 from megatoken.cluster.launchers.load import launch_of
 from megatoken.cluster.launchers.render import render
 from megatoken.cluster.planning.plan import plan_cluster
@@ -68,3 +68,10 @@ def test_the_example_of_the_mixed_pool_finds_a_place() -> None:
     plan = plan_cluster(spec, inventory, {"llama-2-70b": read_shape(llama)})
     assert plan.complete
     assert not plan.unused
+
+
+def test_the_spec_for_namespaces_stands_on_both_of_its_hosts() -> None:
+    spec = load_spec((DEPLOY / "netns" / "two-nodes.yaml").read_text())
+    hosts = tuple(Node(name, f"10.0.0.{last}", (Device("cpu", 0),)) for last, name in enumerate("ab", start=1))
+    (model,) = plan_cluster(spec, Inventory(hosts), {}).models
+    assert [rank.node for outcome in model.outcomes for rank in outcome.ranks] == ["a", "b"]
