@@ -21,10 +21,11 @@ from megatoken.cluster.inventory.topology import Node
 from megatoken.cluster.ray.inventory import inventory_of
 from megatoken.cluster.view.human import bar, duration, gib
 
-START_S = 120.0  # an actor on a node that was idle: a Python process and its imports
 STORE_SHARE = 4  # pieces on their way may have this part of a node's object store
 MOST_PIECE_BYTES, LEAST_PIECE_BYTES = 64 << 20, 1 << 20
 POLL_S = 1.0
+EXCLUDED_S = 30.0
+NAMESPACE = "megatoken-fetch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def fetch(directories: Sequence[str], address: str, origin: str, progress: Progr
         if origin and not known:
             names = ", ".join(sorted(node.title for node in nodes))
             raise FetchError(f"--from: {origin!r} is not allowed; a node of the cluster: {names}")
-        with _hands(nodes) as hands:
+        with _hands(nodes, progress) as hands:
             pieces = _piece_bytes(listed)
             right = known[0] if origin else ""
             return [_one(directory, nodes, hands, right, pieces, progress) for directory in directories]
@@ -68,14 +69,23 @@ def fetch(directories: Sequence[str], address: str, origin: str, progress: Progr
 
 
 @contextlib.contextmanager
-def _hands(nodes: Sequence[Node]) -> Iterator[Mapping[str, Any]]:
-    """A FetchNode on each node, gone afterwards."""
+def _hands(nodes: Sequence[Node], progress: Progress) -> Iterator[Mapping[str, Any]]:
+    """A FetchNode on each node, gone afterwards. Their names keep a second fetch out. Raises FetchError."""
     start: Any = FetchNode
-    hands = {}
+    hands: dict[str, Any] = {}
+    deadline = time.monotonic() + EXCLUDED_S
     try:
         for node in nodes:
             place = NodeAffinitySchedulingStrategy(node.id, soft=False)
-            hands[node.id] = start.options(scheduling_strategy=place).remote()
+            named = start.options(name=node.id, namespace=NAMESPACE, scheduling_strategy=place)
+            while node.id not in hands:
+                try:
+                    hands[node.id] = named.remote()
+                except ValueError:  # the name is taken; what a killed fetch left ends within seconds
+                    if time.monotonic() > deadline:
+                        raise FetchError("another `megatoken fetch` runs on this cluster; wait for its end") from None
+                    progress.still("waiting for another fetch to end")
+                    time.sleep(POLL_S)
         yield hands
     finally:
         for hand in hands.values():
