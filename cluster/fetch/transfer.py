@@ -36,11 +36,15 @@ class FetchNode:
         return directory.files(), directory.parts(), directory.free_bytes()
 
     def read(self, path: str, name: str, offset: int, size: int) -> bytes:
-        return self._directory(path).read(name, offset, size)
+        """Raises OSError where there is less."""
+        data = self._directory(path).read(name, offset, size)
+        if len(data) < size:
+            raise OSError(f"{name} became shorter while it was read")
+        return data
 
-    def gives(self, path: str, name: str, offset: int, size: int) -> bool:
-        """Whether it can be read."""
-        return len(self.read(path, name, offset, size)) == size
+    def gives(self, path: str, name: str, offset: int, size: int) -> None:
+        """Reads as `read` does, and raises what it raises."""
+        self.read(path, name, offset, size)
 
     def write(self, path: str, name: str, content: FileContent, offset: int, data: bytes) -> int:
         return self._directory(path).write(name, content, offset, data)
@@ -135,12 +139,11 @@ class Transfers:
         """Whether a source could give a piece, so that it is not to blame; else it is left out."""
         asked = self._nodes[source].gives.remote(self._directory, name, piece.offset, piece.size)
         try:
-            if ray.get(asked, timeout=STALLED_S):
-                return True
-            self.problems[source] = f"{name} changed while it was read"
+            ray.get(asked, timeout=STALLED_S)
         except RayError as error:
             self.problems[source] = _first_line(error)
-        return False
+            return False
+        return True
 
 
 def _first_line(error: RayError) -> str:
