@@ -1,9 +1,10 @@
 """`make bench`: what the fleet costs over vLLM alone, on this machine, in one run.
 
-The same prompts go through LLM.generate, through client -> router -> worker, and through the edge, in turns; medians
-are compared. The added time to the first token is a single stream's, against the engine core driven directly. Only one
-engine works at a time: the others wait for requests and use no CPU. Prints a table and writes
-bench-results/serving.json.
+A pair is a short turn of LLM.generate and one of client -> router -> worker, or of the edge, with the same prompts, the
+order alternating; what counts are the ratios of pairs, their median and its 95% interval (pairs.py). The added time to
+the first token is a single stream's, against the engine core driven directly, pair by pair too. Only one engine works
+at a time: the others wait for requests and use no CPU. Prints a table, writes bench-results/serving.json, and exits
+with 1 where a bar is missed, with 3 where the machine was too noisy to tell.
 """
 
 from __future__ import annotations
@@ -25,13 +26,22 @@ from tokenizers import Tokenizer
 
 from megatoken.router.client.client import TokenClient
 from megatoken.worker.models import resolve_source
+from tests.bench.pairs import Interval, Verdict, interval, spread
 from tests.bench.serving_clients import edge_first_token, edge_load, session_first_token, session_load
 from tests.support.processes import MARKER, Processes, command_line, marked
 
 RESULTS = Path("bench-results/serving.json")
 MODEL, SOURCE = "smollm2", "builtin:smollm2-135m-instruct"
-REQUESTS, TOKENS, AT_ONCE = 64, 64, 32
-BARS = {"vs_offline": (0.95, "at least"), "edge_vs_offline": (0.90, "at least"), "ttft_added_ms_p50": (3.0, "under")}
+REQUESTS, TOKENS, AT_ONCE = 32, 32, 32  # of a turn: a second or two
+BARS = (  # key, bar, at least (else: under)
+    ("vs_offline", 0.95, True),
+    ("edge_vs_offline", 0.93, True),
+    ("ttft_added_ms", 3.0, False),
+    ("edge_path_cpu_us_per_token", 70.0, False),
+)
+PARTS = ("worker", "router", "edge")
+WAYS = ("fleet", "edge_stream", "edge_whole")
+STATUS = {Verdict.MISSED: 1, Verdict.UNKNOWN: 3}  # of the command, worst first
 KV_CACHE_GIB = 1.0
 
 
@@ -88,9 +98,11 @@ class Bench:
     def __init__(self, processes: Processes, offline: Offline, source: str) -> None:
         self._offline = offline
         self._tokenizer = Tokenizer.from_file(f"{source}/tokenizer.json")
-        self.runs: dict[str, list[float]] = {"offline": [], "fleet": [], "edge_stream": [], "edge_whole": []}
+        self.offline_rates: list[float] = []
+        self.rates: dict[str, list[float]] = {way: [] for way in WAYS}
+        self.ratios: dict[str, list[float]] = {way: [] for way in WAYS}
         self.ttft_ms: dict[str, list[float]] = {"direct": [], "fleet": [], "edge": []}
-        self.cpu_us_per_token: dict[str, list[float]] = {"worker": [], "router": [], "edge": []}
+        self.cpu_us: dict[str, dict[str, list[float]]] = {way: {part: [] for part in PARTS} for way in WAYS}
         self._worker = processes.start(
             "worker",
             {
@@ -138,27 +150,37 @@ class Bench:
             for number in range(count)
         ]
 
-    async def round(self, number: int) -> None:
-        """One turn of each way, with the same prompts; the order turns with the round."""
-        prompts = self.prompts(number, REQUESTS)
-        async with TokenClient([self._router.address]) as client:
-            ways: list[tuple[str, Any]] = [
-                ("offline", lambda: self._alone(prompts)),
-                ("fleet", lambda: session_load(client, MODEL, prompts, TOKENS, AT_ONCE)),
-                ("edge_stream", lambda: edge_load(self._edge.address, MODEL, prompts, TOKENS, AT_ONCE, stream=True)),
-                ("edge_whole", lambda: edge_load(self._edge.address, MODEL, prompts, TOKENS, AT_ONCE, stream=False)),
-            ]
-            shift = number % len(ways)
-            for name, run in ways[shift:] + ways[:shift]:
-                before = self._cpu_s()
-                seen = await run()
-                if seen["tokens"] != REQUESTS * TOKENS:
-                    raise RuntimeError(f"{name} made {seen['tokens']} tokens, not {REQUESTS * TOKENS}")
-                if name == "edge_stream":
-                    for part, used in self._cpu_s().items():
-                        self.cpu_us_per_token[part].append(1e6 * (used - before[part]) / seen["tokens"])
-                self.runs[name].append(seen["tokens"] / seen["seconds"])
-                print(f"  round {number}: {name:12} {self.runs[name][-1]:7.1f} tokens/s", flush=True)
+    async def pair(self, number: int, way: str) -> None:
+        """A turn of LLM.generate and one of the way."""
+        prompts = self.prompts(number * len(WAYS) + WAYS.index(way), REQUESTS)
+        if number % 2:
+            through = await self._through(way, prompts)
+            alone = await self._alone(prompts)
+        else:
+            alone = await self._alone(prompts)
+            through = await self._through(way, prompts)
+        self.offline_rates.append(alone)
+        self.rates[way].append(through)
+        self.ratios[way].append(through / alone)
+        print(f"  pair {number}: {way:12} {through:7.1f} of {alone:7.1f} tokens/s: {through / alone:.3f}", flush=True)
+
+    async def _alone(self, prompts: list[list[int]]) -> float:
+        """Tokens/s."""
+        seen = await asyncio.to_thread(self._offline.ask, do="generate", prompts=prompts, max_tokens=TOKENS)
+        return _rate("offline", seen)
+
+    async def _through(self, way: str, prompts: list[list[int]]) -> float:
+        """Tokens/s; notes the CPU time of each process."""
+        before = self._cpu_s()
+        if way == "fleet":
+            async with TokenClient([self._router.address]) as client:
+                seen = await session_load(client, MODEL, prompts, TOKENS, AT_ONCE)
+        else:
+            stream = way == "edge_stream"
+            seen = await edge_load(self._edge.address, MODEL, prompts, TOKENS, AT_ONCE, stream=stream)
+        for part, used in self._cpu_s().items():
+            self.cpu_us[way][part].append(1e6 * (used - before[part]))
+        return _rate(way, seen)
 
     async def first_tokens(self, samples: int) -> None:
         """Single streams, one way after the other."""
@@ -172,72 +194,106 @@ class Bench:
                 self.ttft_ms["edge"].append(1e3 * await edge_first_token(self._edge.address, MODEL, again[::-1]))
 
     def warm_up(self) -> None:
-        """A turn of each that is not counted."""
-        asyncio.run(self.round(0))
+        """A pair of each that is not counted."""
+        for way in WAYS:
+            asyncio.run(self.pair(0, way))
         asyncio.run(self.first_tokens(3))
-        for series in (*self.runs.values(), *self.ttft_ms.values(), *self.cpu_us_per_token.values()):
+        for series in (self.offline_rates, *self.rates.values(), *self.ratios.values(), *self.ttft_ms.values()):
             series.clear()
-
-    async def _alone(self, prompts: list[list[int]]) -> dict[str, Any]:
-        return await asyncio.to_thread(self._offline.ask, do="generate", prompts=prompts, max_tokens=TOKENS)
+        for parts in self.cpu_us.values():
+            for used in parts.values():
+                used.clear()
 
     def _cpu_s(self) -> dict[str, float]:
         return {"worker": self._worker.cpu_s(), "router": self._router.cpu_s(), "edge": self._edge.cpu_s()}
 
 
-def added_ms(ttft_ms: dict[str, list[float]], way: str) -> float:
-    """Median of what a way adds to the direct drive just before it: a machine that slows down slows both of a pair."""
-    return statistics.median(taken - direct for taken, direct in zip(ttft_ms[way], ttft_ms["direct"], strict=True))
+def _rate(way: str, seen: dict[str, Any]) -> float:
+    if seen["tokens"] != REQUESTS * TOKENS:
+        raise RuntimeError(f"{way} made {seen['tokens']} tokens, not {REQUESTS * TOKENS}")
+    return float(seen["tokens"] / seen["seconds"])
+
+
+def added_ms(ttft_ms: dict[str, list[float]], way: str) -> Interval:
+    """What a way adds to the direct drive just before it."""
+    return interval([taken - direct for taken, direct in zip(ttft_ms[way], ttft_ms["direct"], strict=True)])
 
 
 def summary(bench: Bench) -> dict[str, Any]:
-    """The figures, medians over rounds, and the raw runs."""
-    median = {name: statistics.median(values) for name, values in bench.runs.items()}
-    ttft = {name: statistics.median(values) for name, values in bench.ttft_ms.items()}
-    ratios = {name: rate / median["offline"] for name, rate in median.items()}
+    """Intervals over pairs, and the raw series."""
+    per_token = {
+        way: {part: interval([value / (REQUESTS * TOKENS) for value in used]) for part, used in parts.items()}
+        for way, parts in bench.cpu_us.items()
+    }
+    together = [sum(values) / (REQUESTS * TOKENS) for values in zip(*bench.cpu_us["edge_stream"].values(), strict=True)]
+    ratios = {way: interval(values) for way, values in bench.ratios.items()}
+    added = {way: added_ms(bench.ttft_ms, way) for way in ("fleet", "edge")}
     return {
-        "vs_offline": ratios["fleet"],
-        "edge_vs_offline": ratios["edge_stream"],
-        "edge_whole_vs_offline": ratios["edge_whole"],
-        "ttft_added_ms_p50": added_ms(bench.ttft_ms, "fleet"),
-        "edge_ttft_added_ms_p50": added_ms(bench.ttft_ms, "edge"),
-        "tokens_per_s": median,
-        "ttft_ms_p50": ttft,
-        "cpu_us_per_token": {name: statistics.median(values) for name, values in bench.cpu_us_per_token.items()},
-        "raw": {"tokens_per_s": bench.runs, "ttft_ms": bench.ttft_ms, "cpu_us_per_token": bench.cpu_us_per_token},
+        "vs_offline": ratios["fleet"].json(),
+        "vs_offline_low": ratios["fleet"].low,
+        "edge_vs_offline": ratios["edge_stream"].json(),
+        "edge_vs_offline_low": ratios["edge_stream"].low,
+        "edge_whole_vs_offline": ratios["edge_whole"].json(),
+        "ttft_added_ms": added["fleet"].json(),
+        "ttft_added_ms_p50": added["fleet"].median,
+        "edge_ttft_added_ms": added["edge"].json(),
+        "edge_path_cpu_us_per_token": interval(together).json(),
+        "cpu_us_per_token": {
+            way: {part: one.median for part, one in parts.items()} for way, parts in per_token.items()
+        },
+        "cpu_us_per_request": {
+            way: {part: one.median * TOKENS for part, one in parts.items()} for way, parts in per_token.items()
+        },
+        "tokens_per_s": {
+            "offline": statistics.median(bench.offline_rates),
+            **{way: statistics.median(values) for way, values in bench.rates.items()},
+        },
+        "ttft_ms_p50": {name: statistics.median(values) for name, values in bench.ttft_ms.items()},
+        "noise": spread(bench.offline_rates),
+        "pairs": len(bench.ratios["fleet"]),
+        "raw": {"ratios": bench.ratios, "offline_tokens_per_s": bench.offline_rates, "ttft_ms": bench.ttft_ms},
         "load": {"requests": REQUESTS, "tokens": TOKENS, "at_once": AT_ONCE, "model": SOURCE, "dtype": "bfloat16"},
         "machine": {"cpus": os.cpu_count(), "load_average": os.getloadavg()},
     }
+
+
+def verdicts(found: dict[str, Any]) -> dict[str, Verdict]:
+    return {key: Interval(**found[key]).verdict(bar, at_least=at_least) for key, bar, at_least in BARS}
 
 
 def table(found: dict[str, Any]) -> str:
     """The figures for people."""
     rate, ttft = found["tokens_per_s"], found["ttft_ms_p50"]
     lines = [
-        f"{REQUESTS} requests of {TOKENS} tokens, {AT_ONCE} at a time, {SOURCE}, medians",
-        f"{'':34}{'tokens/s':>10}{'of LLM.generate':>18}{'first token':>14}",
+        f"{found['pairs']} pairs of turns of {REQUESTS} requests of {TOKENS} tokens, {AT_ONCE} at a time, {SOURCE}",
+        f"vLLM alone: {rate['offline']:.1f} tokens/s; turns are {100 * found['noise']:.0f} % apart (middle half)",
+        f"{'':30}{'tokens/s':>10}{'of LLM.generate (95%)':>26}{'first token':>14}{'added (95%)':>22}",
     ]
     rows = [
-        ("LLM.generate", rate["offline"], 1.0, ttft["direct"]),
-        ("client -> router -> worker", rate["fleet"], found["vs_offline"], ttft["fleet"]),
-        ("edge, streaming", rate["edge_stream"], found["edge_vs_offline"], ttft["edge"]),
-        ("edge, whole answers", rate["edge_whole"], found["edge_whole_vs_offline"], None),
+        ("client -> router -> worker", "fleet", "vs_offline", "fleet", "ttft_added_ms"),
+        ("edge, streaming", "edge_stream", "edge_vs_offline", "edge", "edge_ttft_added_ms"),
+        ("edge, whole answers", "edge_whole", "edge_whole_vs_offline", "", ""),
     ]
-    for name, tokens_per_s, ratio, milliseconds in rows:
-        shown = "" if milliseconds is None else f"{milliseconds:.1f} ms"
-        lines.append(f"{name:34}{tokens_per_s:10.1f}{ratio:18.3f}{shown:>14}")
-    for name, (bar, kind) in BARS.items():
-        value = found[name]
-        met = value >= bar if kind == "at least" else value < bar
-        lines.append(f"{name:24} {value:8.3f}   {kind} {bar:g}: {'met' if met else 'MISSED'}")
-    used = ", ".join(f"{name} {value:.1f}" for name, value in found["cpu_us_per_token"].items())
-    lines.append(f"CPU us a token while the edge streams: {used}")
+    for title, way, ratio, first, added in rows:
+        line = f"{title:30}{rate[way]:10.1f}{_shown(found[ratio], 3):>26}"
+        lines.append(f"{line}{ttft[first]:11.1f} ms{_shown(found[added], 1):>22}" if first else line)
+    lines.append(f"{'CPU us a token (a request)':30}" + "".join(f"{part:>20}" for part in PARTS))
+    for way in WAYS:
+        token, request = found["cpu_us_per_token"][way], found["cpu_us_per_request"][way]
+        lines.append(f"{way:30}" + "".join(f"{f'{token[part]:.1f} ({request[part]:.0f})':>20}" for part in PARTS))
+    for key, bar, at_least in BARS:
+        verdict = verdicts(found)[key]
+        lines.append(f"{key:30}{_shown(found[key], 3):>26}   {'at least' if at_least else 'under'} {bar:g}: {verdict}")
     return "\n".join(lines)
+
+
+def _shown(one: dict[str, float], digits: int) -> str:
+    return f"{one['median']:.{digits}f} ({one['low']:.{digits}f} to {one['high']:.{digits}f})"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.serving")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=30, help="of each way; fewer give wider intervals")
     parser.add_argument("--samples", type=int, default=40, help="single streams for the time to the first token")
     parser.add_argument("--default-executor", action="store_true", help="compare with vLLM's own default executor")
     arguments = parser.parse_args()
@@ -256,16 +312,17 @@ def main() -> int:
         offline.answer()
         bench = Bench(processes, offline, source)
         bench.warm_up()
-        for number in range(1, arguments.rounds + 1):
-            asyncio.run(bench.round(number))
+        for number in range(1, arguments.pairs + 1):
+            for way in WAYS:
+                asyncio.run(bench.pair(number, way))
         asyncio.run(bench.first_tokens(arguments.samples))
         found = summary(bench)
     print(table(found))
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written to {RESULTS}")
-    missed = [name for name, (bar, kind) in BARS.items() if (found[name] < bar) == (kind == "at least")]
-    return 1 if missed else 0
+    given = set(verdicts(found).values())
+    return next((status for verdict, status in STATUS.items() if verdict in given), 0)
 
 
 if __name__ == "__main__":
