@@ -304,6 +304,7 @@ def test_at_rest_clients_routers_workers_and_vllm_count_the_same(
 def test_the_report_tells_what_the_hour_cost(fleet: Fleet, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     text = fleet.megatoken("report", "--since", "1h", "--price", "cpu=0.1", "--html", str(page))
+    print(text)
     assert "ready after" in text
     assert "failed: " in text
     for model in TOKENS:
