@@ -95,7 +95,7 @@ class Offline:
 class Bench:
     """Three ways to the same model, started once, measured in turns."""
 
-    def __init__(self, processes: Processes, offline: Offline, source: str) -> None:
+    def __init__(self, processes: Processes, offline: Offline, source: str, env: dict[str, str]) -> None:
         self._offline = offline
         self._tokenizer = Tokenizer.from_file(f"{source}/tokenizer.json")
         self.offline_rates: list[float] = []
@@ -114,6 +114,7 @@ class Bench:
                 "max_running": AT_ONCE,
                 "kv_cache_gib": KV_CACHE_GIB,
                 "log_level": "warning",
+                "env": env,
             },
             timeout_s=300,
         )
@@ -295,6 +296,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.serving")
     parser.add_argument("--pairs", type=int, default=30, help="of each way; fewer give wider intervals")
     parser.add_argument("--samples", type=int, default=40, help="single streams for the time to the first token")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="of the worker and its engine")
     parser.add_argument("--default-executor", action="store_true", help="compare with vLLM's own default executor")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
@@ -310,7 +312,7 @@ def main() -> int:
     print("starting vLLM alone, a worker, a router and an edge: about a minute", flush=True)
     with Offline(settings) as offline, Processes() as processes:
         offline.answer()
-        bench = Bench(processes, offline, source)
+        bench = Bench(processes, offline, source, dict(pair.split("=", 1) for pair in arguments.env))
         bench.warm_up()
         for number in range(1, arguments.pairs + 1):
             for way in WAYS:
