@@ -109,6 +109,10 @@ bench-router: $(VENV)/.installed
 bench-throughput: $(VENV)/.installed
 	$(BIN)/python -m tests.bench.throughput
 
+## bench-all: every benchmark, and one page of what each reached: bench-results/index.html.
+bench-all: setup
+	$(BIN)/python -m tests.bench.all $(ARGS)
+
 ## proto: the generated code beside each .proto.
 proto: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN))/python proto/regenerate

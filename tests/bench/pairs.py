@@ -33,10 +33,10 @@ class Interval:
     high: float
 
     def verdict(self, bar: float, *, at_least: bool) -> Verdict:
-        """`at_least`: more is better, and the bar itself is enough; else it must stay under the bar."""
+        """`at_least`: more is better; else less is. The bar itself is enough."""
         if at_least:
             return Verdict.MET if self.low >= bar else Verdict.MISSED if self.high < bar else Verdict.UNKNOWN
-        return Verdict.MET if self.high < bar else Verdict.MISSED if self.low >= bar else Verdict.UNKNOWN
+        return Verdict.MET if self.high <= bar else Verdict.MISSED if self.low > bar else Verdict.UNKNOWN
 
     def json(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,6 +20,7 @@ from typing import Any
 
 from megatoken.router.fleet.routing_request import RoutingRequest
 from megatoken.router.policies.make import make_policy
+from tests.bench.bars import Bar, lines, rows, status
 from tests.support.processes import Processes, Started
 from tests.support.router_core import CoreFleet
 from tests.support.router_simulation import MIXED, Kind, Simulation, alone_cached, mixed_fleet
@@ -255,33 +256,21 @@ def bench_overload(_: float) -> dict[str, Any]:
     return {"goodput_ratio_2x": good[2.0] / good[1.0], "goodput_ratio_10x": good[10.0] / good[1.0]}
 
 
-# (part, key, bound, whether the value must be at least the bound)
 BARS = (
-    ("session", "tokens_per_s", 1_030_000, True),
-    ("session", "cpu_us_per_token", 1.0, False),
-    ("session", "added_ms_p99", 20.0, False),
-    ("generate", "cpu_us_per_token", 27.0, False),
-    ("edge", "cpu_us_per_token", 75.0, False),
-    ("assign", "cpu_us_per_request", 150.0, False),
-    ("choose", "us_p50_1000", 20.0, False),
-    ("prompts", "cpu_ms_per_request", 1.0, False),
-    ("memory", "bytes_per_stream", 10_000, False),
-    ("memory", "soak_growth_ratio", 1.05, False),
-    ("mixed_fleet", "efficiency", 0.985, True),
-    ("overload", "goodput_ratio_2x", 0.95, True),
-    ("overload", "goodput_ratio_10x", 0.95, True),
+    Bar("session.tokens_per_s", 1_030_000, True),
+    Bar("session.cpu_us_per_token", 1.0, False),
+    Bar("session.added_ms_p99", 20.0, False),
+    Bar("generate.cpu_us_per_token", 27.0, False),
+    Bar("edge.cpu_us_per_token", 75.0, False),
+    Bar("assign.cpu_us_per_request", 150.0, False),
+    Bar("choose.us_p50_1000", 20.0, False),
+    Bar("prompts.cpu_ms_per_request", 1.0, False),
+    Bar("memory.bytes_per_stream", 10_000, False),
+    Bar("memory.soak_growth_ratio", 1.05, False),
+    Bar("mixed_fleet.efficiency", 0.985, True),
+    Bar("overload.goodput_ratio_2x", 0.95, True),
+    Bar("overload.goodput_ratio_10x", 0.95, True),
 )
-
-
-def print_bars(results: dict[str, Any]) -> None:
-    """What was measured against what was asked for; the load average tells how far to trust the times."""
-    print(f"\n{'':38} {'measured':>14} {'bar':>14}   (load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)")
-    for part, key, bound, at_least in BARS:
-        value = results.get(part, {}).get(key)
-        if value is not None:
-            met = value >= bound if at_least else value <= bound
-            sign = ">=" if at_least else "<="
-            print(f"{part + ' ' + key:38} {value:14,.3f} {sign} {bound:11,.3f}   {'met' if met else 'MISSED'}")
 
 
 PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
@@ -297,7 +286,7 @@ PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which; all unless named")
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -312,9 +301,11 @@ def main() -> None:
             print(f"  {key:30} {value:,.3f}" if isinstance(value, float) else f"  {key:30} {value}")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print_bars(results)
-    print(f"written: {RESULTS}")
+    judged = rows(BARS, results)
+    print("\n".join(lines(judged)))  # the load average tells how far to trust times
+    print(f"written: {RESULTS}; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    return status(judged)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,25 +14,27 @@ import argparse
 import asyncio
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from tests.bench.bars import Bar, lines, rows, status
 from tests.bench.throughput_cost import overhead, scale
 from tests.bench.throughput_faults import counts, leaks, recovery
 
 RESULTS = Path("bench-results/throughput.json")
 BARS = (
-    ("recovery_s_p99", "seconds from kill -9 to the next complete sample, p99", 3.0),
-    ("leaked_fds", "descriptors, threads and processes left over the epoch changes", 0),
-    ("overhead_ratio", "serving throughput lost to sampling, paired median", 0.005),
-    ("overhead_cpu_share", "share of the machine's CPU time that sampling takes", 0.005),
+    Bar("recovery_s_p99", 3.0, False, "seconds from kill -9 to the next complete sample, p99"),
+    Bar("leaked_fds", 0, False, "descriptors, threads and processes left over the epoch changes"),
+    Bar("overhead_ratio", 0.005, False, "serving throughput lost to sampling, paired median"),
+    Bar("overhead_cpu_share", 0.005, False, "share of the machine's CPU time that sampling takes"),
 )
 
 
-def main() -> None:
+def main() -> int:
     """Runs the parts asked for and merges them into the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
@@ -61,6 +63,7 @@ def main() -> None:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps({**found, "cores": os.cpu_count()}, indent=1) + "\n")
     show(found)
+    return status(rows(BARS, found))
 
 
 async def run(
@@ -72,10 +75,7 @@ async def run(
 
 def show(found: dict[str, Any]) -> None:
     """The figures beside their bars, then the ranks."""
-    for name, meaning, bar in BARS:
-        if name in found:
-            verdict = "ok" if found[name] <= bar else "MISSED"
-            print(f"{name:20} {found[name]:>12.5g}  bar {bar:<6g} {verdict:7} {meaning}")
+    print("\n".join(lines(rows(BARS, found))))
     if "counts_equal" in found:
         print(f"{'counts_equal':20} {found['counts_equal']!s:>12}  three counts after chaos, to the token")
     for line in found.get("ranks", []):
@@ -89,4 +89,4 @@ def show(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -41,7 +41,8 @@ def test_a_few_values_give_all_of_them() -> None:
         (0.90, 0.949, True, Verdict.MISSED),
         (0.90, 0.949, False, Verdict.MET),
         (0.94, 0.96, False, Verdict.UNKNOWN),
-        (0.95, 0.99, False, Verdict.MISSED),
+        (0.90, 0.95, False, Verdict.MET),
+        (0.951, 0.99, False, Verdict.MISSED),
     ],
 )
 def test_a_verdict_is_given_on_the_whole_interval(low: float, high: float, at_least: bool, verdict: Verdict) -> None:
