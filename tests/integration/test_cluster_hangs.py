@@ -8,9 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from megatoken.process.tag import replica_tag, tagged_processes
 from megatoken.router.client.client import TokenClient
 from tests.support.clusters import RunningCluster, running
 
@@ -71,39 +68,3 @@ async def test_a_frozen_worker_is_replaced_and_serves_nobody_when_it_wakes(tmp_p
         assert "its worker has not answered for" in row["reason"]
         assert f"its worker on local: process {worker} is stopped" in row["reason"]
         assert not Path(f"/proc/{worker}").exists(), "a frozen process is ended, not left"
-
-
-@pytest.mark.vllm
-@pytest.mark.timeout(600)
-async def test_a_frozen_rank_of_a_wide_replica_is_named_and_the_replica_replaced(tmp_path: Path) -> None:
-    wide = {
-        "cluster": "wide",
-        "control": {"port": 0, "worker_lease_s": 10, "hang_s": 6, "probe_s": 2},
-        "routers": {"port": 0},
-        "edge": {"count": 0},
-        "agents": {"enabled": False},
-        "ray": {"cpu_devices": 2},
-        "models": [
-            {
-                "name": MODEL,
-                "source": "builtin:tiny-llama",
-                "dtype": "float32",
-                "max_model_len": 256,
-                "kv_cache_gib": 0.25,
-                "parallel": {"tensor": 2},
-            }
-        ],
-    }
-    tag = replica_tag(tmp_path / "run" / "wide", f"{MODEL}-1")
-    with running(tmp_path, wide) as cluster:
-        (rank,) = [process for process in tagged_processes(tag) if process.part == "rank 1"]
-        os.kill(rank.pid, signal.SIGSTOP)
-
-        def failed(status: dict[str, Any]) -> bool:
-            return any(row["replica"] == f"{MODEL}-1" and row["state"] == "FAILED" for row in status["replicas"])
-
-        rows = cluster.wait(failed, 60.0)["replicas"]
-        reason = next(row["reason"] for row in rows if row["replica"] == f"{MODEL}-1")
-        assert f"rank 1: local device 1: process {rank.pid} is stopped" in reason
-        replaced(cluster, f"{MODEL}-1", 240.0)
-        assert not Path(f"/proc/{rank.pid}").exists(), "a frozen rank is ended with its replica"

@@ -325,10 +325,10 @@ class Clients:
         async def ask() -> int:
             doors = self._doors()
             every = [(door, model, question) for door in doors for model in self._models for question in QUESTIONS]
-            answers = [(model, question, await self._ask(door, model, question)) for door, model, question in every]
-            for model, question, (text, _) in answers:
+            answers = await asyncio.gather(*(self._ask(door, model, question) for door, model, question in every))
+            for (_, model, question), (text, _) in zip(every, answers, strict=True):
                 assert text == self._expected[model, question]
-            return sum(tokens for _, _, (_, tokens) in answers)
+            return sum(tokens for _, tokens in answers)
 
         return asyncio.run(ask())
 

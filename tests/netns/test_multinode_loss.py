@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,13 +182,3 @@ def test_the_controllers_death_pauses_no_stream_and_everything_is_adopted(
     assert report.resumes == 0
     assert report.longest_gap_s < 1.0
     assert {(row.replica, row.incarnation) for row in now} == {(row.replica, row.incarnation) for row in before}
-
-
-def test_a_wrong_token_joins_nothing(nodes: RayNodes) -> None:
-    """A host with another token is told so, and is no node of the cluster."""
-    host = nodes.network.hosts[1]
-    environment = nodes.environment(host, RAY_AUTH_TOKEN="0" * 64)
-    del environment["RAY_AUTH_TOKEN_PATH"]
-    done = host.run([sys.executable, "-m", "megatoken.cluster.cli", "up"], environment, timeout_s=200, check=False)
-    assert done.returncode != 0
-    assert "token" in (done.stdout + done.stderr).lower()
