@@ -267,12 +267,12 @@ def table(found: dict[str, Any]) -> str:
         f"vLLM alone: {rate['offline']:.1f} tokens/s; turns are {100 * found['noise']:.0f} % apart (middle half)",
         f"{'':30}{'tokens/s':>10}{'of LLM.generate (95%)':>26}{'first token':>14}{'added (95%)':>22}",
     ]
-    rows = [
+    ways = [
         ("client -> router -> worker", "fleet", "vs_offline", "fleet", "ttft_added_ms"),
         ("edge, streaming", "edge_stream", "edge_vs_offline", "edge", "edge_ttft_added_ms"),
         ("edge, whole answers", "edge_whole", "edge_whole_vs_offline", "", ""),
     ]
-    for title, way, ratio, first, added in rows:
+    for title, way, ratio, first, added in ways:
         line = f"{title:30}{rate[way]:10.1f}{_shown(found[ratio], 3):>26}"
         lines.append(f"{line}{ttft[first]:11.1f} ms{_shown(found[added], 1):>22}" if first else line)
     lines.append(f"{'CPU us a token (a request)':30}" + "".join(f"{part:>20}" for part in PARTS))
