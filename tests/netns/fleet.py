@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import ssl
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from megatoken.v1 import control_pb2, throughput_pb2
 from megatoken.worker.models import TINY_LLAMA, prepare
 from tests.netns.sshd import PORT, keygen, public, start_sshd
 from tests.support.certificates import Authority
+from tests.support.collector import Collector, Seen
 from tests.support.terminal import Terminal
 
 KEY = "flagship-key"
@@ -67,6 +69,7 @@ class Fleet:
         (directory / "known_hosts").write_text(
             "".join(f"[{host.address}]:{PORT} {public(directory / host.name)}\n" for host in network.hosts)
         )
+        self.collector = Collector(network.machine_address)  # traces nothing but what asks for it
         self.killed: set[str] = set()  # replicas whose worker had no time to account for what it had
         self.spec = self._spec()
         self.environment = {
@@ -89,6 +92,7 @@ class Fleet:
             "control": {"worker_lease_s": 10, "hang_s": 10, "probe_s": 3},  # two cores start engines and serve at once
             "routers": {"per_node": True, "resume": {"wait_s": 240, "max_resumes": 20}},
             "edge": {"per_node": True},
+            "tracing": {"endpoint": self.collector.endpoint, "sample": 0},
             "agents": {"enabled": True, "tick_s": 2, "deadline_s": 10},
             "security": {"tls": {**tls, "mutual": True}, "api_keys_file": str(self.keys_file)},
             "models": [
@@ -332,6 +336,17 @@ class Clients:
 
         return asyncio.run(ask())
 
+    def trace(self, model: str) -> list[Seen]:
+        """The spans of one request that asks to be traced, once its edge's, router's and worker's are there."""
+        trace, traced = secrets.token_hex(16), "01"
+
+        async def ask() -> None:
+            headers = {"traceparent": f"00-{trace}-{secrets.token_hex(8)}-{traced}"}
+            await self._ask(self._doors()[0], model, QUESTIONS[0], headers)
+
+        asyncio.run(ask())
+        return self._fleet.collector.wait(3, trace)
+
     def _doors(self) -> list[openai.AsyncOpenAI]:
         """A client of each edge."""
         fleet = self._fleet
@@ -389,7 +404,9 @@ class Clients:
             if text != self._expected[model, question]:
                 self.report.wrong.append(f"{model}: {text!r} for {self._expected[model, question]!r}")
 
-    async def _ask(self, door: openai.AsyncOpenAI, model: str, question: str) -> tuple[str, int]:
+    async def _ask(
+        self, door: openai.AsyncOpenAI, model: str, question: str, headers: Mapping[str, str] | None = None
+    ) -> tuple[str, int]:
         """The answer, and how many tokens it had."""
         chunks = await door.chat.completions.create(
             model=model,
@@ -398,6 +415,7 @@ class Clients:
             max_tokens=TOKENS[model],
             stream=True,
             stream_options={"include_usage": True},
+            extra_headers=headers,
         )
         parts, ended, tokens = [], None, 0
         async for chunk in chunks:

@@ -42,6 +42,7 @@ GONE_S = 15.0  # what a dead replica leaves on any host
 SERVED_S = 120.0  # a replacement's engine
 RETURNED_S = 150.0  # a node that comes back, and what stood there
 PHASES = ["place", "start", "import", "verify", "engine", "weights", "compile", "warm up"]
+KINDS = ["edge", "router", "worker"]
 LAST_TOKENS = 8  # on their way in a worker that is killed: it has a stream or two
 
 
@@ -51,11 +52,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         pytest.skip(reason)
     with Network.create(3) as network:
         made = Fleet(network, tmp_path_factory.mktemp("fleet"))
-        try:
-            made.up()
-            yield made
-        finally:
-            made.down()
+        with made.collector:
+            try:
+                made.up()
+                yield made
+            finally:
+                made.down()
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,16 @@ def test_every_part_is_there_and_both_models_answer(fleet: Fleet, clients: Clien
     assert len(tiny.ranks) == 4
     assert len(fleet.hosts_of(tiny)) == 2
     clients.answered(2)
+
+
+def test_a_request_that_asks_for_it_is_traced_from_the_edge_to_the_ranks_worker(fleet: Fleet, clients: Clients) -> None:
+    at_edge, at_router, at_worker = clients.trace("tiny")
+    assert [one.service.removeprefix("megatoken-") for one in (at_edge, at_router, at_worker)] == KINDS
+    assert (at_router.parent, at_worker.parent) == (at_edge.span, at_router.span)
+    (tiny,) = fleet.ready("tiny", 1)
+    assert at_worker.attributes["megatoken.replica"] == tiny.replica
+    assert at_worker.attributes["gen_ai.usage.output_tokens"] == TOKENS["tiny"]
+    assert len(fleet.collector.spans()) == 3, "no other request is traced"
 
 
 def test_rays_token_is_for_its_owner_and_on_no_command_line_and_the_fleet_is_up_once(fleet: Fleet) -> None:

@@ -29,14 +29,14 @@ class Seen:
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Serves on a free loopback port while it is open."""
+    """Serves on a free port of `host` while it is open."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self._lock = threading.Lock()
         self._spans: list[Seen] = []
         self._server = grpc.server(ThreadPoolExecutor(2))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
-        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.endpoint = f"http://{host}:{self._server.add_insecure_port(f'{host}:0')}"
 
     def __enter__(self) -> Self:
         self._server.start()
