@@ -28,7 +28,7 @@ help:
 demo: setup
 	$(BIN)/python -m megatoken.cluster.demo
 
-## test: linters, types, import contracts and every test, 25 to 32 minutes on 2 cores.
+## test: linters, types, import contracts and every test, 25 to 30 minutes on 2 cores.
 test: setup lint
 	$(PYTEST) tests $(SHARED)
 
