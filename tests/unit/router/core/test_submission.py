@@ -13,6 +13,7 @@ from megatoken.router.identity.api_keys import ApiKey
 from megatoken.router.identity.callers import Caller
 from megatoken.tokens.frames import pack
 from megatoken.v1 import frame_columns_pb2, tokens_pb2
+from megatoken.v1.frame_columns_pb2 import GenerateRequest
 from tests.support.router_core import CANCELLED, CoreFleet
 
 
@@ -191,3 +192,23 @@ def test_prompts_are_hashed_where_the_policy_asks_and_by_adapter_and_salt(policy
     assert [len(hashes) for hashes in found] == [blocks] * 3
     assert found[0] == found[2]
     assert (found[0] != found[1]) is bool(blocks)
+
+
+def test_each_choice_of_a_traced_request_has_a_span_below_the_clients_and_not_below_each_other() -> None:
+    fleet, seen = CoreFleet(), []
+
+    def begin(message: GenerateRequest, _now: float) -> str:
+        seen.append(message.traceparent)
+        message.traceparent = f"span-{len(seen)}"
+        return message.traceparent
+
+    fleet.state.on_entered = begin
+    first = fleet.submit(traceparent="client", n=3)
+    choices = [fleet.sink.requests[first.stream + choice] for choice in range(3)]
+    assert seen == ["client"] * 3
+    assert [request.span for request in choices] == ["span-1", "span-2", "span-3"]
+    assert [GenerateRequest.FromString(request.raw).traceparent for request in choices] == [
+        "span-1",
+        "span-2",
+        "span-3",
+    ]
