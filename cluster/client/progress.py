@@ -44,6 +44,12 @@ class Progress:
             print(f"{CLEAR}[{now - self._began:6.1f} s] {text}", end="", file=sys.stderr, flush=True)
             self._bar_at = now
 
+    def end_bar(self) -> None:
+        """Takes the bar away, so that what is printed elsewhere begins a line."""
+        if self._bar_at:
+            print(CLEAR, end="", file=sys.stderr, flush=True)
+            self._bar_at = 0.0
+
     def still(self, text: str) -> None:
         """Says `text` when nothing was said for a while."""
         if time.monotonic() - self._said_at >= SIGN_OF_LIFE_S:

@@ -118,6 +118,7 @@ def _one(
     moving = Transfers(directory, hands, piece_bytes, report)
     for transfer in planned.transfers:
         moving.run(transfer)
+    progress.end_bar()
     problems |= moving.problems
     return Fetched(
         directory,

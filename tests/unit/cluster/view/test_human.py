@@ -45,6 +45,17 @@ def test_a_bar_stays_on_its_line_until_something_else_is_said(monkeypatch: pytes
     assert second == "[   0.0 s] more"
 
 
+def test_the_last_bar_is_taken_away_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    progress = Progress()
+    progress.end_bar()
+    progress.bar("[####] 100 %")
+    progress.end_bar()
+    progress.end_bar()
+    assert shown.getvalue() == f"{CLEAR}[   0.0 s] [####] 100 %{CLEAR}"
+
+
 def test_without_a_terminal_a_bar_is_a_sign_of_life_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
