@@ -65,6 +65,7 @@ def fetch(directories: Sequence[str], address: str, origin: str, progress: Progr
             right = known[0] if origin else ""
             return [_one(directory, nodes, hands, right, pieces, progress) for directory in directories]
     finally:
+        progress.end_bar()
         ray.shutdown()
 
 
@@ -118,7 +119,6 @@ def _one(
     moving = Transfers(directory, hands, piece_bytes, report)
     for transfer in planned.transfers:
         moving.run(transfer)
-    progress.end_bar()
     problems |= moving.problems
     return Fetched(
         directory,
