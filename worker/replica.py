@@ -26,7 +26,7 @@ from megatoken.errors import (
 )
 from megatoken.log import log_event
 from megatoken.tokens.ranges import MAX_CHOICES
-from megatoken.tracing import Attributes, Span, Tracer
+from megatoken.tracing import Attributes, Span, Tracer, finish_reasons
 from megatoken.v1 import frame_columns_pb2 as columns
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.worker import totals
@@ -315,7 +315,7 @@ class RunningReplica:
             "gen_ai.usage.input_tokens": len(running.request.prompt),
             "gen_ai.usage.output_tokens": running.generated,
             "megatoken.cached_tokens": running.cached_tokens,
-            "gen_ai.response.finish_reasons": pb.FinishReason.Name(reason),
+            "gen_ai.response.finish_reasons": finish_reasons(reason),
         }
         span.end(now_s, attributes, "it ended with an error" if reason == pb.FINISH_REASON_ERROR else None)
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from megatoken.v1 import tokens_pb2
 
 HEADER: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 SAMPLED: Final = 1
 EXPORT_EVERY_MS: Final = 1000.0
 EXPORT_S: Final = 2.0  # longest wait for a collector that does not answer, at the end too
-Attributes = Mapping[str, str | int | float | bool]
+Attributes = Mapping[str, str | int | float | bool | Sequence[str]]
 
 
 class TracingConfig(BaseModel):
@@ -32,6 +34,12 @@ class TracingConfig(BaseModel):
     sample: float = Field(
         0.01, ge=0, le=1, description="share of requests that are traced; a client's own trace context wins"
     )
+
+
+def finish_reasons(reason: int) -> tuple[str, ...]:
+    """A FinishReason for `gen_ai.response.finish_reasons`, which lists one for each choice: ("length",)."""
+    names = {number: name for name, number in tokens_pb2.FinishReason.items()}
+    return (names.get(reason, str(reason)).removeprefix("FINISH_REASON_").lower(),)
 
 
 class Span:

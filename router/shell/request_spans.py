@@ -5,8 +5,7 @@ from __future__ import annotations
 from megatoken.router.core.ending import ERROR
 from megatoken.router.core.request import Request
 from megatoken.router.core.state import RouterState
-from megatoken.router.shell.request_log import REASONS
-from megatoken.tracing import Attributes, Span, Tracer
+from megatoken.tracing import Attributes, Span, Tracer, finish_reasons
 from megatoken.v1 import tokens_pb2
 from megatoken.v1.frame_columns_pb2 import GenerateRequest
 
@@ -40,6 +39,6 @@ class RequestSpans:
             "megatoken.resumes": finish.resumes,
             "gen_ai.usage.input_tokens": finish.prompt_tokens,
             "gen_ai.usage.output_tokens": finish.generated_tokens,
-            "gen_ai.response.finish_reasons": REASONS.get(finish.reason, str(finish.reason)),
+            "gen_ai.response.finish_reasons": finish_reasons(finish.reason),
         }
         span.end(now, attributes, finish.message if finish.reason == ERROR else None)

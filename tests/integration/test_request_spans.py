@@ -14,6 +14,8 @@ import pytest
 
 from megatoken.v1 import tokens_pb2, tokens_pb2_grpc
 from tests.support.collector import Collector
+from tests.support.phoenix import MISSING as NO_PHOENIX
+from tests.support.phoenix import Phoenix
 from tests.support.processes import Processes, Started
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -82,7 +84,7 @@ async def test_the_workers_span_hangs_below_the_routers_and_that_below_the_clien
     for one in (at_router, at_worker):
         assert one.attributes["megatoken.request_id"] == "q-1"
         assert one.attributes["gen_ai.usage.output_tokens"] == 6
-        assert one.attributes["gen_ai.response.finish_reasons"] == "FINISH_REASON_LENGTH"
+        assert one.attributes["gen_ai.response.finish_reasons"] == ["length"]
         assert not one.failed
     assert at_router.attributes["megatoken.replica"] == at_worker.attributes["megatoken.replica"]
 
@@ -114,3 +116,18 @@ async def test_a_collector_that_is_not_there_disturbs_nobody(processes: Processe
         began = time.monotonic()
         await asyncio.to_thread(router.stop)
         assert time.monotonic() - began < 10
+
+
+@pytest.mark.skipif(bool(NO_PHOENIX), reason=NO_PHOENIX)
+@pytest.mark.timeout(240)
+async def test_a_collector_of_others_shows_router_and_worker_as_one_trace(processes: Processes, tmp_path: Path) -> None:
+    with Phoenix(tmp_path) as phoenix:
+        _, router = await asyncio.to_thread(start, processes, {"endpoint": phoenix.endpoint, "sample": 0})
+        assert await ask(router, 6, traceparent=f"00-{TRACE}-{SPAN}-01") == 6
+        at_router, at_worker = await asyncio.to_thread(phoenix.spans, 2)
+    assert {span["context"]["trace_id"] for span in (at_router, at_worker)} == {TRACE}
+    assert (at_router["parent_id"], at_worker["parent_id"]) == (SPAN, at_router["context"]["span_id"])
+    assert [span["status_code"] for span in (at_router, at_worker)] == ["UNSET", "UNSET"]
+    for span in (at_router, at_worker):
+        assert span["attributes"]["megatoken.request_id"] == "q-1"
+        assert span["attributes"]["gen_ai.usage.output_tokens"] == 6

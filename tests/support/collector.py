@@ -73,7 +73,12 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 
 def values(attributes: Any) -> dict[str, Any]:
-    return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in attributes}
+    return {one.key: _value(one.value) for one in attributes}
+
+
+def _value(value: Any) -> Any:
+    found = getattr(value, value.WhichOneof("value"))
+    return [_value(entry) for entry in found.values] if value.HasField("array_value") else found
 
 
 def _seen(service: str, span: Any) -> Seen:
