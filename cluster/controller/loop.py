@@ -105,7 +105,7 @@ class Controller:
         self.fleet: Fleet = on_this_clock(store.fleet(), time.monotonic())
         self.backend_state = BackendState(complete=False)
         self.inventory = Inventory()
-        self.devices = Devices(self.desired_state)
+        self.devices = Devices(self.desired_state, self.tell)
         self._rates = BestRates(store)
         self.history = History(store)
         self._history_due_s = 0.0
@@ -215,8 +215,8 @@ class Controller:
         self._publish_snapshot()  # before anything is done: who drains or failed is told even if an action fails
         await self._tell_secrets(backend, now)
         await self._apply(backend, plan.actions)
-        for place in self.devices.to_check(self.inventory, self.fleet):
-            await self._in_thread(functools.partial(backend.check_device, place))
+        for check in self.devices.to_check(self.inventory, self.fleet):
+            await self._in_thread(functools.partial(backend.check_device, check))
         self.desired_state.settle_updates(self.fleet)
         processes_left = await self._supervise(backend, now)
         self._publish_snapshot()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from megatoken.cluster.decide.device_check import DeviceCheck
 from megatoken.cluster.decide.device_health import DriverState, Place
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation
 from megatoken.cluster.decide.liveness import PartSeen
@@ -123,7 +124,7 @@ class Backend(Protocol):
     def inspect(self, replicas: Sequence[Replica], timeout_s: float) -> dict[str, tuple[PartSeen, ...]]:
         """By replica: what its processes do, on all of its nodes; a node that does not answer in time says so."""
 
-    def check_device(self, place: Place) -> None:
+    def check_device(self, check: DeviceCheck) -> None:
         """Has a device loaded and looked at, unless that is under way; `state` tells once how it ended."""
 
     def placement_group_id(self, replica_id: str) -> str:

@@ -1,8 +1,8 @@
 """Which devices to leave out, because replicas keep dying on them. Pure; the controller calls it after every tick.
 
 A replica that ends by itself while it starts or serves is a strike against each of its devices. STRIKES in a row put a
-device out for a pause, and then until a check that loads it passes; back in service, one more strike puts it out again
-for twice as long, and so does a check that fails. A replica that serves on it for SETTLED_S clears it.
+device out for a pause (`pause_s`), and then until a check of it passes; back in service, one more strike puts it out
+again for twice as long, and so does a check that fails. A replica that serves on it for SETTLED_S clears it.
 
 What a device's driver says counts by itself (`reported`): memory errors that ECC could not mend since the last look, or
 a device that the driver gives up, put it out at once. Nothing that runs there is ended for it.
@@ -24,7 +24,7 @@ from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Inventory
 
 STRIKES = 3
-PAUSE_S, PAUSE_MAX_S = 60.0, 3600.0
+PAUSE_MAX_S = 3600.0
 SETTLED_S = 30.0
 REPLICAS_UNTIL_BLAMED = 2
 
@@ -67,7 +67,7 @@ class DeviceStrikes:
     """Uncorrected memory errors at the last look."""
 
 
-def judge(book: DeviceStrikes, before: Fleet, after: Fleet, now: float) -> DeviceStrikes:
+def judge(book: DeviceStrikes, before: Fleet, after: Fleet, pause_s: float, now: float) -> DeviceStrikes:
     """The book after one tick turned `before` into `after`."""
     strikes, blamed = dict(book.strikes), set(book.blamed)
     serving: set[Revision] = set()
@@ -83,14 +83,14 @@ def judge(book: DeviceStrikes, before: Fleet, after: Fleet, now: float) -> Devic
         revision = (replica.model, replica.revision)
         if _died_by_itself(replica, earlier.get(replica.id)) and revision not in blamed:
             for place in _places(replica):
-                strikes[place] = _struck(strikes.get(place, Strikes()), replica, now)
+                strikes[place] = _struck(strikes.get(place, Strikes()), replica, pause_s, now)
             if revision not in serving and _is_to_blame(strikes, revision, len(_places(replica))):
                 blamed.add(revision)
                 strikes = {place: entry for place, entry in strikes.items() if entry.by != revision}
     return replace(book, strikes=strikes, blamed=frozenset(blamed))
 
 
-def reported(book: DeviceStrikes, states: Mapping[Place, DriverState], now: float) -> DeviceStrikes:
+def reported(book: DeviceStrikes, states: Mapping[Place, DriverState], pause_s: float, now: float) -> DeviceStrikes:
     """The book after drivers were asked. Errors of before the first look are nobody's news."""
     strikes = dict(book.strikes)
     for place, state in states.items():
@@ -99,7 +99,7 @@ def reported(book: DeviceStrikes, states: Mapping[Place, DriverState], now: floa
         if entry.out or not (state.broken or new > 0):
             continue
         text = state.broken or f"{new} memory errors that could not be corrected"
-        strikes[place] = _paused(replace(entry, reason=f"its driver: {text}"), now)
+        strikes[place] = _paused(replace(entry, reason=f"its driver: {text}"), pause_s, now)
     errors = {place: state.errors for place, state in states.items()}
     return replace(book, strikes=strikes, errors={**book.errors, **errors})
 
@@ -109,12 +109,13 @@ def due(book: DeviceStrikes, now: float) -> frozenset[Place]:
     return frozenset(place for place, entry in book.strikes.items() if entry.out and entry.out_until_s <= now)
 
 
-def checked(book: DeviceStrikes, place: Place, problem: str, now: float) -> DeviceStrikes:
+def checked(book: DeviceStrikes, place: Place, problem: str, pause_s: float, now: float) -> DeviceStrikes:
     """The book after a check of a device that was due. `problem`: what it found; empty: the device is well."""
     entry = book.strikes.get(place)
     if entry is None or not entry.out:
         return book
-    after = _paused(replace(entry, reason=f"a check: {problem}"), now) if problem else replace(entry, out=False)
+    failed = replace(entry, reason=f"a check: {problem}")
+    after = _paused(failed, pause_s, now) if problem else replace(entry, out=False)
     return replace(book, strikes={**book.strikes, place: after})
 
 
@@ -144,16 +145,16 @@ def _died_by_itself(replica: Replica, earlier: ReplicaState | None) -> bool:
     return was_up and replica.state is ReplicaState.FAILED and replica.exit_cause in BY_ITSELF
 
 
-def _struck(entry: Strikes, replica: Replica, now: float) -> Strikes:
+def _struck(entry: Strikes, replica: Replica, pause_s: float, now: float) -> Strikes:
     count, by = entry.count + 1, (replica.model, replica.revision)
     if count < STRIKES and not entry.pauses:
         return replace(entry, count=count, reason=replica.reason, by=by)
-    return _paused(replace(entry, count=count, reason=replica.reason, by=by), now)
+    return _paused(replace(entry, count=count, reason=replica.reason, by=by), pause_s, now)
 
 
-def _paused(entry: Strikes, now: float) -> Strikes:
-    pause_s = doubling_pause_s(entry.pauses + 1, PAUSE_S, PAUSE_MAX_S)
-    return replace(entry, pauses=entry.pauses + 1, out=True, out_until_s=now + pause_s)
+def _paused(entry: Strikes, pause_s: float, now: float) -> Strikes:
+    this_s = doubling_pause_s(entry.pauses + 1, pause_s, max(pause_s, PAUSE_MAX_S))
+    return replace(entry, pauses=entry.pauses + 1, out=True, out_until_s=now + this_s)
 
 
 def _is_to_blame(strikes: Mapping[Place, Strikes], revision: Revision, width: int) -> bool:

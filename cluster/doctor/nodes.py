@@ -19,7 +19,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatoken.cluster.doctor.facts import Examination, LinkFacts, NodeFacts, PairFacts
-from megatoken.cluster.doctor.probe import Listener, all_reduce_pair, best_backend, node_facts, try_connections
+from megatoken.cluster.doctor.probe import Listener, all_reduce_pair, node_facts, try_connections
+from megatoken.worker.engines.all_reduce import best_backend
 
 START_S = 60.0  # an actor on a node that was idle: a Python process and its imports
 FACTS_S = 30.0

@@ -12,17 +12,15 @@ import platform
 import resource
 import shutil
 import socket
-import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from megatoken.cluster.doctor.facts import LinkFacts, NodeFacts, PairFacts
-from megatoken.cluster.launchers.node.environment import interface_addresses
+from megatoken.process.interface import interface_of
+from megatoken.worker.engines.all_reduce import measure, one_line
 
 DISTRIBUTIONS = {
     "ray": ("ray",),
@@ -32,8 +30,6 @@ DISTRIBUTIONS = {
 }
 CONNECT_S = 3.0
 CONNECTORS = 64
-SMALL_ROUNDS, LARGE_ROUNDS = 40, 4
-LARGE_BYTES = 32 << 20  # large enough that a 100 Gbit/s link spends milliseconds on it
 
 
 def node_facts(
@@ -58,7 +54,7 @@ def node_facts(
         address=address,
         hostname=hostname,
         hostname_addresses=_resolve(hostname),
-        interface=next((name for name, found in interface_addresses().items() if address in found), ""),
+        interface=interface_of(address),
         versions=_versions(),
         accelerators=_accelerators(),
         expected_gpus=expected_gpus,
@@ -110,60 +106,10 @@ def all_reduce_pair(
     """One side of an all-reduce between two nodes, on a store that rank 0 serves. Both sides measure the same."""
     first, second = names
     try:
-        with _bound_to(address):
-            latency, bandwidth = _measure(rank, store, backend, timedelta(seconds=timeout_s))
+        latency, bandwidth = measure(rank, store, address, backend, timeout_s)
     except Exception as error:  # torch raises RuntimeError, ValueError and its own, by backend
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return PairFacts(first, second, backend, error=line[:300])
+        return PairFacts(first, second, backend, error=one_line(error))
     return PairFacts(first, second, backend, latency, bandwidth)
-
-
-def best_backend() -> str:
-    """nccl (RCCL on ROCm) where a GPU is usable by torch, else gloo."""
-    import torch
-
-    return "nccl" if torch.cuda.is_available() and torch.distributed.is_nccl_available() else "gloo"
-
-
-def _measure(rank: int, store_at: tuple[str, int], backend: str, timeout: timedelta) -> tuple[float, float]:
-    import torch
-    import torch.distributed as dist
-
-    store = dist.TCPStore(store_at[0], store_at[1], 2, rank == 0, timeout, wait_for_workers=False)
-    if backend == "nccl":
-        device = torch.device("cuda", 0)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
-    else:
-        device = torch.device("cpu")
-        group = dist.ProcessGroupGloo(store, rank, 2, timeout)
-
-    def reduce(tensor: Any) -> float:
-        started = time.perf_counter()
-        group.allreduce([tensor]).wait(timeout)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    small = torch.ones(1, dtype=torch.float64, device=device)
-    large = torch.ones(LARGE_BYTES // 4, dtype=torch.float32, device=device)
-    reduce(small), reduce(large)  # connections and buffers
-    latency = statistics.median(reduce(small) for _ in range(SMALL_ROUNDS))
-    seconds = min(reduce(large) for _ in range(LARGE_ROUNDS))
-    if int(large[0].item()) != 2 ** (LARGE_ROUNDS + 1):
-        raise ValueError("the sum is wrong")
-    return latency, LARGE_BYTES / seconds
-
-
-@contextlib.contextmanager
-def _bound_to(address: str) -> Iterator[None]:
-    """Gloo and NCCL on the interface that carries the address, as engines get it, unless the operator chose one."""
-    interface = next((name for name, found in interface_addresses().items() if address in found), "")
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if interface:
-            os.environ.setdefault(name, interface)
-    yield
 
 
 def _versions() -> dict[str, str]:

@@ -6,23 +6,18 @@ cluster's namespace are `replica/ID`, `process/NAME` and `controller`, by which 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from megatoken.cluster.decide.launches import DEVICES, NODE_ADDRESS
-from megatoken.cluster.inventory.topology import CPU_KIND
 from megatoken.cluster.ray.child import Child, Launch
-from megatoken.process.devices import visibility, visible_devices
+from megatoken.process.devices import visibility
 from megatoken.process.interface import interface_of
 from megatoken.process.tag import tagged_processes
-from megatoken.worker.drivers import drivers
 
 CONTROLLER_NAME = "controller"
 REPLICA_PREFIX = "replica/"
@@ -91,45 +86,6 @@ def processes_of(replicas: list[str]) -> dict[str, list[tuple[str, int, str]]]:
         replica: [(process.part, process.pid, process.state) for process in tagged_processes(replica)]
         for replica in replicas
     }
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def check_device(kind: str, device: int, timeout_s: float) -> str:
-    """What is wrong with a device of the node this runs on; empty: nothing. A CPU slot is any of them."""
-    command = [sys.executable, "-m", "megatoken.worker.engines.device_check", kind]
-    try:
-        env = {**os.environ, **({} if kind == CPU_KIND else visibility(os.environ, [device]))}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return f"it did not answer within {timeout_s:.0f} s"
-    except (OSError, ValueError) as error:
-        return str(error)
-    if not done.returncode:
-        broken = "" if kind == CPU_KIND else _given_up(device)
-        return f"its driver: {broken}" if broken else ""
-    return done.stdout.strip() or f"its check ended with status {done.returncode}"
-
-
-def _given_up(device: int) -> str:
-    (name,) = visible_devices(os.environ, [device])
-    for driver in drivers():
-        with contextlib.suppress(Exception):  # it does not tell: whatever the library raises
-            return driver.broken(name)
-    return ""
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def driver_states(devices: list[int]) -> dict[int, tuple[int, str]]:
-    """(uncorrected memory errors, why it is given up) by device of this node, of those that a driver knows."""
-    found: dict[int, tuple[int, str]] = {}
-    for driver in drivers():
-        for device, name in zip(devices, visible_devices(os.environ, devices), strict=True):
-            with contextlib.suppress(Exception):  # a device of the other vendor: whatever the library raises
-                broken, errors = driver.broken(name), 0
-                with contextlib.suppress(Exception):  # one without ECC, or that is lost
-                    errors = driver.uncorrected_errors(name)
-                found[device] = errors, broken
-    return found
 
 
 @ray.remote(num_cpus=0, max_retries=0)

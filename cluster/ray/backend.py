@@ -21,6 +21,7 @@ from ray.util.placement_group import get_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from megatoken.cluster.decide.backend import BackendState, ProcessLaunch, ProcessObservation
+from megatoken.cluster.decide.device_check import DeviceCheck
 from megatoken.cluster.decide.device_health import Place
 from megatoken.cluster.decide.exit_cause import ExitCause
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
@@ -30,11 +31,11 @@ from megatoken.cluster.ray.actors import (
     PROCESS_PREFIX,
     REPLICA_PREFIX,
     ProcessActor,
-    check_device,
     namespace_of,
     processes_of,
     remove_directory,
 )
+from megatoken.cluster.ray.device_tasks import check_device
 from megatoken.cluster.ray.driver_poll import DriverPoll
 from megatoken.cluster.ray.inventory import CPU_RESOURCE, inventory_of
 from megatoken.cluster.runtime_dirs import node_directory
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 NODE_ID_LABEL = "ray.io/node-id"
 ADOPT_S = 10.0  # limit on the first answers of actors that a restarted controller adopts
 STOP_MARGIN_S = 5.0  # past the grace of a stop, before its actor is killed
-CHECK_S = 120.0  # for a device's check: an import of torch, and the load itself
 CONCURRENT_CALLS = 8  # of one ProcessActor: a watch, a tail, a stop, and room
 
 
@@ -285,14 +285,10 @@ class RayBackend:
                 parts[name] += seen if reference in answered else [PartSeen(node)]
         return {name: tuple(found) for name, found in parts.items()}
 
-    def check_device(self, place: Place) -> None:
-        node, device = place
-        known = self._inventory.node(node)
-        if place in self._checks or known is None:
-            return
-        kind = next((entry.kind for entry in known.devices if entry.index == device), CPU_KIND)
-        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        self._checks[place] = check_device.options(scheduling_strategy=strategy).remote(kind, device, CHECK_S)
+    def check_device(self, check: DeviceCheck) -> None:
+        if check.place not in self._checks:
+            strategy = NodeAffinitySchedulingStrategy(check.place[0], soft=False)
+            self._checks[check.place] = check_device.options(scheduling_strategy=strategy).remote(check)
 
     def _checked(self) -> dict[Place, str]:
         """Results of the checks that ended since the last look."""

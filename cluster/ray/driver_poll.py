@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatoken.cluster.decide.device_health import DriverState, Place
 from megatoken.cluster.inventory.topology import CPU_KIND, Inventory
-from megatoken.cluster.ray.actors import driver_states
+from megatoken.cluster.ray.device_tasks import driver_states
 
 EVERY_S = 60.0
 

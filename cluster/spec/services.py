@@ -50,6 +50,9 @@ class ControlSpec(SpecPart):
     reserve_timeout_s: float = Field(30.0, gt=0, le=3600, description="limit on Ray's grant of a placement group")
     restart_backoff_s: float = Field(1.0, gt=0, le=600, description="pause after a failed start; doubles, with a bound")
     restart_backoff_max_s: float = Field(60.0, gt=0, le=86_400, description="longest pause between failed starts")
+    device_pause_s: float = Field(
+        60.0, gt=0, le=86_400, description="a device is out for this long before it is checked; doubles, with a bound"
+    )
     worker_lease_s: float = Field(
         30.0, ge=3, le=3600, description="a worker that is not renewed for this long serves nobody; replaced then"
     )

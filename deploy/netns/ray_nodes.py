@@ -89,19 +89,30 @@ class RayNodes:
         }
 
     def start(
-        self, labels: Mapping[str, Mapping[str, str]] | None = None, devices: Mapping[str, int] | None = None
+        self,
+        labels: Mapping[str, Mapping[str, str]] | None = None,
+        devices: Mapping[str, int] | None = None,
+        env: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """Starts Ray on every host: on the head, then on the others at once. Both maps go by the host's name."""
+        """Starts Ray on every host: on the head, then on the others at once. The maps go by the host's name."""
 
         def start_one(host: Host) -> None:
-            self.start_node(host, (labels or {}).get(host.name), (devices or {}).get(host.name))
+            self.start_node(
+                host, (labels or {}).get(host.name), (devices or {}).get(host.name), (env or {}).get(host.name)
+            )
 
         start_one(self.head)
         with ThreadPoolExecutor(PARALLEL_STARTS) as pool:
             list(pool.map(start_one, self.network.hosts[1:]))
 
-    def start_node(self, host: Host, labels: Mapping[str, str] | None = None, devices: int | None = None) -> None:
-        """Starts Ray on one host: as the head on the first, joined to it on any other."""
+    def start_node(
+        self,
+        host: Host,
+        labels: Mapping[str, str] | None = None,
+        devices: int | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Starts Ray on one host: as the head on the first, joined to it on any other. `env`: more than the others'."""
         slots = self.devices if devices is None else devices
         head = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
         role = head if host is self.head else [f"--address={self.address}"]
@@ -115,7 +126,8 @@ class RayNodes:
             *([] if self.gpus is None else [f"--num-gpus={self.gpus}"]),
             f"--labels={','.join(f'{key}={value}' for key, value in {'host': host.name, **(labels or {})}.items())}",
         ]
-        environment = self.environment(host, **self.env, **({"RAY_REDIS_ADDRESS": self.redis} if keeps else {}))
+        environment = self.environment(host, **self.env, **(env or {}))
+        environment |= {"RAY_REDIS_ADDRESS": self.redis} if keeps else {}
         del environment["RAY_ADDRESS"]
         host.run(command, environment, timeout_s=START_TIMEOUT_S)
 

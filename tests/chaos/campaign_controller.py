@@ -34,7 +34,7 @@ from megatoken.cluster.controller.main import bind_patiently
 from megatoken.cluster.controller.server import ControlServer, MembershipServicer
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.decide.backend import BackendState, ProcessLaunch, ProcessObservation
-from megatoken.cluster.decide.device_health import Place
+from megatoken.cluster.decide.device_check import DeviceCheck
 from megatoken.cluster.decide.fleet import Fleet, Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
 from megatoken.cluster.decide.replica import ReplicaState
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
@@ -309,7 +309,7 @@ class KillableBackend:
 
         return self._bomb.around("give_credentials", give)
 
-    def check_device(self, place: Place) -> None: ...
+    def check_device(self, check: DeviceCheck) -> None: ...
 
     def placement_group_id(self, replica_id: str) -> str:
         return ""

@@ -30,7 +30,7 @@ from megatoken.cluster.controller.ports import find_ports
 from megatoken.cluster.controller.server import ControlServer
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.decide.backend import BackendState, ProcessLaunch, ProcessObservation
-from megatoken.cluster.decide.device_health import Place
+from megatoken.cluster.decide.device_check import DeviceCheck
 from megatoken.cluster.decide.fleet import Phase, Replica, ReplicaObservation, Reservation, WorkerFacts
 from megatoken.cluster.decide.liveness import PartSeen
 from megatoken.cluster.inventory.topology import Device, Inventory, Node
@@ -176,7 +176,7 @@ class Nodes:
     def inspect(self, _replicas: Sequence[Replica], _timeout_s: float) -> dict[str, tuple[PartSeen, ...]]:
         return {}
 
-    def check_device(self, place: Place) -> None: ...
+    def check_device(self, check: DeviceCheck) -> None: ...
 
     def placement_group_id(self, replica_id: str) -> str:
         return ""

@@ -19,7 +19,7 @@ MODEL = "sim"
 SPEC: dict[str, Any] = {
     "cluster": "fleet",
     "ray": {"cpu_devices": 3},
-    "control": {"port": 0, "restart_backoff_s": 0.5},
+    "control": {"port": 0, "restart_backoff_s": 0.2, "device_pause_s": 3},
     "routers": {"port": 0},
     "edge": {"count": 0},
     "models": [
@@ -244,6 +244,24 @@ async def test_a_cordoned_device_is_left_and_used_again_once_it_is_well(cluster:
     assert f"{device}: back in service" in cluster.run("events")
     assert "one of this node's: 0, 1, 2" in cluster.run("cordon", "local:9", status=2)
     assert "'local' is not allowed; e.g. gpu-03:5" in cluster.run("cordon", "local", status=2)
+
+
+def test_a_device_on_which_replicas_keep_dying_goes_and_comes_back_after_a_check(cluster: RunningCluster) -> None:
+    """A fault that the program itself raises: what ill memory does."""
+    cluster.run("scale", f"{MODEL}=0", "--wait")
+    cluster.run("scale", f"{MODEL}=1", "--wait")
+    (replica,) = cluster.ready(MODEL)
+    rank = next(row for row in cluster.status()["replicas"] if row["replica"] == replica)["ranks"][0]
+    device = f"local:{rank.rpartition(' ')[2]}"
+    for _ in range(3):
+        os.kill(cluster.pid("-m megatoken.worker", f"/{replica}.json"), signal.SIGSEGV)
+        (replica,) = [row["replica"] for row in replaced(cluster, replica)["replicas"] if row["state"] == "READY"]
+    events = [json.loads(line) for line in cluster.run("events", "--json").splitlines()]
+    (out,) = [row for row in events if row["kind"] == "device.out"]
+    assert out["subject"] == device
+    cluster.wait(lambda found: not found["nodes"][0]["devices_out"])
+    assert f"{device}: back in service" in cluster.run("events")
+    assert [replica] == cluster.ready(MODEL), "it stays where it was put"
 
 
 def test_the_report_tells_of_the_last_hour(cluster: RunningCluster, tmp_path: Path) -> None:

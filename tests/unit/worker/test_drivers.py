@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatoken.cluster.ray.actors import driver_states
+from megatoken.cluster.ray.device_tasks import driver_states
 from megatoken.worker.drivers import Amd, Nvidia, drivers
 
 
