@@ -43,7 +43,7 @@ def check_device(check: DeviceCheck) -> str:
 
 
 def _reduce_with(peer: Peer, check: DeviceCheck, seen: Mapping[str, str]) -> str:
-    """What is wrong between this device's node and a peer; of both sides, the one that says something."""
+    """What is wrong between this device's node and a peer, by the side that ended first: the other waited for it."""
     family = socket.AF_INET6 if ":" in check.address else socket.AF_INET
     with socket.socket(family) as probe:
         probe.bind((check.address, 0))
@@ -54,10 +54,14 @@ def _reduce_with(peer: Peer, check: DeviceCheck, seen: Mapping[str, str]) -> str
     mine = _run("all_reduce", _side(0, store, check.address, backend), seen, REDUCE_S + IMPORTS_S)
     if not mine:
         return ""
-    try:
-        return str(ray.get(theirs, timeout=IMPORTS_S)) or mine
-    except (RayError, TimeoutError):
+    ended, _ = ray.wait([theirs], timeout=0)
+    if not ended:
+        ray.cancel(theirs, force=True)
         return mine
+    try:
+        return str(ray.get(theirs)) or mine
+    except RayError as error:
+        return str(error).splitlines()[0]
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -35,9 +35,11 @@ SPEC = {
         }
     ]
 }
+MISLED = "node3"  # its operator named an interface that it does not have
 TOLD_S = 5.0  # from Ray's knowing to `status` saying it
 DETECTED_S = 12.0  # Ray's own health checks, at the settings of deploy/netns, with room for a busy machine
 REPLACED_S = 30.0
+CHECKED_S = 90.0  # a load of the device, and an all-reduce with each of two others
 RETURNED_S = 90.0  # for a node to come back by itself: pauses of its supervisor, Ray's start, and the replica's
 
 
@@ -47,7 +49,8 @@ def nodes() -> Iterator[RayNodes]:
         pytest.skip(reason)
     with hosts.Network.create(4) as network:
         ray_nodes = RayNodes(network, 2)
-        ray_nodes.start(devices={"node0": 0})  # the head serves no model, so losses never take the router
+        # The head serves no model, so losses never take the router.
+        ray_nodes.start(devices={"node0": 0}, env={MISLED: {"GLOO_SOCKET_IFNAME": "eth9"}})
         yield ray_nodes
 
 
@@ -90,6 +93,29 @@ def open_ports(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def test_a_device_returns_only_once_an_all_reduce_with_another_node_succeeds(
+    cluster: HostCluster, expected: dict[int, list[int]]
+) -> None:
+    """The devices are spare ones: no replica moves."""
+    well, _, misled = [host.address for host in cluster.nodes.network.hosts[1:]]
+    held = {line.partition(": ")[2] for row in cluster.wait_ready("sim", 3) for line in row.ranks}
+    devices = {}
+    for address in (well, misled):
+        spare = next(index for index in (0, 1) if f"{address} device {index}" not in held)
+        devices[address] = f"{address}:{spare}"
+        cluster.command("cordon", devices[address], "--reason", "its cable was moved")
+        cluster.command("cordon", devices[address], "--undo")
+
+    def out(status: control_pb2.ClusterStatus) -> dict[str, str]:
+        return {row.address: text for row in status.nodes for text in row.devices_out}
+
+    settled = cluster.wait(lambda status: "a check: " in out(status).get(misled, ""), CHECKED_S)
+    assert out(settled)[misled].count("no all-reduce with ") == 2
+    assert "eth9" in out(settled)[misled]
+    cluster.wait(lambda status: well not in out(status), CHECKED_S)
+    assert f"{devices[well]}: back in service" in cluster.events()
 
 
 def test_a_worker_whose_actor_was_killed_is_replaced_under_a_new_id(

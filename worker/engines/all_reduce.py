@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from megatoken.process.interface import interface_of
+from megatoken.process.tree import die_with_parent
 
 SMALL_ROUNDS: Final = 40
 LARGE_ROUNDS: Final = 4
@@ -52,17 +53,16 @@ def _measure(rank: int, store_at: tuple[str, int], backend: str, timeout: timede
     import torch.distributed as dist
 
     store = dist.TCPStore(store_at[0], store_at[1], 2, rank == 0, timeout, wait_for_workers=False)
-    device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
-
-    def group_of(order: str, as_rank: int) -> Any:
-        own = dist.PrefixStore(order, store)
-        if backend != "nccl":
-            return dist.ProcessGroupGloo(own, as_rank, 2, timeout)
+    if backend == "nccl":
+        device = torch.device("cuda", 0)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(own, as_rank, 2, options)
+        group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
+    else:
+        device = torch.device("cpu")
+        group = dist.ProcessGroupGloo(store, rank, 2, timeout)
 
-    def reduce(group: Any, tensor: Any) -> float:
+    def reduce(tensor: Any) -> float:
         started = time.perf_counter()
         group.allreduce([tensor]).wait(timeout)
         if device.type == "cuda":
@@ -71,18 +71,16 @@ def _measure(rank: int, store_at: tuple[str, int], backend: str, timeout: timede
 
     small = torch.ones(1, dtype=torch.float64, device=device)
     large = torch.ones(LARGE_BYTES // 4, dtype=torch.float32, device=device)
-    # One side opens the connection, which needs no address of its own that others reach: so each does, in turn.
-    reduce(group_of("swapped", 1 - rank), torch.ones_like(small))
-    group = group_of("given", rank)
-    reduce(group, small), reduce(group, large)  # connections and buffers
-    latency = statistics.median(reduce(group, small) for _ in range(SMALL_ROUNDS))
-    seconds = min(reduce(group, large) for _ in range(LARGE_ROUNDS))
+    reduce(small), reduce(large)  # connections and buffers
+    latency = statistics.median(reduce(small) for _ in range(SMALL_ROUNDS))
+    seconds = min(reduce(large) for _ in range(LARGE_ROUNDS))
     if int(large[0].item()) != 2 ** (LARGE_ROUNDS + 1):
         raise ValueError("the sum is wrong")
     return latency, LARGE_BYTES / seconds
 
 
 def main() -> int:
+    die_with_parent()
     rank, host, port, address, backend, timeout_s = sys.argv[1:]
     try:
         measure(int(rank), (host, int(port)), address, backend, float(timeout_s))

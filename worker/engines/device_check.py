@@ -15,6 +15,8 @@ from typing import Any, Final
 
 import torch
 
+from megatoken.process.tree import die_with_parent
+
 SHARE: Final = 0.8  # of an accelerator's free memory; the rest is for the products
 CPU_BYTES: Final = 64 << 20  # the memory of a CPU slot is the machine's, which others use
 CHUNK_BYTES: Final = 256 << 20
@@ -65,6 +67,7 @@ def check_products(device: torch.device, size: int, seconds: float, clock: Any) 
 
 
 def main() -> int:
+    die_with_parent()
     try:
         check(sys.argv[1])
     except Exception as error:  # whatever torch and the driver raise is the finding
