@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 
 ENGINES: Final = re.compile(
-    r"tests/integration/test_(cluster|edge_(direct|fleet|openai|process))|_vllm|netns/test_multinode_engine"
+    r"tests/integration/test_(cluster|edge_(direct|fleet|openai|process))|_vllm|netns/test_(planned_devices|multinode_weights)"
 )
 ALONE: Final = "tests/netns/test_whole_fleet.py"
 STEPS: Final[dict[str, bool]] = {}  # of the fleet, in their order: whether one failed

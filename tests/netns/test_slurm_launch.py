@@ -47,7 +47,8 @@ class Operator:
     def spec(self, **slurm: Any) -> str:
         path = self.slurm.work / "spec.yaml"
         launch = {"nodes": 2, "cpu_devices": 1, "prefix": sys.prefix, "wait_s": 90, **slurm}
-        model = {"name": "m", "engine": "simulated", "replicas": 2, "placement": {"separate": "node"}}
+        replicas = min(launch["nodes"], 2)
+        model = {"name": "m", "engine": "simulated", "replicas": replicas, "placement": {"separate": "node"}}
         services = {"routers": {"count": 1}, "edge": {"count": 0}, "agents": {"enabled": False}}
         path.write_text(yaml.safe_dump({"cluster": "lab", "launch": {"slurm": launch}, "models": [model], **services}))
         return str(path)
@@ -89,7 +90,7 @@ def left(slurm: SlurmHosts) -> list[str]:
     return [text for text in found if not re.match(r"(\S*: )?slurm\w*d\b", text)]
 
 
-def test_up_submits_follows_and_serves_and_down_ends_the_job(operator: Operator) -> None:
+def test_up_submits_follows_and_serves_also_after_a_nodes_ray_ended_and_down_ends_the_job(operator: Operator) -> None:
     slurm = operator.slurm
     said = operator.run("up", "-f", operator.spec(), "--timeout", "150")
     assert "PENDING" in said or "RUNNING" in said
@@ -97,8 +98,13 @@ def test_up_submits_follows_and_serves_and_down_ends_the_job(operator: Operator)
     (record,) = read_records(operator.states)
     assert f"{record.slurm_job} RUNNING" in slurm.jobs()
     with client_of(record) as client:
-        nodes = {row.node for row in client.status().replicas if row.state == "READY"}
-    assert len(nodes) == 2
+        before = {row.replica: row.node for row in client.status().replicas if row.state == "READY"}
+        assert len(set(before.values())) == 2
+        slurm.network.hosts[1].run(["pkill", "-9", "raylet"])
+        wait(lambda: any(row.state == "FAILED" for row in client.status().replicas), 30)
+        wait(lambda: [row.state for row in client.status().replicas if row.state != "FAILED"] == ["READY", "READY"], 90)
+        after = {row.replica for row in client.status().replicas if row.state == "READY"}
+    assert len(set(before) & after) == 1, "the replica of the other node served on"
     assert "it is up already" in operator.run("up", "-f", operator.spec(), status=2)
     operator.run("down", "--drain", "5")
     assert slurm.jobs() == ""
@@ -107,18 +113,10 @@ def test_up_submits_follows_and_serves_and_down_ends_the_job(operator: Operator)
     assert not list((slurm.directory / "home").rglob("ray_token")), "the job's token outlives it"
 
 
-def test_a_node_whose_ray_ended_is_used_again_in_the_same_job(operator: Operator) -> None:
+def test_a_job_that_slurm_asks_to_end_drains_and_leaves_nothing(operator: Operator) -> None:
     slurm = operator.slurm
-    operator.run("up", "-f", operator.spec(), "--timeout", "150")
+    operator.run("up", "-f", operator.spec(nodes=1), "--timeout", "150")
     (record,) = read_records(operator.states)
-    second = slurm.network.hosts[1]
-    with client_of(record) as client:
-        before = {row.replica for row in client.status().replicas if row.state == "READY"}
-        second.run(["pkill", "-9", "raylet"])
-        wait(lambda: any(row.state == "FAILED" for row in client.status().replicas), 30)
-        wait(lambda: [row.state for row in client.status().replicas if row.state != "FAILED"] == ["READY", "READY"], 90)
-        after = {row.replica for row in client.status().replicas if row.state == "READY"}
-    assert len(before & after) == 1, "the replica of the other node served on"
     slurm.run("scancel", "--batch", "--signal=TERM", str(record.slurm_job))
     wait(lambda: not slurm.jobs())
     assert left(slurm) == []

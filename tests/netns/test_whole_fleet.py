@@ -23,7 +23,8 @@ from deploy.netns import hosts
 from deploy.netns.hosts import Host, Network
 from megatoken.cluster.client.control import CommandError
 from megatoken.cluster.view.top.text import compact
-from tests.netns.fleet import TOKENS, Clients, Fleet, tagged
+from tests.netns.fleet import Fleet, tagged
+from tests.netns.fleet_clients import TOKENS, Clients, answers_of_transformers
 from tests.netns.sshd import MISSING
 from tests.support.prometheus import MISSING as NO_PROMETHEUS
 from tests.support.prometheus import Server
@@ -38,6 +39,7 @@ pytestmark = [
 TOLD_S = 5.0  # from Ray's knowing to `status` saying it
 DETECTED_S = 15.0  # Ray's own health checks
 HANG_S = 10.0
+CHECKED_S = 60.0  # a device: a load, and an all-reduce
 GONE_S = 15.0  # what a dead replica leaves on any host
 SERVED_S = 120.0  # a replacement's engine
 RETURNED_S = 150.0  # a node that comes back, and what stood there
@@ -91,6 +93,7 @@ def test_every_part_is_there_and_both_models_answer(fleet: Fleet, clients: Clien
     (tiny,) = fleet.ready("tiny", 1)
     assert len(tiny.ranks) == 4
     assert len(fleet.hosts_of(tiny)) == 2
+    assert clients.answers("tiny") == answers_of_transformers()
     clients.answered(2)
 
 
@@ -155,9 +158,22 @@ def test_a_killed_engine_core_and_a_killed_worker_are_replaced(fleet: Fleet, cli
     clients.answered(1)
 
 
-def test_replicas_scale_down_again(fleet: Fleet, clients: Clients) -> None:
+def test_a_cordoned_device_is_left_and_returns_once_a_check_with_another_host_passes(
+    fleet: Fleet, clients: Clients
+) -> None:
+    """Every device is in use, so the replica there goes without a successor; then one is enough."""
+    replica = fleet.ready("smol", 2)[0]
+    host, rank = fleet.hosts_of(replica)[0], replica.ranks[0]
+    device = f"{host.address}:{rank.rpartition(' ')[2]}"
+    assert replica.replica in fleet.megatoken("cordon", device, "--reason", "its fan is loud")
     fleet.scale("smol", 1)
-    fleet.ready("smol", 1, SERVED_S)
+    (kept,) = fleet.ready("smol", 1, SERVED_S)
+    assert kept.replica != replica.replica
+    (out,) = [text for row in fleet.status().nodes for text in row.devices_out]
+    assert "cordoned: its fan is loud" in out
+    fleet.megatoken("cordon", device, "--undo")
+    fleet.wait(lambda status: not any(row.devices_out for row in status.nodes), CHECKED_S)
+    assert f"{device}: back in service" in fleet.events()
     clients.answered(1)
 
 
@@ -258,16 +274,16 @@ class Counts:
         """Once they stand still; a process whose scrape was late is missing from a sum."""
         worker = [f"megatoken_worker_{name}_tokens" for name in ("generated", "made", "dropped", "probe")]
         names = ["megatoken_router_delivered_tokens", *worker, "vllm:generation_tokens"]
-        deadline, last, since_s, seen = time.monotonic() + 90, None, 0.0, []
+        deadline, last, since_s, seen = time.monotonic() + 60, None, 0.0, []
         while True:
             found = [prometheus.query(f"sum({{__name__='{name}_total'}})") for name in names]
             whole = all(found) and len(prometheus.up()) == everybody
             now = cls(*(int(float(series[0]["value"][1])) for series in found)) if whole else None
             seen.append(now)
-            moved = now is None or last is None or (now.delivered, now.made) != (last.delivered, last.made)
-            if moved or now.vllm != now.made + now.probes:  # a scrape in the middle of a probe
+            if now is None or last is None or (now.delivered, now.made) != (last.delivered, last.made):
                 last, since_s = now, time.monotonic()
-            elif time.monotonic() - since_s > 4.0:  # the scrape's second and the counters' own, twice
+            still = time.monotonic() - since_s > 4.0  # the scrape's second and the counters' own, twice
+            if now is not None and still and now.vllm == now.made + now.probes:  # else in the middle of a probe
                 return now
             assert time.monotonic() < deadline, f"they do not stand still: {seen[-40:]}"
             time.sleep(0.3)
