@@ -44,6 +44,7 @@ BARS = (
 PARTS = ("worker", "router", "edge")
 WAYS = ("fleet", "edge_stream", "edge_whole")
 KV_CACHE_GIB = 1.0
+CALM_S = 0.1  # until threads of vLLM alone, which spin for some milliseconds after a step, leave the cores
 
 
 class Offline:
@@ -189,8 +190,10 @@ class Bench:
         prompts = self.prompts(1_000_000, samples)
         async with TokenClient([self._router.address]) as client:
             for prompt in prompts:
+                await asyncio.sleep(CALM_S)
                 direct = await asyncio.to_thread(self._offline.ask, do="first_token", prompt=prompt)
                 self.ttft_ms["direct"].append(1e3 * direct["seconds"])
+                await asyncio.sleep(CALM_S)
                 self.ttft_ms["fleet"].append(1e3 * await session_first_token(client, MODEL, prompt))
                 again = [*prompt, 0]  # the worker has the prompt in its prefix cache by now
                 self.ttft_ms["edge"].append(1e3 * await edge_first_token(self._edge.address, MODEL, again[::-1]))
