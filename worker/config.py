@@ -159,6 +159,6 @@ class WorkerConfig(BaseModel):
         """Ranks of one engine core."""
         return self.tensor_parallel * self.pipeline_parallel
 
-    def threads(self, cores: int) -> int:
-        """Threads of one rank on a CPU that has `cores` for this worker and its neighbours."""
-        return self.cpu_threads or max(1, cores // (self.cpu_ranks or self.world_size))
+    def threads(self, cores: int, ranks: int | None = None) -> int:
+        """Threads of one rank on a CPU whose `cores` so many ranks share; None: as many as when it was started."""
+        return self.cpu_threads or max(1, cores // (ranks or self.cpu_ranks or self.world_size))

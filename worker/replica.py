@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -77,6 +78,7 @@ class RunningReplica:
         self._dropped_tokens = 0  # they waited for a caller that went away
         self.probe_tokens = 0  # made for the control plane's own requests
         self._last_load = b""
+        self._threads = config.threads(len(os.sched_getaffinity(0)))  # of a rank on CPU
         self._ticker: asyncio.TimerHandle | None = None
 
     async def start(self) -> EngineFacts:
@@ -244,6 +246,14 @@ class RunningReplica:
             log_event(_log, "replica.draining", replica=self.config.replica, running=self.running)
         self._note_drained()
         return self.running
+
+    def share_cores(self, ranks: int) -> None:
+        """So many ranks share its busiest node's cores from now on."""
+        threads = self.config.threads(len(os.sched_getaffinity(0)), ranks)
+        if threads != self._threads and self.dead is None:
+            log_event(_log, "replica.threads", replica=self.config.replica, threads=threads, ranks=ranks)
+            self._threads = threads
+            self.engine.set_threads(threads)
 
     def fence(self, reason: str) -> None:
         """Serves nobody from now on; see fence.py, which calls it."""

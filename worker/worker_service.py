@@ -60,6 +60,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             text = f"replica: {meant!r} is not here; this is {config.replica} ({config.incarnation})"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
         stamp_s = self._fence.renew(request.stamp_s, request.lease_s)
+        if request.cpu_ranks:
+            self._replica.share_cores(request.cpu_ranks)
         return worker_pb2.RenewResponse(stamp_s=stamp_s, load=self._replica.load(), unfinished=self._replica.running)
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:

@@ -18,8 +18,9 @@ import grpc.aio
 
 from megatoken.access.channel import Present, presenting
 from megatoken.cluster.controller.status import Readings
-from megatoken.cluster.decide.fleet import Replica
+from megatoken.cluster.decide.fleet import Replica, ranks_by_node
 from megatoken.cluster.decide.liveness import Answered, Liveness, LivenessLimits
+from megatoken.cluster.inventory.topology import CPU_KIND
 from megatoken.tls import ClientTls, open_channel
 from megatoken.v1 import (
     router_pb2,
@@ -82,6 +83,8 @@ class Links:
 
         Called about once a second.
         """
+        replicas = list(replicas)
+        ranks = ranks_by_node(replicas)
         serving = {replica.id: replica for replica in replicas if replica.facts is not None and replica.live}
         self.liveness.serves(serving, time.monotonic())
         for gone in self._loads.keys() - serving.keys():
@@ -90,7 +93,7 @@ class Links:
             self.unfinished.pop(gone, None)
         for replica in serving.values():
             if replica.id not in self._renewals:  # one that does not answer keeps no other waiting
-                renewal = asyncio.create_task(self._renew(replica, limits.lease_s))
+                renewal = asyncio.create_task(self._renew(replica, limits.lease_s, _cpu_ranks(replica, ranks)))
                 self._renewals[replica.id] = renewal
                 renewal.add_done_callback(functools.partial(self._renewed, replica.id))
         for replica_id in self.liveness.to_probe(limits, time.monotonic()):
@@ -101,13 +104,13 @@ class Links:
     def _renewed(self, replica_id: str, _renewal: asyncio.Task[None]) -> None:
         self._renewals.pop(replica_id, None)
 
-    async def _renew(self, replica: Replica, lease_s: float) -> None:
+    async def _renew(self, replica: Replica, lease_s: float, cpu_ranks: int) -> None:
         """Renews once; at the first time twice, since only the second has a moment to count from."""
         first = not self.liveness.stamp_s(replica.id)
-        if await self._renew_once(replica, lease_s) and first:
-            await self._renew_once(replica, lease_s)
+        if await self._renew_once(replica, lease_s, cpu_ranks) and first:
+            await self._renew_once(replica, lease_s, cpu_ranks)
 
-    async def _renew_once(self, replica: Replica, lease_s: float) -> bool:
+    async def _renew_once(self, replica: Replica, lease_s: float, cpu_ranks: int) -> bool:
         """Whether the worker answered."""
         if replica.facts is None:
             return False
@@ -116,6 +119,7 @@ class Links:
             lease_s=lease_s,
             replica=replica.id,
             incarnation=replica.facts.incarnation,
+            cpu_ranks=cpu_ranks,
         )
         async with self._slots:
             try:
@@ -199,3 +203,9 @@ class Links:
         if address not in self._channels:
             self._channels[address] = presenting(open_channel(address, self._tls), self._present)
         return self._channels[address]
+
+
+def _cpu_ranks(replica: Replica, ranks: Mapping[str, int]) -> int:
+    """Ranks on its busiest node; 0 where it does not compute on the CPU."""
+    placement = replica.placement
+    return max(ranks[node] for node in placement.nodes) if placement.ranks[0].kind == CPU_KIND else 0

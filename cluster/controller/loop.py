@@ -49,6 +49,7 @@ from megatoken.cluster.decide.fleet import (
     Start,
     TellDrain,
     on_this_clock,
+    ranks_by_node,
 )
 from megatoken.cluster.decide.launches import LOOPBACK, LaunchContext, worker_launch
 from megatoken.cluster.decide.liveness import LivenessLimits
@@ -325,7 +326,8 @@ class Controller:
                 model = self.desired_state.model_of(replica)
                 if model is not None:
                     group = backend.placement_group_id(replica.id)
-                    near = self._ranks_on(replica.placement.driver_node)
+                    ranks = ranks_by_node(self.fleet.replicas)
+                    near = max(ranks[node] for node in replica.placement.nodes)
                     launch = worker_launch(
                         replica,
                         model,
@@ -339,10 +341,6 @@ class Controller:
                     backend.start_replica(replica, launch)
             case Release(replica_id):
                 backend.release(replica_id, STOP_GRACE_S)
-
-    def _ranks_on(self, node: str) -> int:
-        held = (replica.placement.ranks for replica in self.fleet.replicas if replica.live)
-        return sum(1 for ranks in held for rank in ranks if rank.node == node)
 
     async def _supervise(self, backend: Backend, now: float) -> bool:
         """Starts and stops routers, edges and agents; says whether any is left."""

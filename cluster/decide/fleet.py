@@ -8,7 +8,8 @@ anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -299,6 +300,11 @@ class RollBack:
 
 
 Action = Reserve | Start | TellDrain | Release | RollBack
+
+
+def ranks_by_node(replicas: Iterable[Replica]) -> Counter[str]:
+    """How many ranks of live replicas each node has."""
+    return Counter(rank.node for replica in replicas if replica.live for rank in replica.placement.ranks)
 
 
 @dataclass(frozen=True, slots=True)

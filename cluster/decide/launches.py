@@ -57,7 +57,7 @@ def worker_launch(
     neighbours: int,
     others: Iterable[Replica] = (),
 ) -> ProcessLaunch:
-    """The worker of one replica. `neighbours`: ranks on its node, its own included; `others`: the fleet."""
+    """The worker of one replica. `neighbours`: ranks on its busiest node, its own included; `others`: the fleet."""
     node = _require_node(inventory, replica.placement.driver_node)
     ranks = replica.placement.ranks
     on_cpu, simulated = ranks[0].kind == CPU_KIND, model.engine == "simulated"

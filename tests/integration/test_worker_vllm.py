@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 from megatoken.counters import INDEX, read_counters
+from megatoken.process.tree import descendants
 from megatoken.v1 import tokens_pb2 as pb
 from megatoken.v1 import worker_pb2, worker_pb2_grpc
 from megatoken.worker.models import resolve_source
@@ -94,6 +95,38 @@ async def test_it_names_itself(worker: Started, channel: grpc.aio.Channel) -> No
     assert described.kv_cache_tokens > 512
     assert worker.ready["vocab_size"] == described.vocab_size == 49152
     assert (await worker_pb2_grpc.WorkerStub(channel).Probe(worker_pb2.ProbeRequest(), timeout=30)).seconds > 0
+
+
+def busy_threads(pid: int) -> dict[str, int]:
+    """Ticks that each thread of a process and of those below it has used."""
+    used = {}
+    for one in (pid, *descendants(pid)):
+        for stat in Path(f"/proc/{one}/task").glob("*/stat"):
+            fields = stat.read_text().rpartition(")")[2].split()
+            used[stat.parent.name] = int(fields[11]) + int(fields[12])
+    return used
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: a rank has one thread anyway")
+async def test_a_rank_computes_with_fewer_threads_once_others_share_its_cores(
+    worker: Started, channel: grpc.aio.Channel
+) -> None:
+    cores = len(os.sched_getaffinity(0))
+    described = await worker_pb2_grpc.WorkerStub(channel).Describe(worker_pb2.DescribeRequest(), timeout=10)
+    busy, answers = [], []
+    for ranks in (1, cores, 1):
+        renewal = worker_pb2.RenewRequest(
+            lease_s=600, replica=described.replica, incarnation=described.incarnation, cpu_ranks=ranks
+        )
+        await worker_pb2_grpc.WorkerStub(channel).Renew(renewal, timeout=10)
+        before = busy_threads(worker.pid)
+        tokens, _ = await generate(channel, [1, 2, 3], max_tokens=60, temperature=0.0, ignore_eos=True)
+        used = [ticks - before.get(thread, 0) for thread, ticks in busy_threads(worker.pid).items()]
+        busy.append(sum(ticks > max(used) / 3 for ticks in used))
+        answers.append(tokens)
+    assert busy[1] == 1
+    assert min(busy[0], busy[2]) >= 2
+    assert answers[0] == answers[1] == answers[2]
 
 
 async def test_many_streams_share_frames(channel: grpc.aio.Channel, story: list[int]) -> None:

@@ -132,6 +132,9 @@ class Engine(Protocol):
     def abort(self, slots: Sequence[int]) -> None:
         """Forgets these slots: nothing more comes for them, and the engine stops their work within a step."""
 
+    def set_threads(self, threads: int) -> None:
+        """Has each rank on CPU compute with so many threads from its next step on."""
+
     def exposition(self) -> bytes:
         """The engine's own metrics as Prometheus text, labelled with model and replica; empty when it has none.
 

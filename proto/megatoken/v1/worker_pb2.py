@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from megatoken.v1 import tokens_pb2 as megatoken_dot_v1_dot_tokens__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19megatoken/v1/worker.proto\x12\x0cmegatoken.v1\x1a\x19megatoken/v1/tokens.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xb4\x02\n\x10\x44\x65scribeResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x06 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x07 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\x08 \x01(\r\x12\x15\n\rmax_model_len\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x13\n\x0bmax_running\x18\x0b \x01(\r\x12\x17\n\x0fkv_cache_tokens\x18\x0c \x01(\x04\x12\x12\n\nblock_size\x18\r \x01(\r\x12\r\n\x05loras\x18\x0e \x03(\t\"\x10\n\x0eGetLoadRequest\"V\n\x0cRenewRequest\x12\x0f\n\x07stamp_s\x18\x01 \x01(\x01\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\x12\x0f\n\x07replica\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\"V\n\rRenewResponse\x12\x0f\n\x07stamp_s\x18\x01 \x01(\x01\x12 \n\x04load\x18\x02 \x01(\x0b\x32\x12.megatoken.v1.Load\x12\x12\n\nunfinished\x18\x03 \x01(\r\"\x0e\n\x0c\x44rainRequest\" \n\rDrainResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\"\x0e\n\x0cProbeRequest\" \n\rProbeResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"\x16\n\x14WatchPrefixesRequest\"@\n\x0cPrefixEvents\x12\x0e\n\x06stored\x18\x01 \x03(\x06\x12\x0f\n\x07removed\x18\x02 \x03(\x06\x12\x0f\n\x07\x63leared\x18\x03 \x01(\x08\x32\xa9\x03\n\x06Worker\x12I\n\x08\x44\x65scribe\x12\x1d.megatoken.v1.DescribeRequest\x1a\x1e.megatoken.v1.DescribeResponse\x12;\n\x07GetLoad\x12\x1c.megatoken.v1.GetLoadRequest\x1a\x12.megatoken.v1.Load\x12@\n\x05Renew\x12\x1a.megatoken.v1.RenewRequest\x1a\x1b.megatoken.v1.RenewResponse\x12@\n\x05\x44rain\x12\x1a.megatoken.v1.DrainRequest\x1a\x1b.megatoken.v1.DrainResponse\x12@\n\x05Probe\x12\x1a.megatoken.v1.ProbeRequest\x1a\x1b.megatoken.v1.ProbeResponse\x12Q\n\rWatchPrefixes\x12\".megatoken.v1.WatchPrefixesRequest\x1a\x1a.megatoken.v1.PrefixEvents0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19megatoken/v1/worker.proto\x12\x0cmegatoken.v1\x1a\x19megatoken/v1/tokens.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xb4\x02\n\x10\x44\x65scribeResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x06 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x07 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\x08 \x01(\r\x12\x15\n\rmax_model_len\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x13\n\x0bmax_running\x18\x0b \x01(\r\x12\x17\n\x0fkv_cache_tokens\x18\x0c \x01(\x04\x12\x12\n\nblock_size\x18\r \x01(\r\x12\r\n\x05loras\x18\x0e \x03(\t\"\x10\n\x0eGetLoadRequest\"i\n\x0cRenewRequest\x12\x0f\n\x07stamp_s\x18\x01 \x01(\x01\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\x12\x0f\n\x07replica\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x11\n\tcpu_ranks\x18\x05 \x01(\r\"V\n\rRenewResponse\x12\x0f\n\x07stamp_s\x18\x01 \x01(\x01\x12 \n\x04load\x18\x02 \x01(\x0b\x32\x12.megatoken.v1.Load\x12\x12\n\nunfinished\x18\x03 \x01(\r\"\x0e\n\x0c\x44rainRequest\" \n\rDrainResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\"\x0e\n\x0cProbeRequest\" \n\rProbeResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"\x16\n\x14WatchPrefixesRequest\"@\n\x0cPrefixEvents\x12\x0e\n\x06stored\x18\x01 \x03(\x06\x12\x0f\n\x07removed\x18\x02 \x03(\x06\x12\x0f\n\x07\x63leared\x18\x03 \x01(\x08\x32\xa9\x03\n\x06Worker\x12I\n\x08\x44\x65scribe\x12\x1d.megatoken.v1.DescribeRequest\x1a\x1e.megatoken.v1.DescribeResponse\x12;\n\x07GetLoad\x12\x1c.megatoken.v1.GetLoadRequest\x1a\x12.megatoken.v1.Load\x12@\n\x05Renew\x12\x1a.megatoken.v1.RenewRequest\x1a\x1b.megatoken.v1.RenewResponse\x12@\n\x05\x44rain\x12\x1a.megatoken.v1.DrainRequest\x1a\x1b.megatoken.v1.DrainResponse\x12@\n\x05Probe\x12\x1a.megatoken.v1.ProbeRequest\x1a\x1b.megatoken.v1.ProbeResponse\x12Q\n\rWatchPrefixes\x12\".megatoken.v1.WatchPrefixesRequest\x1a\x1a.megatoken.v1.PrefixEvents0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,21 +39,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLOADREQUEST']._serialized_start=400
   _globals['_GETLOADREQUEST']._serialized_end=416
   _globals['_RENEWREQUEST']._serialized_start=418
-  _globals['_RENEWREQUEST']._serialized_end=504
-  _globals['_RENEWRESPONSE']._serialized_start=506
-  _globals['_RENEWRESPONSE']._serialized_end=592
-  _globals['_DRAINREQUEST']._serialized_start=594
-  _globals['_DRAINREQUEST']._serialized_end=608
-  _globals['_DRAINRESPONSE']._serialized_start=610
-  _globals['_DRAINRESPONSE']._serialized_end=642
-  _globals['_PROBEREQUEST']._serialized_start=644
-  _globals['_PROBEREQUEST']._serialized_end=658
-  _globals['_PROBERESPONSE']._serialized_start=660
-  _globals['_PROBERESPONSE']._serialized_end=692
-  _globals['_WATCHPREFIXESREQUEST']._serialized_start=694
-  _globals['_WATCHPREFIXESREQUEST']._serialized_end=716
-  _globals['_PREFIXEVENTS']._serialized_start=718
-  _globals['_PREFIXEVENTS']._serialized_end=782
-  _globals['_WORKER']._serialized_start=785
-  _globals['_WORKER']._serialized_end=1210
+  _globals['_RENEWREQUEST']._serialized_end=523
+  _globals['_RENEWRESPONSE']._serialized_start=525
+  _globals['_RENEWRESPONSE']._serialized_end=611
+  _globals['_DRAINREQUEST']._serialized_start=613
+  _globals['_DRAINREQUEST']._serialized_end=627
+  _globals['_DRAINRESPONSE']._serialized_start=629
+  _globals['_DRAINRESPONSE']._serialized_end=661
+  _globals['_PROBEREQUEST']._serialized_start=663
+  _globals['_PROBEREQUEST']._serialized_end=677
+  _globals['_PROBERESPONSE']._serialized_start=679
+  _globals['_PROBERESPONSE']._serialized_end=711
+  _globals['_WATCHPREFIXESREQUEST']._serialized_start=713
+  _globals['_WATCHPREFIXESREQUEST']._serialized_end=735
+  _globals['_PREFIXEVENTS']._serialized_start=737
+  _globals['_PREFIXEVENTS']._serialized_end=801
+  _globals['_WORKER']._serialized_start=804
+  _globals['_WORKER']._serialized_end=1229
 # @@protoc_insertion_point(module_scope)

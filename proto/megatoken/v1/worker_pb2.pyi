@@ -48,16 +48,18 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RenewRequest(_message.Message):
-    __slots__ = ("stamp_s", "lease_s", "replica", "incarnation")
+    __slots__ = ("stamp_s", "lease_s", "replica", "incarnation", "cpu_ranks")
     STAMP_S_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    CPU_RANKS_FIELD_NUMBER: _ClassVar[int]
     stamp_s: float
     lease_s: float
     replica: str
     incarnation: int
-    def __init__(self, stamp_s: _Optional[float] = ..., lease_s: _Optional[float] = ..., replica: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
+    cpu_ranks: int
+    def __init__(self, stamp_s: _Optional[float] = ..., lease_s: _Optional[float] = ..., replica: _Optional[str] = ..., incarnation: _Optional[int] = ..., cpu_ranks: _Optional[int] = ...) -> None: ...
 
 class RenewResponse(_message.Message):
     __slots__ = ("stamp_s", "load", "unfinished")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import grpc
@@ -31,6 +32,7 @@ class ScriptedEngine:
         self.submitted: list[EngineRequest] = []
         self.aborted: list[int] = []
         self.fail_check: Exception | None = None
+        self.threads: list[int] = []
 
     def boot(self) -> None:
         """Nothing to start."""
@@ -48,6 +50,9 @@ class ScriptedEngine:
 
     def abort(self, slots) -> None:
         self.aborted += slots
+
+    def set_threads(self, threads: int) -> None:
+        self.threads.append(threads)
 
     async def stop(self) -> None:
         """Nothing to stop."""
@@ -101,6 +106,19 @@ class World:
 @pytest.fixture
 async def world(tmp_path: Path) -> World:
     return await World(tmp_path).start()
+
+
+async def test_its_ranks_compute_with_as_many_threads_as_others_leave_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
+    world = await World(tmp_path, cpu_ranks=2).start()
+    for ranks in (2, 2, 4, 4, 3, 16, 1):
+        world.replica.share_cores(ranks)
+    assert world.engine.threads == [2, 1, 8], "told when it changes: 8 of 3 is 2 still"
+    chosen = await World(tmp_path / "chosen", cpu_threads=3).start()
+    chosen.replica.share_cores(4)
+    assert chosen.engine.threads == []
 
 
 async def test_a_request_runs_and_ends(world: World) -> None:

@@ -87,6 +87,9 @@ class SimulatedEngine:
             self._poisoned.pop(slot, None)
         self._state_load()
 
+    def set_threads(self, threads: int) -> None:
+        """Computes nothing."""
+
     def exposition(self) -> bytes:
         """Has no metrics of its own."""
         return b""

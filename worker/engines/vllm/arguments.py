@@ -15,6 +15,7 @@ from megatoken.worker.models import resolve_source
 GIB: Final = 2**30
 CPU_KV_CACHE_GIB: Final = 1.0  # vLLM's own default on CPU is nearly all memory
 LORA_MODULES: Final = "lora_modules"
+THREADS_CLASS: Final = "megatoken.worker.engines.ranks.threads.Threads"
 
 
 def engine_arguments(config: WorkerConfig) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def engine_arguments(config: WorkerConfig) -> dict[str, Any]:
     if config.device_kind == "cpu":
         # Compiling a CPU model takes minutes of cores that the model would serve with.
         arguments["enforce_eager"] = True
+        arguments["worker_extension_cls"] = THREADS_CLASS
         arguments["kv_cache_memory_bytes"] = int((config.kv_cache_gib or CPU_KV_CACHE_GIB) * GIB)
     elif config.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * GIB)

@@ -187,6 +187,11 @@ class VllmEngine:
         for start in range(0, len(identities), ABORT_BATCH):
             self._send(client.abort_requests_async(identities[start : start + ABORT_BATCH]))
 
+    def set_threads(self, threads: int) -> None:
+        """Between two steps, in every rank."""
+        if self._client is not None:
+            self._send(self._client.collective_rpc_async("set_threads", args=(threads,)))
+
     def exposition(self) -> bytes:
         """vLLM's own metrics."""
         return self._metrics.exposition()

@@ -14,6 +14,7 @@ from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.ranks.placement import prepare_environment
 from megatoken.worker.engines.vllm.plugins import OWNER_VARIABLE
 
+SPIN_COUNT: Final = "10000"  # looks of libgomp at a flag, some 0.4 ms
 SOCKET_PATH_BYTES: Final = 107  # Linux: what the name of a Unix socket may have
 SOCKET_NAME_BYTES: Final = 37  # vLLM's: a slash and a UUID
 
@@ -36,9 +37,12 @@ def prepare_process(config: WorkerConfig) -> None:
     # The engine's cores are whatever this process may run on; binding would fight other replicas for the same ones.
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     environment["OMP_NUM_THREADS"] = str(config.threads(len(os.sched_getaffinity(0))))
-    # A thread that waits for a parallel region sleeps. The default spins, which is a little faster on idle cores and
-    # several times slower as soon as anything else wants one: the router, the edge, another replica.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
+    if config.cpu_threads is None and environment["OMP_WAIT_POLICY"] == "passive":
+        # All ranks' threads together are no more than the cores, also when ranks come and go (set_threads), so one that
+        # waits for the next parallel region may spin for the moment that it is away, and is there at once; what the
+        # process in front needs is less than that. Threads that somebody chose may be too many: those sleep.
+        environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if config.engine_args.get("enforce_eager", True):
         # Eager mode leaves a few functions to torch.compile all the same; with tensor parallelism their C++ build would
         # hold up the first token by 20 s.

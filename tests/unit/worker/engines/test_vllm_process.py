@@ -35,6 +35,23 @@ def test_cpu_ranks_share_the_cores(environment: dict[str, str], monkeypatch: pyt
     assert environment["OMP_NUM_THREADS"] == "4"
 
 
+@pytest.mark.parametrize(
+    ("more", "given", "spins"),
+    [
+        ({}, {}, True),
+        ({"cpu_threads": 4}, {}, False),  # perhaps more than there are cores
+        ({}, {"OMP_WAIT_POLICY": "active"}, False),
+        ({"device_kind": "h200"}, {}, False),
+    ],
+)
+def test_threads_that_have_a_core_each_spin_for_a_moment(
+    environment: dict[str, str], more: dict[str, Any], given: dict[str, str], spins: bool
+) -> None:
+    environment |= given
+    prepare_process(config("/c", **more))
+    assert ("GOMP_SPINCOUNT" in environment) == spins
+
+
 def test_an_accelerators_threads_are_its_own_affair(environment: dict[str, str]) -> None:
     prepare_process(config("/c", device_kind="mi355x"))
     assert "OMP_NUM_THREADS" not in environment
