@@ -10,6 +10,7 @@ import time
 
 import uvloop
 
+import megatoken.process.grpc_poller  # noqa: F401 - before what imports gRPC
 from megatoken.log import setup_logging
 from megatoken.process.program import read_arguments, report_ready
 from megatoken.router.config import RouterConfig

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+import megatoken.process.grpc_poller  # noqa: F401 - before what imports gRPC
 from megatoken.errors import EngineDeadError, MegatokenError, RequestError
 from megatoken.log import log_event, setup_logging
 from megatoken.process.program import read_arguments, report_ready

@@ -55,6 +55,7 @@ class RouterState:
     deadlines: Due = field(default_factory=Due)
     holds: Due = field(default_factory=Due)  # held tokens to pass on
     on_entered: Callable[[GenerateRequest, float], Any] | None = None  # Request.span; may change the message's trace
+    on_held: Callable[[], None] | None = None  # a request entered whose tokens may be held: `holds` is to be watched
     on_finished: list[Callable[[Request, tokens_pb2.Finish, float], None]] = field(default_factory=list)
     on_lease_usage: Callable[[Endpoint, tokens_pb2.LeaseUsage, float], None] | None = None  # as workers report it
     ordinal: int = 0  # of requests that bring no id

@@ -53,7 +53,10 @@ def submit(
     for request in requests:
         state.live += 1
         state.live_bytes += len(request.raw)
-        state.held += bool(request.delivery)
+        if request.delivery:
+            state.held += 1
+            if state.on_held is not None:
+                state.on_held()
         try:
             state.retries.started(now)
             state.ledger.add("requests_started")

@@ -19,6 +19,7 @@ import sys
 import time
 from typing import Any
 
+import megatoken.process.grpc_poller  # noqa: F401 - before what imports gRPC
 from megatoken.errors import MegatokenError, RequestError
 from megatoken.log import setup_logging
 from megatoken.process.program import read_arguments, report_ready

@@ -8,7 +8,7 @@ import gc
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from google.protobuf import json_format
 from grpc import aio
@@ -101,6 +101,8 @@ class RouterApp:
         self._health = RouterHealth(self.state, self._channel)
         self._server: aio.Server | None = None
         self._told = asyncio.Event()  # a first snapshot came
+        self._held = asyncio.Event()  # a request came whose tokens may be held
+        self.state.on_held = self._held.set
         self._stop_metrics = lambda: None
 
     async def start(self) -> None:
@@ -151,7 +153,7 @@ class RouterApp:
         self._keep_up(TICK_S, self._tick, "upkeep")
         self._keep_up(SLOW_TICK_S, self._slow_tick, "slow upkeep")
         self._keep_up(SLOW_TICK_S, self._expire_leases, "leases")
-        self._keep_up(self._hold_pause_s, self._hold_tick, "held delivery")
+        self._keep_up(HOLD_TICK_S, self._hold_tick, "held delivery")
         if self.keys is not None:
             self._keep_up(SLOW_TICK_S, self.keys.refresh, "keys")
         gc.collect()
@@ -199,14 +201,13 @@ class RouterApp:
     def _expire_leases(self) -> None:
         self.leases.expire(time.monotonic())
 
-    def _hold_tick(self) -> None:
-        if self.state.holds:
-            upkeep.flush_due(self.state, time.monotonic())
+    async def _hold_tick(self) -> None:
+        if not (self.state.holds or self.state.held):
+            self._held.clear()
+            await self._held.wait()
+        upkeep.flush_due(self.state, time.monotonic())
 
-    def _hold_pause_s(self) -> float:
-        return HOLD_TICK_S if self.state.holds or self.state.held else TICK_S / 4
-
-    def _keep_up(self, period_s: float | Callable[[], float], step: Callable[[], None], name: str) -> None:
+    def _keep_up(self, period_s: float, step: Callable[[], Awaitable[None] | None], name: str) -> None:
         """Goes on until `stop`, whatever comes."""
         self._tasks.append(asyncio.create_task(every(period_s, step, name, self.state.faults.caught), name=name))
 

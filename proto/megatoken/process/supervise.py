@@ -59,7 +59,7 @@ class FaultLog:
 
 
 async def every(
-    period_s: float | Callable[[], float],
+    period_s: float,
     step: Callable[[], Awaitable[None] | None],
     name: str,
     count: Callable[[str, Exception], None],
@@ -67,11 +67,11 @@ async def every(
     """Calls `step`, again and again, `period_s` after the last call ended, until cancelled.
 
     An exception of `step` goes to `count(name, error)` (as a rule `Faults.caught`), and the loop goes on after its
-    usual pause. `period_s` may be a function, asked before each pause. If `count` raises too, that is logged.
+    usual pause. If `count` raises too, that is logged.
     """
     while True:
         try:
-            await asyncio.sleep(period_s() if callable(period_s) else period_s)
+            await asyncio.sleep(period_s)
             done = step()
             if inspect.isawaitable(done):
                 await done
