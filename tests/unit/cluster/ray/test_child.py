@@ -29,6 +29,7 @@ share_phases(ready)
 begin_phase("import")
 weights = "from megatoken.process.start_phase import begin_phase; begin_phase('weights')"
 subprocess.run([sys.executable, "-c", weights], check=True)
+time.sleep(0.5 if config["word"] == "slow" else 0.0)
 with os.fdopen(ready, "w") as pipe:
     pipe.write(json.dumps({"address": "here"}) + "\\n")
 time.sleep(60)
@@ -70,7 +71,7 @@ def test_it_serves_and_stops(launch: Callable[[str], Launch], tmp_path: Path) ->
 
 
 def test_what_it_does_is_known_while_it_starts(launch: Callable[[str], Launch]) -> None:
-    child = Child(launch("fine"))
+    child = Child(launch("slow"))
     state, seen = child.state(), []
     while state.phase == "starting":
         seen.append(state.start_phase)
