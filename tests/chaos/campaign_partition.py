@@ -201,9 +201,9 @@ class Cluster:
         self.cut: set[str] = set()
         renew = self.controller.links._renew
 
-        async def unless_cut(replica: Replica, lease_s: float) -> None:
+        async def unless_cut(replica: Replica, lease_s: float, cpu_ranks: int) -> None:
             if replica.id not in self.cut:
-                await renew(replica, lease_s)
+                await renew(replica, lease_s, cpu_ranks)
 
         self.controller.links._renew = unless_cut  # type: ignore[method-assign]
 
