@@ -188,6 +188,23 @@ async def test_generate_streams_and_refuses_by_status(processes: Processes) -> N
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_held_tokens_are_passed_on_when_their_delay_is_over(processes: Processes) -> None:
+    """Also by a router that had nothing held before: nobody looks while nobody asks for it."""
+    router = start_router(processes, start_worker(processes, "w0", step_s=0.1))
+    request = tokens_pb2.GenerateRequest(
+        model=MODEL, prompt=PROMPT, delivery=tokens_pb2.DELIVERY_COALESCE, max_delay_ms=250
+    )
+    request.sampling.max_tokens = 30
+    async with TokenClient([router.address]) as client:
+        await ready(client, 1)
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        call = tokens_pb2_grpc.TokensStub(channel).Generate(request, timeout=30)  # type: ignore[no-untyped-call]
+        sizes = [len(answer.tokens) async for answer in call]
+    assert sum(sizes) == 30
+    assert len(sizes) > 5, "three seconds of tokens, a quarter of a second at a time"
+    assert max(sizes) < 15
+
+
 async def test_a_hung_worker_s_streams_go_on_elsewhere(processes: Processes) -> None:
     hanging = start_worker(processes, "w0", decode_tokens_per_s=6400, faults=[{"kind": "hang", "after_tokens": 900}])
     healthy = start_worker(processes, "w1", decode_tokens_per_s=6400)

@@ -171,3 +171,9 @@ def test_a_driver_and_replicas_that_died_are_one_account() -> None:
     book = checked(book, ("n", 3), "", PAUSE_S, 80.0)
     book = die(book, 90.0, 3, beside=(SERVING,))
     assert why(book, 90.0) == f"replicas died here 1 times ({BOOM}); checked in 120 s", "it was out before"
+
+
+def test_a_first_pause_may_be_longer_than_those_that_double() -> None:
+    lost = {("n", 4): DriverState(broken="the GPU has fallen off the bus")}
+    assert due(reported(DeviceStrikes(), lost, 7200.0, 10.0), 7209.0) == frozenset()
+    assert due(reported(DeviceStrikes(), lost, 7200.0, 10.0), 7210.0) == {("n", 4)}
