@@ -14,7 +14,7 @@ from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.ranks.placement import prepare_environment
 from megatoken.worker.engines.vllm.plugins import OWNER_VARIABLE
 
-SPIN_COUNT: Final = "10000"  # looks of libgomp at a flag, some 0.4 ms
+SPIN_COUNT: Final = "10000"  # looks of libgomp at a flag: a fraction of a millisecond
 SOCKET_PATH_BYTES: Final = 107  # Linux: what the name of a Unix socket may have
 SOCKET_NAME_BYTES: Final = 37  # vLLM's: a slash and a UUID
 
