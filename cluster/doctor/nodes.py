@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatoken.cluster.doctor.facts import Examination, LinkFacts, NodeFacts, PairFacts
 from megatoken.cluster.doctor.probe import Listener, all_reduce_pair, node_facts, try_connections
-from megatoken.worker.engines.all_reduce import best_backend
+from megatoken.worker.engines.all_reduce import best_backend, free_port
 
 START_S = 60.0  # an actor on a node that was idle: a Python process and its imports
 FACTS_S = 30.0
@@ -51,9 +50,7 @@ class Probe:
         return try_connections(self._node, targets)
 
     def free_port(self) -> int:
-        with socket.socket(socket.AF_INET6 if ":" in self._address else socket.AF_INET) as probe:
-            probe.bind((self._address, 0))
-            return int(probe.getsockname()[1])
+        return free_port(self._address)
 
     def backend(self) -> str:
         return best_backend()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from megatoken.cluster.decide.device_check import DeviceCheck, Peer
 from megatoken.cluster.inventory.topology import CPU_KIND
 from megatoken.process.devices import visibility, visible_devices
 from megatoken.worker.drivers import drivers
+from megatoken.worker.engines.all_reduce import free_port
 
 LOAD_S = 120.0  # an import of torch, and the load itself
 REDUCE_S = 30.0  # for the other side to come and for the rounds
@@ -44,10 +44,7 @@ def check_device(check: DeviceCheck) -> str:
 
 def _reduce_with(peer: Peer, check: DeviceCheck, seen: Mapping[str, str]) -> str:
     """What is wrong between this device's node and a peer, by the side that ended first: the other waited for it."""
-    family = socket.AF_INET6 if ":" in check.address else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((check.address, 0))
-        store = (check.address, int(probe.getsockname()[1]))
+    store = (check.address, free_port(check.address))
     backend = "gloo" if peer.device is None else "nccl"
     strategy = NodeAffinitySchedulingStrategy(peer.node, soft=False)
     theirs = join_all_reduce.options(scheduling_strategy=strategy).remote(store, peer, backend)

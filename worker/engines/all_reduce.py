@@ -9,6 +9,7 @@ did. `megatoken doctor` calls `measure` for every pair of nodes, and a device th
 from __future__ import annotations
 
 import os
+import socket
 import statistics
 import sys
 import time
@@ -29,6 +30,13 @@ def best_backend() -> str:
     import torch
 
     return "nccl" if torch.cuda.is_available() and torch.distributed.is_nccl_available() else "gloo"
+
+
+def free_port(address: str) -> int:
+    """A port of this node that nobody has now, for the store."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
 
 
 def measure(rank: int, store: tuple[str, int], address: str, backend: str, timeout_s: float) -> tuple[float, float]:
