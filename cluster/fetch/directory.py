@@ -2,6 +2,9 @@
 
 A file arrives in a hidden part beside its place, is hashed as it comes, and takes its place when all of it is there and
 has the hash that it should have: an engine never sees half a file, and what was cut off goes on where it stopped.
+
+A model named by its Hugging Face id lies in the hub's cache of the node, in models--ORG--NAME: refs/main there names
+the commit that is served, and snapshots/COMMIT has its files.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatoken.cluster.fetch.plan import FileContent, part_name
-from megatoken.worker.engines.weights import hashes_of, mark_of, remember
+from megatoken.cluster.fetch.plan import HUB_FOLDER, REVISION, FileContent, part_name
+from megatoken.worker.engines.weights import SNAPSHOTS, hashes_of, mark_of, remember
 from megatoken.worker.models import notes_directory
 
 READ_BYTES = 1 << 24
@@ -31,10 +34,18 @@ class _Incoming:
 
 
 class ModelDirectory:
-    """One directory; the node may not have it yet. One caller at a time. Methods raise OSError."""
+    """One model's directory; the node may not have it yet. One caller at a time. Methods raise OSError."""
 
-    def __init__(self, path: str, notes: Path | None = None) -> None:
-        self._path = Path(path).expanduser()
+    def __init__(self, source: str, notes: Path | None = None) -> None:
+        """`source`: as `fetched_source` has it."""
+        self._path, self._revision = Path(source).expanduser(), ""
+        if HUB_FOLDER in source:
+            place, _, self._revision = source.rpartition(REVISION)
+            self._path = Path(place).expanduser()
+            if not self._path.is_absolute():
+                from huggingface_hub.constants import HF_HUB_CACHE
+
+                self._path = Path(HF_HUB_CACHE) / place
         self._notes = notes or notes_directory()
         self._incoming: dict[str, _Incoming] = {}
         self._outgoing: tuple[str, IO[bytes]] | None = None
@@ -43,11 +54,18 @@ class ModelDirectory:
         """Every file that is not hidden, by its path below the directory; `report` is told each that is hashed."""
         paths = {
             str(path.relative_to(self._path)): path
-            for path in sorted(self._path.rglob("*"))
+            for path in self._listed()
             if path.is_file() and not any(part.startswith(".") for part in path.relative_to(self._path).parts)
         }
         digests = hashes_of(self._path, paths, self._notes, report)
         return {name: FileContent(paths[name].stat().st_size, digest) for name, digest in digests.items()}
+
+    def _listed(self) -> list[Path]:
+        if not self._revision:
+            return sorted(self._path.rglob("*"))
+        ref = self._path / "refs" / self._revision
+        commit = ref.read_text().strip() if ref.is_file() else self._revision
+        return [ref, *sorted((self._path / SNAPSHOTS / commit).rglob("*"))]
 
     def parts(self) -> dict[str, int]:
         """Bytes of the parts that are there."""

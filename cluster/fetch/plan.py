@@ -9,8 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from megatoken.cluster.planning.check import source_directory
+from megatoken.cluster.spec.model import ModelSpec
 from megatoken.cluster.view.human import gib
+from megatoken.worker.engines.weights import SNAPSHOTS
+from megatoken.worker.models import PREFIX
 
+HUB_FOLDER = "models--"  # and ORG--NAME: where the hub's cache has a model
+REVISION = "@"  # between that and a branch, tag or commit
 SHOWN = 12  # hex digits of a hash in a message
 
 
@@ -61,8 +67,23 @@ class FetchPlan:
     transfers: Sequence[Transfer]
 
 
+def fetched_source(model: ModelSpec) -> str:
+    """What is fetched for a model: DIRECTORY or [CACHE/]models--ORG--NAME@REVISION; empty: nothing.
+
+    CACHE is there where the engine has another than its node: by download_dir, HF_HUB_CACHE or HF_HOME.
+    """
+    if model.engine != "vllm" or model.source.startswith(PREFIX):
+        return ""
+    if source_directory(model.source) is not None:
+        return model.source
+    home = model.env.get("HF_HOME")
+    cache = model.engine_args.get("download_dir") or model.env.get("HF_HUB_CACHE") or (f"{home}/hub" if home else "")
+    place = f"{HUB_FOLDER}{model.source.replace('/', '--')}{REVISION}{model.engine_args.get('revision') or 'main'}"
+    return f"{cache}/{place}" if cache else place
+
+
 class FetchError(Exception):
-    """Why a directory cannot be made equal; a line for each problem."""
+    """Why a model's files cannot be made equal; a line for each problem."""
 
 
 def part_name(name: str, content: FileContent) -> str:
@@ -96,7 +117,9 @@ def further_files(holdings: Sequence[Holding], origin: str) -> dict[str, list[st
     """Files that nodes have and the origin has not, by node: nobody removes them, and they make its weights differ."""
     files = next((holding.files for holding in holdings if holding.node == origin), {})
     found = {one.title: sorted(set(one.files) - set(files)) for one in holdings if one.receives and files}
-    return {title: names for title, names in found.items() if names}
+    # A commit that is served no more does no harm.
+    kept = {title: [name for name in names if not name.startswith(SNAPSHOTS)] for title, names in found.items()}
+    return {title: names for title, names in kept.items() if names}
 
 
 def _agreed(directory: str, holdings: Sequence[Holding]) -> dict[str, FileContent]:

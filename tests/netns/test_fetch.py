@@ -17,7 +17,8 @@ from deploy.netns.ray_nodes import RayNodes
 FETCH = [str(Path(sys.executable).with_name("megatoken")), "fetch"]
 MODEL, SMALL = "/tmp/models/m", "/tmp/small"
 LARGE_BYTES = 384 << 20  # several times what an object store here holds
-SPEC = "models: [{{name: m, engine: vllm, source: {directory}}}]\n"
+SPEC = "models: [{{name: m, engine: vllm, source: {source}, env: {{HF_HOME: /tmp/hf}}}}]\n"
+ID, CACHE = "acme/m", "/tmp/hf/hub/models--acme--m"
 
 
 def digests(host: Host, directory: str = MODEL) -> dict[str, str]:
@@ -34,8 +35,8 @@ def test_the_weights_of_one_host_come_to_all_whatever_happens_on_the_way(
 ) -> None:
     nodes = make_ray_nodes(3, 1)
     head, second, third = nodes.network.hosts
-    for name, directory in (("spec", MODEL), ("small", SMALL)):
-        head.path(f"/tmp/{name}.yaml").write_text(SPEC.format(directory=directory))
+    for name, source in (("spec", MODEL), ("small", SMALL), ("hub", ID)):
+        head.path(f"/tmp/{name}.yaml").write_text(SPEC.format(source=source))
 
     def fetch(*options: str, spec: str = "spec", status: int = 0) -> str:
         command = [*FETCH, "-f", f"/tmp/{spec}.yaml", "--address", nodes.address, *options]
@@ -89,3 +90,13 @@ def test_the_weights_of_one_host_come_to_all_whatever_happens_on_the_way(
     refused = fetch(spec="small", status=1)
     assert f"node {head.address}: {SMALL} needs 64.0 MiB more, and 16.0 MiB is free there" in refused
     assert not third.path(SMALL).exists(), "nothing was begun"
+
+    snapshot = second.path(f"{CACHE}/snapshots/c0ffee")
+    snapshot.mkdir(parents=True)
+    second.path(f"{CACHE}/blobs").mkdir()
+    second.path(f"{CACHE}/blobs/1").write_bytes(piece)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1")
+    second.path(f"{CACHE}/refs").mkdir()
+    second.path(f"{CACHE}/refs/main").write_text("c0ffee")
+    assert f"{CACHE}@main: 2 files, 1.0 MiB, on 3 nodes" in fetch(spec="hub")
+    assert set(digests(third, CACHE)) == {"refs/main", "snapshots/c0ffee/model.safetensors"}

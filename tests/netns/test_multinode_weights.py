@@ -1,23 +1,27 @@
-"""A replica over two hosts whose weights differ: it names the file and the host, and serves nobody."""
+"""A replica over two hosts whose weights differ: it names the file and the host, and serves nobody.
+
+The model is named by an id; a stand-in of the Hugging Face hub has it, and each host has a cache of its own.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 
-from deploy.netns.hosts import Host
+from deploy.netns.hosts import Host, Network
 from deploy.netns.ray_nodes import RayNodes
 from megatoken.worker.models import TINY_LLAMA, prepare
+from tests.support.hub import COMMIT, Hub
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 START_S = 240.0
-MODEL = "/tmp/model"
+MODEL = "acme/tiny"
+CACHE = "/tmp/hf"
+SNAPSHOT = f"{CACHE}/hub/models--acme--tiny/snapshots/{COMMIT}"
 RESERVE = """
 import json, sys, ray
 from ray.util.placement_group import placement_group
@@ -59,24 +63,29 @@ def failing_worker(nodes: RayNodes, host: Host, group: str) -> str:
     }
     host.path("/tmp/worker.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "megatoken.worker", "--config", "/tmp/worker.json"]
-    process = host.popen(command, nodes.environment(host), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = host.popen(
+        command, nodes.environment(host, **nodes.env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     said, errors = process.communicate(timeout=START_S)
     assert process.returncode
     assert '{"address"' not in said, "it is READY"
     return errors
 
 
-def test_a_host_whose_weights_differ_is_named_with_the_file_and_nothing_is_served(
-    make_ray_nodes: Callable[[int, int], RayNodes],
-) -> None:
-    nodes = make_ray_nodes(2, 2)
-    first, second = nodes.network.hosts
-    for host in (first, second):
-        shutil.copytree(prepare(TINY_LLAMA, print), host.path(MODEL))
-    with second.path(f"{MODEL}/model.safetensors").open("r+b") as weights:
-        weights.seek(-1, 2)
-        weights.write(b"!")
-    errors = failing_worker(nodes, first, reserve(nodes))
+def test_a_host_whose_weights_differ_is_named_with_the_file_and_nothing_is_served() -> None:
+    """The worker's host downloads what it lacks; the other has all of it, and one file is damaged."""
+    directory = prepare(TINY_LLAMA, print)
+    with Network.create(2) as network, Hub(MODEL, directory, network.machine_address) as hub:
+        nodes = RayNodes(network, 2, env={"HF_ENDPOINT": hub.endpoint, "HF_HOME": CACHE})
+        nodes.start()
+        first, second = network.hosts
+        damaged = second.path(SNAPSHOT)
+        damaged.mkdir(parents=True)
+        data = bytearray((directory / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (damaged / "model.safetensors").write_bytes(data)
+        errors = failing_worker(nodes, first, reserve(nodes))
+        assert {address for address, name in hub.sent if name == "model.safetensors"} == {first.address}
     (last,) = [line for line in errors.splitlines() if line.startswith("worker: ")]
-    assert f"{MODEL}/model.safetensors" in last, errors
+    assert f"{SNAPSHOT}/model.safetensors" in last, errors
     assert f" on {second.name}" in last

@@ -2,7 +2,8 @@
 
 A manifest is the SHA-256 of each file that an engine reads, by file name. Where the directory has a SHA256SUMS, as
 `sha256sum` writes it, its files must be those. Each file is hashed once a node: notes keep the result by size and
-time of the file.
+time of the file. A snapshot in the hub's cache holds what was needed of it so far, so that of two of them the commit
+and the files that both have must be the same.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from megatoken.errors import RequestError
 SUMS: Final = "SHA256SUMS"
 SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".model")
 VARIABLE: Final = "MEGATOKEN_WEIGHTS"  # to ranks on other nodes: JSON {"files": manifest, "whose": text}
+SNAPSHOTS: Final = "snapshots"  # the hub's cache keeps a commit's files in models--ORG--NAME/snapshots/COMMIT
+COMMIT: Final = "commit"  # in the manifest of a snapshot, beside its files
 SHOWN: Final = 12  # hex digits of a hash in a message
 THREADS: Final = 8
 
@@ -31,7 +34,8 @@ Manifest = Mapping[str, str]
 def manifest_of(directory: Path, notes: Path, report: Callable[[str], None] = lambda _name: None) -> dict[str, str]:
     """Of what is in the directory. Raises OSError."""
     files = {path.name: path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file()}
-    return hashes_of(directory, files, notes, report)
+    found = hashes_of(directory, files, notes, report)
+    return {COMMIT: directory.name, **found} if directory.parent.name == SNAPSHOTS else found
 
 
 def hashes_of(
@@ -83,6 +87,9 @@ def check_sums(directory: Path, found: Manifest) -> None:
 
 def check_same(directory: str, found: Manifest, expected: Manifest, whose: str) -> None:
     """Raises RequestError for the first file that differs from what `whose` (a phrase) has."""
+    if COMMIT in found and COMMIT in expected:
+        both = found.keys() & expected.keys()
+        found, expected = ({name: one[name] for name in both} for one in (found, expected))
     wrong = difference(found, expected) if expected else None
     if wrong is not None:
         raise RequestError("weights", f"{directory}/{wrong}", _rule(wrong, found, expected, whose))
@@ -94,8 +101,9 @@ def difference(found: Manifest, expected: Manifest) -> str | None:
 
 
 def _rule(name: str, found: Manifest, expected: Manifest, whose: str) -> str:
-    here = f"SHA-256 {found[name][:SHOWN]}" if found.get(name) else "missing"
-    there = f"SHA-256 {expected[name][:SHOWN]}" if name in expected else "no such file"
+    kind = "commit" if name == COMMIT else "SHA-256"
+    here = f"{kind} {found[name][:SHOWN]}" if found.get(name) else "missing"
+    there = f"{kind} {expected[name][:SHOWN]}" if name in expected else "no such file"
     return f"{whose} has {there}, here it is {here} on {os.uname().nodename}"
 
 

@@ -7,14 +7,16 @@ import argparse
 from megatoken.cluster.cli.common import ray_address, read_text
 from megatoken.cluster.client.control import CommandError
 from megatoken.cluster.client.progress import Progress
-from megatoken.cluster.doctor.examine import model_directories
+from megatoken.cluster.fetch.plan import FetchError, fetched_source
 from megatoken.cluster.spec.load import load_spec
 from megatoken.cluster.start.over_ssh import fetch_over_ssh, wants_ssh
 from megatoken.cluster.view.human import gib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", "--file", required=True, help="the spec whose models are meant: those with a directory")
+    parser.add_argument(
+        "-f", "--file", required=True, help="the spec whose models are meant: those with a directory or an id"
+    )
     parser.add_argument("--address", help="HOST:PORT of a running Ray; none: the spec's ray.address or RAY_ADDRESS")
     parser.add_argument(
         "--from",
@@ -28,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0: every node has them; 1: some have not, and each says why."""
     spec = load_spec(read_text(arguments.file))
-    directories = sorted(set(model_directories(spec)))
-    if not directories:
-        raise CommandError("models: none has a directory as its source; engines make or load the others themselves", 2)
+    sources = sorted({source for model in spec.models if (source := fetched_source(model))})
+    if not sources:
+        raise CommandError("models: none has a directory or a Hugging Face id as its source; nodes make the others", 2)
     if wants_ssh(spec) and not arguments.address:
         return fetch_over_ssh(spec, arguments.origin)
     address = arguments.address or ray_address(spec)
@@ -41,10 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
             2,
         )
     from megatoken.cluster.fetch.fetch import fetch  # Ray takes a second to import
-    from megatoken.cluster.fetch.plan import FetchError
 
     try:
-        found = fetch(directories, address, arguments.origin, Progress())
+        found = fetch(sources, address, arguments.origin, Progress())
     except (FetchError, ConnectionError) as error:
         raise CommandError(str(error), 1) from None
     for one in found:

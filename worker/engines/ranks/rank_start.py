@@ -6,12 +6,15 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from megatoken.process.start_phase import begin_phase
 from megatoken.worker.engines import weights
+from megatoken.worker.engines.hub_snapshot import snapshot_of
 from megatoken.worker.models import notes_directory
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 PHASES: Final = {
     "load_model": "weights",
@@ -32,7 +35,7 @@ def watch_ranks() -> None:
     def init(self: Any, *arguments: Any, **options: Any) -> None:
         made(self, *arguments, **options)
         if self.local_rank == 0:
-            self.load_model = _before(self.load_model, lambda: check_weights(self.model_config.model))
+            self.load_model = _before(self.load_model, lambda: check_weights(self.vllm_config))
         if self.rank == 0:
             for method, phase in PHASES.items():
                 setattr(self, method, _before(getattr(self, method), functools.partial(begin_phase, phase)))
@@ -40,12 +43,13 @@ def watch_ranks() -> None:
     WorkerBase.__init__ = init
 
 
-def check_weights(model: str) -> None:
+def check_weights(config: VllmConfig) -> None:
     """Raises RequestError where this node's files are not those of the worker's node."""
     expected = json.loads(os.environ.get(weights.VARIABLE) or "{}")
-    if expected and Path(model).is_dir():
-        found = weights.manifest_of(Path(model), notes_directory())
-        weights.check_same(model, found, expected["files"], expected["whose"])
+    directory = snapshot_of(config) if expected else None
+    if directory is not None:
+        found = weights.manifest_of(directory, notes_directory()) if directory.is_dir() else {}
+        weights.check_same(str(directory), found, expected["files"], expected["whose"])
 
 
 def _before(method: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:

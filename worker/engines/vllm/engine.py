@@ -40,6 +40,7 @@ from megatoken.process.start_phase import begin_phase
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines import weights
 from megatoken.worker.engines.engine import EngineFacts, EngineLoad, EngineRequest, StepSink
+from megatoken.worker.engines.hub_snapshot import snapshot_of
 from megatoken.worker.engines.ranks import placement as rank_placement
 from megatoken.worker.engines.ranks.rank_start import watch_ranks
 from megatoken.worker.engines.requests import TRANSFERS
@@ -75,18 +76,26 @@ class VllmEngine:
         self._client: AsyncMPClient | None = None
         self._reader: asyncio.Task[None] | None = None
         self._sequence = itertools.count()
+        self._weights: dict[str, str] = {}
         self._steps = StepReader(self.load)
         self._stopping = False
 
     def boot(self) -> None:
         """Starts the engine core and its ranks, and waits until they serve. Blocks."""
         began_s = time.monotonic()
-        self._weights = self._checked_weights()
-        begin_phase("engine")
+        directory = Path(resolve_source(self._config.source))
+        from_hub = not directory.is_dir()
+        if not from_hub:
+            self._verify(directory)
+        begin_phase("download" if from_hub else "engine")
         try:
             vllm_config, executor = self._configure()
+            snapshot = snapshot_of(vllm_config) if from_hub else None
         except (*REFUSALS, OSError, RuntimeError, NotImplementedError) as error:
             raise RequestError("engine", self._config.source, _one_line(error)) from error
+        if snapshot is not None:
+            self._verify(snapshot)
+            begin_phase("engine")
         self._loras = lora_modules(self._config)
         tie_forks()
         install()  # a forked engine core has both from here; a spawned one from its plugin
@@ -103,18 +112,15 @@ class VllmEngine:
         self._vllm_config = vllm_config
         log_event(_log, "engine.started", engine="vllm", seconds=round(time.monotonic() - began_s, 1))
 
-    def _checked_weights(self) -> dict[str, str]:
-        """The files of a source that is a directory, by hash; ranks on other nodes must have the same."""
-        config, source = self._config, resolve_source(self._config.source)
-        if not Path(source).is_dir():  # a Hugging Face id names its content by its revision
-            return {}
+    def _verify(self, directory: Path) -> None:
+        """Hashes what the engine will read; the model's other replicas and ranks on other nodes must have the same."""
+        config = self._config
         begin_phase("verify")
-        found = weights.manifest_of(Path(source), notes_directory())
-        weights.check_sums(Path(source), found)
-        weights.check_same(source, found, config.weights, config.weights_of)
+        self._weights = weights.manifest_of(directory, notes_directory())
+        weights.check_sums(directory, self._weights)
+        weights.check_same(str(directory), self._weights, config.weights, config.weights_of)
         whose = f"{config.replica} on {config.node}"
-        os.environ[weights.VARIABLE] = json.dumps({"files": found, "whose": whose})
-        return found
+        os.environ[weights.VARIABLE] = json.dumps({"files": self._weights, "whose": whose})
 
     def _configure(self) -> tuple[VllmConfig, type[Executor]]:
         arguments = AsyncEngineArgs(**engine_arguments(self._config))

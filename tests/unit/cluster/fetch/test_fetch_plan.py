@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from megatoken.cluster.fetch.plan import FetchError, FileContent, Holding, further_files, part_name, plan
+from megatoken.cluster.fetch.plan import (
+    FetchError,
+    FileContent,
+    Holding,
+    fetched_source,
+    further_files,
+    part_name,
+    plan,
+)
+from megatoken.cluster.spec.model import ModelSpec
 
 SMALL, LARGE, OTHER = FileContent(10, "a" * 64), FileContent(1000, "b" * 64), FileContent(1000, "c" * 64)
 GIB = 1 << 30
@@ -12,6 +23,26 @@ GIB = 1 << 30
 
 def holding(name: str, free: int = GIB, *, receives: bool = True, **files: FileContent) -> Holding:
     return Holding(f"id-{name}", name, receives, files, {}, free)
+
+
+@pytest.mark.parametrize(
+    ("fields", "source"),
+    [
+        ({"source": "/data/m@2"}, "/data/m@2"),
+        ({"source": "builtin:tiny-llama"}, ""),
+        ({"engine": "simulated"}, ""),
+        ({"source": "org/m"}, "models--org--m@main"),
+        ({"source": "gpt2", "engine_args": {"revision": "v1"}}, "models--gpt2@v1"),
+        ({"source": "org/m", "env": {"HF_HOME": "/hf"}}, "/hf/hub/models--org--m@main"),
+        ({"source": "org/m", "env": {"HF_HOME": "/hf", "HF_HUB_CACHE": "/c"}}, "/c/models--org--m@main"),
+        (
+            {"source": "org/m", "env": {"HF_HUB_CACHE": "/c"}, "engine_args": {"download_dir": "/d"}},
+            "/d/models--org--m@main",
+        ),
+    ],
+)
+def test_what_is_fetched_for_a_model(fields: dict[str, Any], source: str) -> None:
+    assert fetched_source(ModelSpec(name="m", **fields)) == source
 
 
 def test_each_file_goes_from_all_that_have_it_to_those_that_lack_it_small_ones_first() -> None:
@@ -57,6 +88,11 @@ def test_files_that_only_others_have_are_named_and_stay() -> None:
     nodes = [holding("a", x=LARGE), holding("b", x=LARGE, y=SMALL), holding("c", receives=False, z=SMALL)]
     assert plan("/m", nodes, "id-a").transfers == []
     assert further_files(nodes, "id-a") == {"b": ["y"]}
+
+
+def test_a_commit_that_is_served_no_more_is_not_named() -> None:
+    nodes = [holding("a", **{"refs/main": SMALL}), holding("b", **{"refs/main": OTHER, "snapshots/old/x": LARGE})]
+    assert further_files(nodes, "id-a") == {}
 
 
 def test_every_node_whose_disk_is_too_small_is_named_before_anything_is_copied() -> None:

@@ -36,6 +36,27 @@ def test_a_directory_tells_its_files_by_content_and_nothing_hidden(tmp_path: Pat
     assert len(hashed) == 3, "each is hashed once a node"
 
 
+def test_of_the_hubs_cache_the_commit_that_a_branch_names_is_told_and_arrives(tmp_path: Path) -> None:
+    cache = tmp_path / "hub"
+    root = cache / "models--org--m"
+    for name in ("blobs/1234", "refs/old", "snapshots/c1/config.json"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(DATA)
+    (root / "refs/main").write_text("c2")
+    (root / "snapshots/c2").mkdir()
+    (root / "snapshots/c2" / NAME).symlink_to(root / "blobs/1234")
+    main = FileContent(2, hashlib.sha256(b"c2").hexdigest())
+    directory = ModelDirectory(f"{root}@main", tmp_path / "notes")
+    assert directory.files() == {"refs/main": main, f"snapshots/c2/{NAME}": CONTENT}
+    assert ModelDirectory(f"{root}@c1", tmp_path / "notes").files() == {"snapshots/c1/config.json": CONTENT}
+    assert ModelDirectory(f"{root}@nothing", tmp_path / "notes").files() == {}
+
+    arriving = ModelDirectory(f"{tmp_path}/other/models--org--m@main", tmp_path / "notes")
+    arriving.write("refs/main", main, 0, b"c2")
+    arriving.write(f"snapshots/c2/{NAME}", CONTENT, 0, DATA)
+    assert arriving.files() == directory.files()
+
+
 def test_one_that_is_not_there_has_nothing_and_knows_the_room(arriving: ModelDirectory, tmp_path: Path) -> None:
     assert (arriving.files(), arriving.parts()) == ({}, {})
     status = os.statvfs(tmp_path)

@@ -74,6 +74,24 @@ def test_sums_beside_the_weights_must_hold(model: Path, tmp_path: Path) -> None:
         check_sums(model, found)
 
 
+def test_of_two_snapshots_the_commit_and_the_files_that_both_have_must_be_the_same(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--m" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.safetensors").write_text("aaa")
+    found = manifest_of(snapshot, tmp_path / "notes")
+    assert found == {"commit": "abc", "a.safetensors": sha("aaa")}
+    check_same("/s", found, {**found, "tokenizer.json": sha("t")}, "m-1 on node0")
+    check_same("/s", {**found, "tokenizer.json": sha("t")}, found, "m-1 on node0")
+    with pytest.raises(RequestError, match=r"'/s/a.safetensors' is not allowed; m-1 on node0 has SHA-256"):
+        check_same("/s", found, {**found, "a.safetensors": sha("b")}, "m-1 on node0")
+    with pytest.raises(
+        RequestError, match=r"'/s/commit' is not allowed; m-1 on node0 has commit def, here it is commit abc"
+    ):
+        check_same("/s", found, {**found, "commit": "def"}, "m-1 on node0")
+    with pytest.raises(RequestError, match=r"m-1 on node0 has SHA-256 .*, here it is missing"):
+        check_same("/s", {}, found, "m-1 on node0")
+
+
 def test_two_nodes_must_have_the_same() -> None:
     ours = {"a": sha("1"), "b": sha("2")}
     check_same("/m", ours, {}, "")
