@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -15,6 +15,7 @@ from megatoken.router.core.state import RouterState
 from megatoken.router.shell.calls.client_session import ClientSession
 from megatoken.router.shell.calls.cork import Corks
 from megatoken.router.shell.calls.generate import refuse, serve_generate
+from megatoken.router.shell.calls.leases import serve_leases
 from megatoken.router.shell.leases import IssuedLeases
 from megatoken.router.shell.status import models, router_status
 from megatoken.v1 import router_pb2, router_pb2_grpc
@@ -72,6 +73,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
         await self._identify(context)
         self._leases.release(request.lease, request.failed, time.monotonic())
         return router_pb2.ReleaseResponse()
+
+    async def Leases(self, requests: AsyncIterator[router_pb2.LeasesRequest], context: Any) -> None:
+        try:
+            caller = self._state.callers.identify(context.invocation_metadata())
+        except MegatokenError as error:
+            await refuse(context, error)
+            return
+        await serve_leases(self._state, self._leases, caller, requests, context)
 
     async def ListModels(self, request: router_pb2.ListModelsRequest, context: Any) -> router_pb2.ListModelsResponse:
         await self._identify(context)

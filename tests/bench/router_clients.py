@@ -19,6 +19,7 @@ from grpc import aio
 
 from megatoken.process.tree import die_with_parent
 from megatoken.router.client.columns import ColumnSession
+from megatoken.router.client.leases import LeaseClient
 from megatoken.tokens.frames import column, pack
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
 
@@ -116,6 +117,20 @@ async def generate_load(settings: dict[str, Any], seen: Seen, rng: random.Random
     await asyncio.gather(*(one() for _ in range(settings["streams"])))
 
 
+async def lease_load(settings: dict[str, Any], seen: Seen, _: random.Random) -> None:
+    """Assign and Release over one call, as a client with many requests makes them."""
+    ask = router_pb2.AssignRequest(model="m", prompt_tokens=128, max_tokens=128)
+    await asyncio.sleep(1)
+    async with LeaseClient(settings["router"]) as leases:
+
+        async def one() -> None:
+            while True:
+                leases.release(await leases.assign(ask))
+                seen.requests += seen.measuring
+
+        await asyncio.gather(*(one() for _ in range(settings["streams"])))
+
+
 async def assign_load(settings: dict[str, Any], seen: Seen, _: random.Random) -> None:
     channel = aio.insecure_channel(settings["router"])
     stub = router_pb2_grpc.RouterStub(channel)
@@ -160,9 +175,8 @@ async def sse_load(settings: dict[str, Any], seen: Seen, rng: random.Random) -> 
 async def main(settings: dict[str, Any]) -> None:
     seen = Seen()
     rng = random.Random(7)
-    load = {"generate": generate_load, "assign": assign_load, "session": session_load, "sse": sse_load}[
-        settings["kind"]
-    ]
+    loads = {"generate": generate_load, "assign": assign_load, "lease": lease_load, "sse": sse_load}
+    load = {**loads, "session": session_load}[settings["kind"]]
     running = asyncio.create_task(load(settings, seen, rng))
     await asyncio.sleep(settings["ramp_s"] + settings["warm_s"])
     print("measuring", flush=True)

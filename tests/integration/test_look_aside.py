@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from megatoken.access.credentials import ClusterSecrets, dump, new_secrets
 from megatoken.access.files import write_private
 from megatoken.access.table import Identity, Program
-from megatoken.errors import AuthError
+from megatoken.errors import AuthError, NotFoundError, UnavailableError
 from megatoken.router.client.client import TokenClient
+from megatoken.router.client.leases import LeaseClient
 from megatoken.tokens.frames import pack
 from megatoken.v1 import frame_columns_pb2, router_pb2, router_pb2_grpc, tokens_pb2
 from tests.support.processes import Processes, Started
@@ -231,3 +233,48 @@ async def test_the_worker_says_what_a_lease_used_and_its_client_does_not(site: S
                     break
                 except grpc.aio.AioRpcError:
                     await asyncio.sleep(0.05)
+
+
+async def test_many_leases_over_one_call_are_each_answered_and_released(site: Site) -> None:
+    worker = site.worker("w0")
+    router = site.router(worker)
+    await ready(router)
+    ask = router_pb2.AssignRequest(model=MODEL, prompt_tokens=len(PROMPT), max_tokens=8)
+    unknown = router_pb2.AssignRequest(model="nobody", prompt_tokens=1, max_tokens=1)
+    async with LeaseClient(router.address, api_key=BIG) as leases, TokenClient([worker.address]) as direct:
+        answers = await asyncio.gather(
+            *(leases.assign(unknown if number == 7 else ask) for number in range(20)), return_exceptions=True
+        )
+        (refused,) = [answer for answer in answers if not isinstance(answer, router_pb2.AssignResponse)]
+        assert isinstance(refused, NotFoundError)
+        assert "'nobody'" in str(refused)
+        assert refused is answers[7], "each has the answer to its own"
+        granted = [answer for answer in answers if isinstance(answer, router_pb2.AssignResponse)]
+        assert len({lease.lease for lease in granted}) == 19
+        lease = granted.pop()
+        assert len(await direct.generate(MODEL, PROMPT, max_tokens=8, lease=lease).tokens()) == 8
+        for lease in granted:
+            leases.release(lease, failed=True)
+    async with httpx.AsyncClient() as http:
+        lines = (await http.get(f"http://{router.ready['metrics_address']}/metrics")).text.splitlines()
+    assert "megatoken_router_leases 0.0" in lines
+    assert 'megatoken_router_leases_ended_total{outcome="failed"} 18.0' in lines
+
+
+async def test_a_lease_call_without_a_key_or_with_too_much_is_refused_and_a_lost_one_says_so(site: Site) -> None:
+    router = site.router(site.worker("w0"))
+    await ready(router)
+    ask = router_pb2.AssignRequest(model=MODEL, prompt_tokens=1, max_tokens=1)
+    async with LeaseClient(router.address) as leases:
+        with pytest.raises(AuthError, match="API key"):
+            await leases.assign(ask)
+    async with grpc.aio.insecure_channel(router.address) as channel:
+        call = router_pb2_grpc.RouterStub(channel).Leases(metadata=(("authorization", f"Bearer {BIG}"),))
+        await call.write(router_pb2.LeasesRequest(assign=[ask] * 4097))
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "assign: 4097 is not allowed; at most 4096" in (await call.details() or "")
+    async with LeaseClient(router.address, api_key=BIG) as leases:
+        await leases.assign(ask)
+        router.kill()
+        with pytest.raises(UnavailableError):
+            await leases.assign(ask)

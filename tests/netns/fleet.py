@@ -31,7 +31,7 @@ from tests.support.terminal import Terminal
 KEY = "flagship-key"
 SLOTS = {"node0": 2, "node1": 3, "node2": 3}
 UP_S = 400.0
-WEIGHTS = "/tmp/weights/tiny"  # each host has a /tmp of its own; only the head has them at first
+WEIGHTS, NEXT = "/tmp/weights/tiny", "/tmp/weights/next"  # each host has a /tmp of its own; only the head has them
 EDGE_PORT = 8000
 
 
@@ -127,13 +127,20 @@ class Fleet:
     def up(self) -> None:
         path = self.directory / "spec.yaml"
         path.write_text(yaml.safe_dump(self.spec))
-        shutil.copytree(prepare(TINY_LLAMA, lambda _line: None), self.head.path(WEIGHTS))
-        fetched = self.megatoken("fetch", "-f", str(path), timeout_s=UP_S)
-        if "on 3 nodes" not in fetched:
-            raise AssertionError(f"the hosts have not all the same weights: {fetched}")
+        for directory in (WEIGHTS, NEXT):
+            shutil.copytree(prepare(TINY_LLAMA, lambda _line: None), self.head.path(directory))
+        self.fetch()
         self.megatoken("up", "-f", str(path), "--timeout", str(UP_S), timeout_s=UP_S + 60)
         (record,) = read_records(self.directory / "state")
         self.control = client_of(record)
+
+    def fetch(self, *options: str) -> None:
+        """The weights of the spec's models on every host."""
+        path = self.directory / "spec.yaml"
+        path.write_text(yaml.safe_dump(self.spec))
+        fetched = self.megatoken("fetch", "-f", str(path), *options, timeout_s=UP_S)
+        if "on 3 nodes" not in fetched:
+            raise AssertionError(f"the hosts have not all the same weights: {fetched}")
 
     def token_files(self, host: Host) -> list[Path]:
         """Where a host keeps Ray's token."""
@@ -157,12 +164,13 @@ class Fleet:
 
     def scale(self, model: str, replicas: int) -> None:
         self.megatoken("scale", f"{model}={replicas}")
-        next(entry for entry in self.spec["models"] if entry["name"] == model)["replicas"] = replicas
+        self.change(model, replicas=replicas)
 
-    def change_models(self, **fields: Any) -> None:
-        """Applies the spec with fields of every model changed."""
-        for entry in self.spec["models"]:
-            entry.update(fields)
+    def change(self, model: str, **fields: Any) -> None:
+        """Changes fields of a model in the spec, for `fetch` and `apply`."""
+        next(entry for entry in self.spec["models"] if entry["name"] == model).update(fields)
+
+    def apply(self) -> None:
         path = self.directory / "changed.yaml"
         path.write_text(yaml.safe_dump({**self.spec, "launch": None, "ray": {"address": f"{self.head.address}:6379"}}))
         self.megatoken("apply", "-f", str(path))
@@ -210,6 +218,10 @@ class Fleet:
 
     def blocked(self, status: control_pb2.ClusterStatus, model: str) -> str:
         return next(row.blocked for row in status.models if row.model == model)
+
+    def source(self, model: str) -> str:
+        """That its replicas are made from."""
+        return next(row.source for row in self.status().models if row.model == model)
 
     def hosts_of(self, replica: control_pb2.ReplicaStatus) -> list[Host]:
         """The hosts of its ranks, in rank order, each once."""

@@ -23,7 +23,7 @@ from deploy.netns import hosts
 from deploy.netns.hosts import Host, Network
 from megatoken.cluster.client.control import CommandError
 from megatoken.cluster.view.top.text import compact
-from tests.netns.fleet import Fleet, tagged
+from tests.netns.fleet import NEXT, WEIGHTS, Fleet, tagged
 from tests.netns.fleet_clients import TOKENS, Clients, answers_of_transformers
 from tests.netns.sshd import MISSING
 from tests.support.prometheus import MISSING as NO_PROMETHEUS
@@ -201,18 +201,46 @@ def test_a_killed_controller_returns_and_nothing_else_moves(fleet: Fleet, client
     assert {row.replica for row in after.replicas if row.state == "READY"} == before
 
 
-def test_a_rolling_update_exchanges_both_models_also_where_a_second_replica_has_no_room(
+def exchanged(fleet: Fleet, model: str, act: Callable[[], None]) -> None:
+    """Waits until the only replica of a model has been exchanged for another."""
+    (before,) = fleet.ready(model, 1)
+    act()
+    fleet.wait(
+        lambda status: before.replica not in {row.replica for row in status.replicas if row.state == "READY"}, SERVED_S
+    )
+    (replica,) = fleet.ready(model, 1, SERVED_S)
+    assert [entry.phase for entry in replica.start_phases] == PHASES
+
+
+def test_an_update_whose_weights_are_damaged_on_one_host_goes_back_to_the_old_ones(
     fleet: Fleet, clients: Clients
 ) -> None:
-    before = {row.replica for model in TOKENS for row in fleet.ready(model, 1)}
+    """There is no room for a second replica: the old one went first. The new weights had met a full disk, too."""
+    host = fleet.network.hosts[2]
+    fleet.change("tiny", source=NEXT, update={"attempts": 1})
+    host.path(NEXT).mkdir()
+    host.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", NEXT])
+    with pytest.raises(CommandError, match=rf"node {host.address}: {NEXT} needs .* and 1.0 MiB is free there"):
+        fleet.fetch()
+    host.run(["umount", NEXT])
+    fleet.fetch()
+    with host.path(f"{NEXT}/model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"!")
+    exchanged(fleet, "tiny", fleet.apply)
+    said = fleet.events()
+    assert f"{NEXT}/model.safetensors" in said
+    assert f" on {host.name}" in said
+    assert "rolled back" in said
+    assert fleet.source("tiny") == WEIGHTS
+    clients.answered(1)
+
+
+def test_a_rolling_update_exchanges_a_model_where_a_second_replica_has_no_room(fleet: Fleet, clients: Clients) -> None:
     processes = {row.name for row in fleet.status().processes}
-    fleet.change_models(max_running=6)
-    fleet.wait(
-        lambda status: not before & {row.replica for row in status.replicas if row.state == "READY"}, 2 * SERVED_S
-    )
-    for model in TOKENS:
-        (replica,) = fleet.ready(model, 1, SERVED_S)
-        assert [entry.phase for entry in replica.start_phases] == PHASES
+    fleet.fetch("--from", fleet.head.address)
+    exchanged(fleet, "tiny", fleet.apply)
+    assert fleet.source("tiny") == NEXT
     assert {row.name for row in fleet.status().processes} == processes, "no router or edge is exchanged for a model"
     clients.answered(1)
 

@@ -78,6 +78,7 @@ METHODS: Final[Mapping[Program, Mapping[str, Callers]]] = {
         f"{_V1}Tokens/Session": _CLIENT,
         f"{_V1}Router/Assign": _CLIENT,
         f"{_V1}Router/Release": _CLIENT,
+        f"{_V1}Router/Leases": _CLIENT,
         f"{_V1}Router/ListModels": _CLIENT | _CONTROL,
         f"{_V1}Router/GetRouterStatus": _CONTROL,
         f"{_V1}Throughput/GetThroughput": _CLIENT | _CONTROL,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19megatoken/v1/router.proto\x12\x0cmegatoken.v1\"\xa2\x01\n\rAssignRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x10\n\x08\x61\x66\x66inity\x18\x04 \x01(\t\x12\x0c\n\x04lora\x18\x05 \x01(\t\x12\x0c\n\x04site\x18\x06 \x01(\t\x12\x15\n\rprefix_hashes\x18\x07 \x03(\x06\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"z\n\x0e\x41ssignResponse\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x05 \x01(\r\x12\x12\n\nrequest_id\x18\x06 \x01(\t\"I\n\x0eReleaseRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x18\n\x10generated_tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\x08\"\x11\n\x0fReleaseResponse\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.megatoken.v1.ModelInfo\"]\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x16\n\x0eready_replicas\x18\x04 \x01(\r\"\x18\n\x16GetRouterStatusRequest\"\xa8\x03\n\x0cRouterStatus\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x18\n\x10membership_epoch\x18\x02 \x01(\x04\x12\x1a\n\x12membership_version\x18\x03 \x01(\x04\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0e\n\x06queued\x18\x05 \x01(\r\x12\x18\n\x10requests_started\x18\x06 \x01(\x04\x12\x19\n\x11requests_finished\x18\x07 \x01(\x04\x12\x17\n\x0frequests_failed\x18\x08 \x01(\x04\x12\x18\n\x10requests_refused\x18\t \x01(\x04\x12\x0f\n\x07resumes\x18\n \x01(\x04\x12\x15\n\rprompt_tokens\x18\x0b \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0c \x01(\x04\x12-\n\x08replicas\x18\r \x03(\x0b\x32\x1b.megatoken.v1.RouterReplica\x12\x0f\n\x07ttft_ms\x18\x0e \x03(\x01\x12\x0e\n\x06itl_ms\x18\x0f \x03(\x01\x12\x0f\n\x07\x63\x65iling\x18\x10 \x01(\x01\x12\x14\n\x0cheld_back_by\x18\x11 \x01(\t\x12\x10\n\x08\x64raining\x18\x12 \x01(\x08\"\x86\x02\n\rRouterReplica\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x11\n\tin_flight\x18\x04 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x05 \x01(\x04\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x06 \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x07 \x01(\x01\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0f\n\x07waiting\x18\t \x01(\r\x12\x10\n\x08kv_usage\x18\n \x01(\x02\x12\x18\n\x10generated_tokens\x18\x0b \x01(\x04\x12\x0e\n\x06rtt_ms\x18\x0c \x01(\x01\x32\xbb\x02\n\x06Router\x12\x43\n\x06\x41ssign\x12\x1b.megatoken.v1.AssignRequest\x1a\x1c.megatoken.v1.AssignResponse\x12\x46\n\x07Release\x12\x1c.megatoken.v1.ReleaseRequest\x1a\x1d.megatoken.v1.ReleaseResponse\x12O\n\nListModels\x12\x1f.megatoken.v1.ListModelsRequest\x1a .megatoken.v1.ListModelsResponse\x12S\n\x0fGetRouterStatus\x12$.megatoken.v1.GetRouterStatusRequest\x1a\x1a.megatoken.v1.RouterStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19megatoken/v1/router.proto\x12\x0cmegatoken.v1\"\xa2\x01\n\rAssignRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x10\n\x08\x61\x66\x66inity\x18\x04 \x01(\t\x12\x0c\n\x04lora\x18\x05 \x01(\t\x12\x0c\n\x04site\x18\x06 \x01(\t\x12\x15\n\rprefix_hashes\x18\x07 \x03(\x06\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"z\n\x0e\x41ssignResponse\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x05 \x01(\r\x12\x12\n\nrequest_id\x18\x06 \x01(\t\"I\n\x0eReleaseRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x18\n\x10generated_tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\x08\"\x11\n\x0fReleaseResponse\"k\n\rLeasesRequest\x12-\n\x07release\x18\x01 \x03(\x0b\x32\x1c.megatoken.v1.ReleaseRequest\x12+\n\x06\x61ssign\x18\x02 \x03(\x0b\x32\x1b.megatoken.v1.AssignRequest\"?\n\x0eLeasesResponse\x12-\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1b.megatoken.v1.AssignOutcome\"s\n\rAssignOutcome\x12+\n\x05lease\x18\x01 \x01(\x0b\x32\x1c.megatoken.v1.AssignResponse\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.megatoken.v1.ModelInfo\"]\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x16\n\x0eready_replicas\x18\x04 \x01(\r\"\x18\n\x16GetRouterStatusRequest\"\xa8\x03\n\x0cRouterStatus\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x18\n\x10membership_epoch\x18\x02 \x01(\x04\x12\x1a\n\x12membership_version\x18\x03 \x01(\x04\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0e\n\x06queued\x18\x05 \x01(\r\x12\x18\n\x10requests_started\x18\x06 \x01(\x04\x12\x19\n\x11requests_finished\x18\x07 \x01(\x04\x12\x17\n\x0frequests_failed\x18\x08 \x01(\x04\x12\x18\n\x10requests_refused\x18\t \x01(\x04\x12\x0f\n\x07resumes\x18\n \x01(\x04\x12\x15\n\rprompt_tokens\x18\x0b \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0c \x01(\x04\x12-\n\x08replicas\x18\r \x03(\x0b\x32\x1b.megatoken.v1.RouterReplica\x12\x0f\n\x07ttft_ms\x18\x0e \x03(\x01\x12\x0e\n\x06itl_ms\x18\x0f \x03(\x01\x12\x0f\n\x07\x63\x65iling\x18\x10 \x01(\x01\x12\x14\n\x0cheld_back_by\x18\x11 \x01(\t\x12\x10\n\x08\x64raining\x18\x12 \x01(\x08\"\x86\x02\n\rRouterReplica\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x11\n\tin_flight\x18\x04 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x05 \x01(\x04\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x06 \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x07 \x01(\x01\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0f\n\x07waiting\x18\t \x01(\r\x12\x10\n\x08kv_usage\x18\n \x01(\x02\x12\x18\n\x10generated_tokens\x18\x0b \x01(\x04\x12\x0e\n\x06rtt_ms\x18\x0c \x01(\x01\x32\x84\x03\n\x06Router\x12\x43\n\x06\x41ssign\x12\x1b.megatoken.v1.AssignRequest\x1a\x1c.megatoken.v1.AssignResponse\x12\x46\n\x07Release\x12\x1c.megatoken.v1.ReleaseRequest\x1a\x1d.megatoken.v1.ReleaseResponse\x12G\n\x06Leases\x12\x1b.megatoken.v1.LeasesRequest\x1a\x1c.megatoken.v1.LeasesResponse(\x01\x30\x01\x12O\n\nListModels\x12\x1f.megatoken.v1.ListModelsRequest\x1a .megatoken.v1.ListModelsResponse\x12S\n\x0fGetRouterStatus\x12$.megatoken.v1.GetRouterStatusRequest\x1a\x1a.megatoken.v1.RouterStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,18 +39,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASEREQUEST']._serialized_end=405
   _globals['_RELEASERESPONSE']._serialized_start=407
   _globals['_RELEASERESPONSE']._serialized_end=424
-  _globals['_LISTMODELSREQUEST']._serialized_start=426
-  _globals['_LISTMODELSREQUEST']._serialized_end=445
-  _globals['_LISTMODELSRESPONSE']._serialized_start=447
-  _globals['_LISTMODELSRESPONSE']._serialized_end=508
-  _globals['_MODELINFO']._serialized_start=510
-  _globals['_MODELINFO']._serialized_end=603
-  _globals['_GETROUTERSTATUSREQUEST']._serialized_start=605
-  _globals['_GETROUTERSTATUSREQUEST']._serialized_end=629
-  _globals['_ROUTERSTATUS']._serialized_start=632
-  _globals['_ROUTERSTATUS']._serialized_end=1056
-  _globals['_ROUTERREPLICA']._serialized_start=1059
-  _globals['_ROUTERREPLICA']._serialized_end=1321
-  _globals['_ROUTER']._serialized_start=1324
-  _globals['_ROUTER']._serialized_end=1639
+  _globals['_LEASESREQUEST']._serialized_start=426
+  _globals['_LEASESREQUEST']._serialized_end=533
+  _globals['_LEASESRESPONSE']._serialized_start=535
+  _globals['_LEASESRESPONSE']._serialized_end=598
+  _globals['_ASSIGNOUTCOME']._serialized_start=600
+  _globals['_ASSIGNOUTCOME']._serialized_end=715
+  _globals['_LISTMODELSREQUEST']._serialized_start=717
+  _globals['_LISTMODELSREQUEST']._serialized_end=736
+  _globals['_LISTMODELSRESPONSE']._serialized_start=738
+  _globals['_LISTMODELSRESPONSE']._serialized_end=799
+  _globals['_MODELINFO']._serialized_start=801
+  _globals['_MODELINFO']._serialized_end=894
+  _globals['_GETROUTERSTATUSREQUEST']._serialized_start=896
+  _globals['_GETROUTERSTATUSREQUEST']._serialized_end=920
+  _globals['_ROUTERSTATUS']._serialized_start=923
+  _globals['_ROUTERSTATUS']._serialized_end=1347
+  _globals['_ROUTERREPLICA']._serialized_start=1350
+  _globals['_ROUTERREPLICA']._serialized_end=1612
+  _globals['_ROUTER']._serialized_start=1615
+  _globals['_ROUTER']._serialized_end=2003
 # @@protoc_insertion_point(module_scope)

@@ -56,6 +56,32 @@ class ReleaseResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class LeasesRequest(_message.Message):
+    __slots__ = ("release", "assign")
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    ASSIGN_FIELD_NUMBER: _ClassVar[int]
+    release: _containers.RepeatedCompositeFieldContainer[ReleaseRequest]
+    assign: _containers.RepeatedCompositeFieldContainer[AssignRequest]
+    def __init__(self, release: _Optional[_Iterable[_Union[ReleaseRequest, _Mapping]]] = ..., assign: _Optional[_Iterable[_Union[AssignRequest, _Mapping]]] = ...) -> None: ...
+
+class LeasesResponse(_message.Message):
+    __slots__ = ("outcomes",)
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    outcomes: _containers.RepeatedCompositeFieldContainer[AssignOutcome]
+    def __init__(self, outcomes: _Optional[_Iterable[_Union[AssignOutcome, _Mapping]]] = ...) -> None: ...
+
+class AssignOutcome(_message.Message):
+    __slots__ = ("lease", "code", "message", "retry_after_ms")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    lease: AssignResponse
+    code: int
+    message: str
+    retry_after_ms: int
+    def __init__(self, lease: _Optional[_Union[AssignResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+
 class ListModelsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

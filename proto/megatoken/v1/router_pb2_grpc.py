@@ -44,6 +44,11 @@ class RouterStub(object):
                 request_serializer=megatoken_dot_v1_dot_router__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=megatoken_dot_v1_dot_router__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.Leases = channel.stream_stream(
+                '/megatoken.v1.Router/Leases',
+                request_serializer=megatoken_dot_v1_dot_router__pb2.LeasesRequest.SerializeToString,
+                response_deserializer=megatoken_dot_v1_dot_router__pb2.LeasesResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/megatoken.v1.Router/ListModels',
                 request_serializer=megatoken_dot_v1_dot_router__pb2.ListModelsRequest.SerializeToString,
@@ -68,6 +73,13 @@ class RouterServicer(object):
 
     def Release(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Leases(self, request_iterator, context):
+        """The same for many requests over one call: each message with an assign is answered by one, in order.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -97,6 +109,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=megatoken_dot_v1_dot_router__pb2.ReleaseRequest.FromString,
                     response_serializer=megatoken_dot_v1_dot_router__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'Leases': grpc.stream_stream_rpc_method_handler(
+                    servicer.Leases,
+                    request_deserializer=megatoken_dot_v1_dot_router__pb2.LeasesRequest.FromString,
+                    response_serializer=megatoken_dot_v1_dot_router__pb2.LeasesResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -163,6 +180,33 @@ class Router(object):
             '/megatoken.v1.Router/Release',
             megatoken_dot_v1_dot_router__pb2.ReleaseRequest.SerializeToString,
             megatoken_dot_v1_dot_router__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leases(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/megatoken.v1.Router/Leases',
+            megatoken_dot_v1_dot_router__pb2.LeasesRequest.SerializeToString,
+            megatoken_dot_v1_dot_router__pb2.LeasesResponse.FromString,
             options,
             channel_credentials,
             insecure,
