@@ -87,5 +87,6 @@ def test_a_host_whose_weights_differ_is_named_with_the_file_and_nothing_is_serve
         errors = failing_worker(nodes, first, reserve(nodes))
         assert {address for address, name in hub.sent if name == "model.safetensors"} == {first.address}
     (last,) = [line for line in errors.splitlines() if line.startswith("worker: ")]
-    assert f"{SNAPSHOT}/model.safetensors" in last, errors
+    assert f"{CACHE}/hub/models--acme--tiny/" in last, errors
+    assert "/model.safetensors' is not allowed; replica-1 on node0 has SHA-256 " in last
     assert f" on {second.name}" in last
