@@ -21,6 +21,7 @@ from megatoken.log import log_event, setup_logging
 from megatoken.process.program import read_arguments, report_ready
 from megatoken.process.start_phase import begin_phase, share_phases
 from megatoken.process.tag import tag_process
+from megatoken.process.uncollected import uncollected
 from megatoken.worker.config import WorkerConfig
 from megatoken.worker.engines.engine import Engine
 
@@ -144,12 +145,13 @@ def main() -> int:
 
         prepare_process(config)
     setup_logging("worker", config.replica, config.log_level)
-    import uvloop
+    with uncollected():
+        import uvloop
 
-    from megatoken.worker.engines.factory import make_engine
+        from megatoken.worker.engines.factory import make_engine
 
-    try:
         engine = make_engine(config)
+    try:
         engine.boot()
         return uvloop.run(serve(config, engine, ready_fd))
     except EngineDeadError as error:

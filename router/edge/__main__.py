@@ -23,6 +23,7 @@ import megatoken.process.grpc_poller  # noqa: F401 - before what imports gRPC
 from megatoken.errors import MegatokenError, RequestError
 from megatoken.log import setup_logging
 from megatoken.process.program import read_arguments, report_ready
+from megatoken.process.uncollected import uncollected
 from megatoken.router.edge.config import EdgeConfig
 from megatoken.router.edge.vllm.serve_args import serve_arguments
 from megatoken.router.identity.api_keys import KeyRing
@@ -64,9 +65,10 @@ def stop_at_once(*_: object) -> None:
 
 async def serve(config: EdgeConfig, keys: KeyRing | None, listener: socket.socket, ready_fd: int | None) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests end for `limits.drain_s`."""
-    import uvicorn
+    with uncollected():
+        import uvicorn
 
-    from megatoken.router.edge.assemble import assemble
+        from megatoken.router.edge.assemble import assemble
 
     parts = await assemble(config, keys)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from vllm.v1.executor import ray_executor_v2
-
 from megatoken.process.interface import interface_of
+from megatoken.process.uncollected import uncollected
 from megatoken.worker.engines.ranks.ray_executor import PlacedRank, PlacedRayExecutor
 from megatoken.worker.engines.ranks.variables import DEVICE_VARIABLE
 from megatoken.worker.engines.ranks.waits import SHARED_MEMORY_VARIABLE, wait_asleep
+
+with uncollected():
+    from vllm.v1.executor import ray_executor_v2
 
 # Copied from the engine core to its ranks, before they import anything.
 EARLY_VARIABLES = (

@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayActorError
-from vllm.platforms import current_platform
-from vllm.v1.executor import ray_executor_v2
-from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
 from megatoken.process import start_phase
 from megatoken.process.devices import visible_devices
 from megatoken.process.host import host_of
+from megatoken.process.uncollected import uncollected
 from megatoken.worker.engines import weights
 from megatoken.worker.engines.ranks.executor import MortalExecutor, mark_rank
 from megatoken.worker.engines.ranks.rank_start import watch_ranks
 from megatoken.worker.engines.ranks.variables import DEVICES_VARIABLE, REPLICA_VARIABLE, SOCKETS_VARIABLE
+
+with uncollected():  # in the process of a rank this is where vLLM is imported
+    from vllm.platforms import current_platform
+    from vllm.v1.executor import ray_executor_v2
+    from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
 
 class PlacedRank(RayWorkerProc):  # type: ignore[misc]
