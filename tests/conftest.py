@@ -2,7 +2,7 @@
 
 A module's tests stay on one worker, which keeps what they share. Real engines and whole clusters want the cores, so
 their modules run one after another on one worker. Separate hosts mostly wait, and share the other with what is small.
-The fleet wants the whole machine: it comes last, when the other worker has nothing left.
+The fleet wants the whole machine: it comes when only unit tests are left, which are soon over.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ENGINES: Final = re.compile(
 )
 ALONE: Final = "tests/netns/test_whole_fleet.py"
 STEPS: Final[dict[str, bool]] = {}  # of the fleet, in their order: whether one failed
-FIRST: Final = ("engines", "tests/netns", "tests/integration", "tests/chaos", "tests/simulation", "tests/fuzz")
+FIRST: Final = ("engines", "tests/netns", "tests/integration", "tests/chaos", "tests/simulation", "tests/fuzz", ALONE)
 
 
 def share_of(nodeid: str) -> str:
@@ -33,12 +33,12 @@ def share_of(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, but for what runs alone."""
+    """What takes longest comes first, but for the fleet."""
 
     def place(item: pytest.Item) -> int:
         share = share_of(item.nodeid)
         if share == ALONE:
-            return len(FIRST) + 1
+            return FIRST.index(ALONE)
         return next((at for at, name in enumerate(FIRST) if share.startswith(name)), len(FIRST))
 
     items.sort(key=place)

@@ -1,9 +1,7 @@
-"""The main job with a real engine: a cluster of vLLM on CPU answers through the router and the edge, and heals."""
+"""The main job with a real engine: a cluster of vLLM on CPU answers through the router and the edge."""
 
 import http.client
 import json
-import os
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,26 +62,3 @@ def test_it_answers_through_the_router_and_through_the_edge(cluster: RunningClus
     assert "import" in cluster.run("events")
     too_long = cluster.run("generate", "--max-tokens", "5000", QUESTION, status=2)
     assert "max_tokens: 5000 is not allowed" in too_long
-
-
-def below(cluster: RunningCluster, root: int) -> list[int]:
-    """The cluster's processes that `root` started, and those that they did."""
-    children = [pid for pid in cluster.pids() if cluster.parent(pid) == root]
-    return [*children, *(pid for child in children for pid in below(cluster, child))]
-
-
-def test_a_killed_engine_is_replaced_under_a_new_id_and_leaves_nothing(cluster: RunningCluster) -> None:
-    (replica,) = cluster.ready(MODEL)
-    worker = cluster.pid("-m megatoken.worker", f"{replica}.json")
-    engines = set(below(cluster, worker))
-    assert engines, "the worker runs its engine in a process of its own; else this test shows nothing"
-    os.kill(worker, signal.SIGKILL)
-
-    def met(status: dict[str, Any]) -> bool:
-        serving = [row["replica"] for row in status["replicas"] if row["state"] == "READY"]
-        return len(serving) == 1 and serving != [replica]
-
-    cluster.wait(met, timeout_s=300)
-    assert not cluster.pids("-m megatoken.worker", f"{replica}.json")
-    assert not engines & set(cluster.pids()), "processes of the dead worker's engine live on"
-    assert cluster.run("generate", QUESTION).strip() == ANSWER

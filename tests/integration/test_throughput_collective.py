@@ -157,20 +157,6 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-async def test_a_flapping_agent_does_not_keep_the_others_from_counting(agents: Agents) -> None:
-    victim, since = agents.running["n1"], len(agents.controller.groups)
-    whole = 0
-    for _ in range(4):
-        os.kill(victim.pid, signal.SIGSTOP)
-        await asyncio.sleep(2)
-        os.kill(victim.pid, signal.SIGCONT)
-        await asyncio.sleep(0.7)
-        whole += (await agents.sample("n2")).complete
-    assert whole >= 3
-    assert len(agents.controller.groups) - since <= 8
-    await agents.until_ranks(NODES, 60)
-
-
 async def test_a_controller_restart_stops_nothing(agents: Agents) -> None:
     before = await agents.sample("n0")
     controller = agents.controller

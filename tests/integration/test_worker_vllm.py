@@ -120,7 +120,7 @@ async def test_a_rank_computes_with_fewer_threads_once_others_share_its_cores(
         )
         await worker_pb2_grpc.WorkerStub(channel).Renew(renewal, timeout=10)
         before = busy_threads(worker.pid)
-        tokens, _ = await generate(channel, [1, 2, 3], max_tokens=60, temperature=0.0, ignore_eos=True)
+        tokens, _ = await generate(channel, [1, 2, 3], max_tokens=24, temperature=0.0, ignore_eos=True)
         used = [ticks - before.get(thread, 0) for thread, ticks in busy_threads(worker.pid).items()]
         busy.append(sum(ticks > max(used) / 3 for ticks in used))
         answers.append(tokens)

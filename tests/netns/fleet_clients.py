@@ -68,7 +68,7 @@ class Clients:
     def __enter__(self) -> Clients:
         self._thread.start()
         if not self._started.wait(120):
-            raise RuntimeError(f"the fleet does not answer: {self.report}")
+            raise RuntimeError(f"the fleet does not answer: {self.report}\n{self._fleet.events()}")
         return self
 
     def __exit__(self, *_: object) -> None:

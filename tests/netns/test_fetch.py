@@ -16,7 +16,7 @@ from deploy.netns.ray_nodes import RayNodes
 
 FETCH = [str(Path(sys.executable).with_name("megatoken")), "fetch"]
 MODEL, SMALL = "/tmp/models/m", "/tmp/small"
-LARGE_BYTES = 384 << 20  # several times what an object store here holds
+LARGE_BYTES = 256 << 20  # several times what an object store here holds
 SPEC = "models: [{{name: m, engine: vllm, source: {source}, env: {{HF_HOME: /tmp/hf}}}}]\n"
 ID, CACHE = "acme/m", "/tmp/hf/hub/models--acme--m"
 
