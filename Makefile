@@ -79,7 +79,7 @@ test-multinode: setup
 
 ## fleet: one fleet with everything on, over three hosts on this machine, while its parts die; needs root. ARGS=-s prints its report.
 fleet: setup
-	$(PYTEST) tests/netns/test_whole_fleet.py $(ARGS)
+	MEGATOKEN_WHOLE_FLEET=1 $(PYTEST) tests/netns/test_whole_fleet.py $(ARGS)
 
 ## chaos: campaigns of faults in full, about 15 minutes; `make test` runs a short form of each.
 chaos: setup
