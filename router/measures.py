@@ -23,6 +23,8 @@ RESUME_CAUSES: Final = ("lost", "drained")
 class ModelMeasures:
     """One model's. Counters grow only; times are in seconds."""
 
+    arrived: int = 0  # that could be served, refused or not
+    arrived_work_s: float = 0.0  # of a replica's full time, by the rates measured when they came
     started: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0

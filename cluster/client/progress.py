@@ -103,7 +103,7 @@ def waiting_for(status: control_pb2.ClusterStatus) -> list[str]:
             doing = _phases(status, model.model)
             found.append(f"model {model.model}: {serving} of {model.wanted} replicas ready{doing}")
     found += [f"{entry.kind} {entry.name}: {entry.state}" for entry in status.processes if entry.state != "READY"]
-    if not status.processes and any(model.wanted for model in status.models):
+    if not status.processes and status.models:
         found.append("the first look at the cluster")
     return found
 

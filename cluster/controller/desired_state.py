@@ -39,6 +39,7 @@ class DesiredState:
 
     def apply(self, spec: ClusterSpec, fleet: Fleet, *, dry_run: bool) -> tuple[int, list[str]]:
         """Makes `spec` the desired one; returns its generation and what changes. Raises SpecError."""
+        spec = with_present_sizes(spec, self.spec)
         changes = changes_between(self.spec, spec)
         if not dry_run and changes:
             self._take(spec, previous_specs(self.spec, spec, self.desired.previous, settled_models(self.spec, fleet)))
@@ -48,15 +49,27 @@ class DesiredState:
         return self.desired.generation, changes
 
     def scale(self, model: str, replicas: int) -> int:
-        """Asks for another number of replicas; returns the generation. Raises NotFoundError."""
+        """Asks for another number of replicas; returns the generation. Raises NotFoundError, RequestError."""
         before = self.spec.model(model)
         if before is None:
             known = ", ".join(entry.name for entry in self.spec.models) or "none"
             raise NotFoundError("model", model, f"one of: {known}")
+        if before.autoscale is not None:
+            bounds = f"{before.autoscale.min_replicas} to {before.autoscale.max_replicas}"
+            rule = f"its number follows the load ({bounds}); apply other bounds, or none"
+            raise RequestError("replicas", replicas, rule)
         if replicas != before.replicas:
             self._take(self.spec.with_replicas(model, replicas), {})
             self._tell(ClusterEvent("model.scaled", model, f"{before.replicas} -> {replicas} replicas", "scale"))
         return self.desired.generation
+
+    def resize(self, model: str, replicas: int, why: str) -> None:
+        """What autoscaling decided."""
+        before = self.spec.model(model)
+        if before is not None and replicas != before.replicas:
+            self._take(self.spec.with_replicas(model, replicas), {})
+            message = f"{before.replicas} -> {replicas} replicas: {why}"
+            self._tell(ClusterEvent("model.scaled", model, message, "autoscale"))
 
     def drain_replica(self, replica_id: str, timeout_s: float | None, fleet: Fleet) -> list[str]:
         """Takes one replica out of service; another replaces it. Raises NotFoundError."""
@@ -156,6 +169,16 @@ class DesiredState:
     def _read(self) -> Desired:
         needs = {model.name: device_need_bytes(model, shape_of(model)) for model in self.spec.models}
         return replace(self._store.desired(stopping=self.stopping), device_needs=needs)
+
+
+def with_present_sizes(spec: ClusterSpec, present: ClusterSpec) -> ClusterSpec:
+    """`spec`, where a model whose number follows the load keeps the present one, within its bounds."""
+    for model in spec.models:
+        before = present.model(model.name)
+        if model.autoscale is not None and before is not None:
+            least, most = model.autoscale.min_replicas, model.autoscale.max_replicas
+            spec = spec.with_replicas(model.name, min(max(before.replicas, least), most))
+    return spec
 
 
 def settled_models(spec: ClusterSpec, fleet: Fleet) -> frozenset[str]:

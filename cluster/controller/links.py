@@ -33,6 +33,7 @@ from megatoken.v1 import (
 )
 
 CALL_TIMEOUT_S = 2.0
+FRESH_S = 5.0
 CONCURRENT_CALLS = 64
 RATE_SMOOTHING_S = 3.0  # time constant of the tokens/s that status shows where no agent sums them
 
@@ -64,6 +65,7 @@ class Links:
         self._loads: dict[str, tokens_pb2.Load] = {}
         self._meters: dict[str, _Meter] = {}
         self.routers: dict[str, router_pb2.RouterStatus] = {}
+        self._routers_read_s: dict[str, float] = {}
         """By name: what each last said."""
         self._probes: set[asyncio.Task[None]] = set()
         self._renewals: dict[str, asyncio.Task[None]] = {}
@@ -162,6 +164,7 @@ class Links:
         """Asks routers (name -> address) for their queues."""
         for gone in self.routers.keys() - addresses.keys():
             self.routers.pop(gone)
+            self._routers_read_s.pop(gone, None)
         for name, address in addresses.items():
             try:
                 stub = router_pb2_grpc.RouterStub(self._channel(address))
@@ -169,7 +172,11 @@ class Links:
             except grpc.aio.AioRpcError as error:
                 await self._give_up(address, error)
                 continue
-            self.routers[name] = status
+            self.routers[name], self._routers_read_s[name] = status, time.monotonic()
+
+    def answering_routers(self, now: float) -> dict[str, router_pb2.RouterStatus]:
+        """What the routers say that answered lately: what waits in one that is lost waits no more."""
+        return {name: status for name, status in self.routers.items() if now - self._routers_read_s[name] <= FRESH_S}
 
     async def read_throughput(self, addresses: Iterable[str]) -> None:
         """Takes the newest sample from the first agent that answers."""

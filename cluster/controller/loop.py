@@ -28,6 +28,7 @@ from megatoken.cluster.controller.monitoring.rates import BestRates
 from megatoken.cluster.controller.polls import Polls, Readable
 from megatoken.cluster.controller.processes import STOP_GRACE_S, Processes
 from megatoken.cluster.controller.publisher import Members, Publisher
+from megatoken.cluster.controller.scaling import Autoscaler
 from megatoken.cluster.controller.state import StateStore
 from megatoken.cluster.controller.status import (
     model_statuses,
@@ -108,6 +109,7 @@ class Controller:
         self.inventory = Inventory()
         self.devices = Devices(self.desired_state, self.tell)
         self._rates = BestRates(store)
+        self._autoscaler = Autoscaler(self.desired_state)
         self.history = History(store)
         self._history_due_s = 0.0
         self.events = EventLog(self.desired_state.spec.control.events_kept, time.time)
@@ -206,6 +208,7 @@ class Controller:
         self.devices.hear(self.backend_state.drivers)
         self.devices.take(self.backend_state.checks, self.backend_state.inventory)
         observation = await self._inspected(backend, self._observation())
+        self._autoscaler.look(self.fleet, self.links.answering_routers(now), self.links.readings(), now)
         desired = self.desired_state.desired.on_nodes(self.inventory)
         plan = reconcile(desired, self.fleet, observation, self._limits(), now)
         self.store.save_fleet(plan.fleet)  # a disk that takes nothing leaves all as it was, to be decided anew
@@ -410,7 +413,9 @@ class Controller:
             ray_address=self._context.ray_address,
             metrics_address=self.metrics_address,
             nodes=node_statuses(self.inventory, self.fleet, self.desired_state.desired.drained_nodes),
-            models=model_statuses(self.fleet, self.desired_state.spec.models, replicas, readings, now),
+            models=model_statuses(
+                self.fleet, self.desired_state.spec.models, replicas, readings, self._autoscaler.messages, now
+            ),
             replicas=replicas,
             processes=process_statuses(self.processes.records, self.backend_state.processes, self.inventory),
             throughput=self.links.sample,

@@ -101,4 +101,5 @@ def _model(model: ModelSpec, fleet: Fleet) -> membership_pb2.ModelMember:
         replicas_wanted=model.replicas,
         replicas_ready=ready,
         blocked="" if block is None or block.passes else block.text,
+        hold_s=model.autoscale.hold_s if model.autoscale is not None else 0.0,
     )

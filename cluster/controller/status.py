@@ -106,6 +106,7 @@ def model_statuses(
     models: Iterable[ModelSpec],
     replicas: Iterable[control_pb2.ReplicaStatus],
     readings: Readings,
+    autoscaling: Mapping[str, control_pb2.Autoscaling],
     now: float,
 ) -> list[control_pb2.ModelStatus]:
     """Every wanted model. Requests queued in routers count for the only model, as routers do not split them."""
@@ -128,6 +129,7 @@ def model_statuses(
                 generated_tokens_per_s=sum(row.generated_tokens_per_s for row in own),
                 source=model.source,
                 engine=model.engine,
+                autoscaling=autoscaling.get(model.name),
             )
         )
     return found

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatoken.cluster.inventory.topology import CPU_KIND
 from megatoken.cluster.placement.values import Separate, TpSpan
+from megatoken.cluster.spec.autoscale import AutoscaleSpec
 from megatoken.router.policies.names import ALLOWED, parse_policy
 from megatoken.worker.config import SimulatedConfig
 
@@ -23,7 +24,9 @@ NO_DATA_PARALLEL = "one replica runs one engine core; ask for more `replicas` in
 NO_CPU_EXPERTS = "vLLM 0.32's CPU kernels crash when experts are split over ranks, where tensor splits each expert"
 NO_ADAPTERS = "adapters are not served; merge each into its base model and serve that as a model of its own"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
-CONTROL_FIELDS = ("replicas", "policy", "drain_timeout_s", "start_timeout_s", "update", "standalone_tokens_per_s")
+CONTROL_FIELDS = (
+    *("replicas", "autoscale", "policy", "drain_timeout_s", "start_timeout_s", "update", "standalone_tokens_per_s"),
+)
 
 
 CHOSEN = "VISIBLE_DEVICES"  # ends the names by which drivers are told which devices there are
@@ -106,7 +109,8 @@ class ModelSpec(SpecPart):
     name: str = Field(min_length=1, max_length=128, pattern=NAME_PATTERN, description="what requests ask for")
     source: str = Field("", description="builtin:NAME, a directory, or a Hugging Face id; simulated needs none")
     engine: Literal["vllm", "simulated"] = Field("vllm", description="simulated runs no model: for tests only")
-    replicas: int = Field(1, ge=0, le=100_000, description="copies wanted")
+    replicas: int = Field(1, ge=0, le=100_000, description="copies wanted; with autoscale: at first")
+    autoscale: AutoscaleSpec | None = Field(None, description="how many replicas there should be follows the load")
     parallel: ParallelSpec = ParallelSpec()
     placement: PlacementSpec = PlacementSpec()
     dtype: Literal["auto", "float32", "bfloat16", "float16", "half", "float"] = Field("auto", description="of weights")

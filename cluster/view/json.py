@@ -39,4 +39,6 @@ def _with_numbers(message: Any, document: dict[str, Any]) -> dict[str, Any]:
                     _with_numbers(part, entry)
             elif isinstance(value, dict):
                 _with_numbers(inner, value)
+            else:  # an optional part that is not there
+                document[descriptor.name] = None
     return document

@@ -40,7 +40,7 @@ def refusal(
     limits: AdmissionConfig,
 ) -> MegatokenError | None:
     """Why a request cannot enter now; None when it may. `live` is requests running and queued in the router."""
-    if not pool.replicas and not pool.wanted:
+    if not pool.replicas and not pool.wanted and not pool.hold_s:
         return UnavailableError(f"model: {pool.model!r} has no replica, and none is wanted")
     if not pool.replicas and pool.blocked:
         return UnavailableError(f"model: {pool.model!r} has no replica: {pool.blocked}")

@@ -92,6 +92,7 @@ def _admit(
     size_bytes = message.ByteSize()
     expected = pool.expected_output(max_tokens)
     cost = (prompt_tokens + expected) * choices
+    pool.arrived(prompt_tokens, expected, choices)
     refused = admission.refusal(
         pool, cost, choices, prompt_tokens, state.live + choices - 1, deadline_s - now, state.config.admission
     ) or admission.no_memory(pool, state.live_bytes, size_bytes * choices, state.config.admission)

@@ -37,6 +37,10 @@ class Rates:
     def prefill_tokens_per_s(self) -> float:
         return 1.0 / self.prompt_s
 
+    def work_s(self, prompt_tokens: int, tokens: int, batch: int) -> float:
+        """A request's share of the replica's time in a full batch."""
+        return prompt_tokens * self.prompt_s + tokens * (self.step_s / batch + self.token_s)
+
 
 @dataclass(slots=True)
 class Capacity:

@@ -130,6 +130,7 @@ class Pool:
     policy: Policy
     wanted: int = 0
     blocked: str = ""
+    hold_s: float = 0.0  # that requests wait for the first replica, since asking makes one start; 0: none does
     known: bool = True  # in the present snapshot
     replicas: list[Endpoint] = field(default_factory=list)
     open: list[Endpoint] = field(default_factory=list)
@@ -159,6 +160,16 @@ class Pool:
         self._made += (tokens - self._made) * max(1 / self.outputs_seen, 1 / 256)
         self._allowed += (max(max_tokens, tokens, 1) - self._allowed) * max(1 / self.outputs_seen, 1 / 256)
         self.output_share = self._made / self._allowed
+
+    def work_s(self, prompt_tokens: int, tokens: int) -> float:
+        """A request's part of a replica's full time, on the kind that takes least; 0 until one was measured."""
+        kinds = self.rates_by_kind.values()
+        return min((rates.work_s(prompt_tokens, tokens, batch) for rates, batch in kinds), default=0.0)
+
+    def arrived(self, prompt_tokens: int, tokens: int, choices: int) -> None:
+        """A request that could be served has come, whether or not it may enter."""
+        self.measures.arrived += choices
+        self.measures.arrived_work_s += choices * self.work_s(prompt_tokens, tokens)
 
     def gauge(self) -> None:
         """Sums up what its replicas were measured at. Called ten times a second, so that a request need not."""

@@ -86,7 +86,7 @@ def _apply_models(
 ) -> None:
     for pool in fleet.pools.values():
         pool.known = False
-        pool.wanted = 0
+        pool.wanted, pool.hold_s = 0, 0.0
         pool.blocked = ""
     for model in snapshot.models:
         present = fleet.pools.get(model.model)
@@ -99,5 +99,5 @@ def _apply_models(
         if policy.name != pool.policy.name:
             pool.policy = policy
         pool.known = True
-        pool.wanted = model.replicas_wanted
+        pool.wanted, pool.hold_s = model.replicas_wanted, model.hold_s
         pool.blocked = model.blocked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from megatoken.router.core.state import RouterState
-from megatoken.router.fleet.fleet import Endpoint
+from megatoken.router.fleet.fleet import Endpoint, Pool
 from megatoken.router.fleet.limits import ceiling
 from megatoken.v1 import router_pb2
 
@@ -60,6 +60,7 @@ def router_status(state: RouterState) -> router_pb2.RouterStatus:
         held_back_by=why,
         draining=state.draining,
     )
+    status.models.extend(_model(pool) for pool in state.fleet.pools.values() if pool.known or pool.replicas)
     for replica in state.fleet.live():
         status.replicas.add(
             replica=replica.name,
@@ -76,3 +77,18 @@ def router_status(state: RouterState) -> router_pb2.RouterStatus:
             rtt_ms=replica.rtt_s * 1e3,
         )
     return status
+
+
+def _model(pool: Pool) -> router_pb2.RouterModel:
+    measures = pool.measures
+    return router_pb2.RouterModel(
+        model=pool.model,
+        arrived_requests=measures.arrived,
+        arrived_work_s=measures.arrived_work_s,
+        measured=bool(pool.rates_by_kind),
+        queued=pool.queue.length,
+        queued_work_s=pool.queue.length * measures.arrived_work_s / max(1, measures.arrived),
+        running=sum(replica.in_flight for replica in pool.replicas),
+        first_token=measures.first_token_s.counts.tolist(),
+        between_tokens=measures.between_tokens_s.counts.tolist(),
+    )

@@ -1,6 +1,6 @@
 """`megatoken top`: the live view of a cluster, or one picture of it as an SVG.
 
-cluster/cli/top.py calls these with the controller's address and a way to open channels with the cluster's credentials.
+cluster/cli/look/top.py calls these with the controller's address and a way to open channels with its credentials.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ class NodeStatus(_message.Message):
     def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ..., site: _Optional[str] = ..., state: _Optional[str] = ..., device_kind: _Optional[str] = ..., devices: _Optional[int] = ..., devices_used: _Optional[int] = ..., devices_out: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("model", "wanted", "ready", "blocked", "rollout", "running", "waiting", "generated_tokens_per_s", "source", "engine", "blocked_kind")
+    __slots__ = ("model", "wanted", "ready", "blocked", "rollout", "running", "waiting", "generated_tokens_per_s", "source", "engine", "autoscaling", "blocked_kind")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +239,7 @@ class ModelStatus(_message.Message):
     GENERATED_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
+    AUTOSCALING_FIELD_NUMBER: _ClassVar[int]
     BLOCKED_KIND_FIELD_NUMBER: _ClassVar[int]
     model: str
     wanted: int
@@ -250,8 +251,37 @@ class ModelStatus(_message.Message):
     generated_tokens_per_s: float
     source: str
     engine: str
+    autoscaling: Autoscaling
     blocked_kind: str
-    def __init__(self, model: _Optional[str] = ..., wanted: _Optional[int] = ..., ready: _Optional[int] = ..., blocked: _Optional[str] = ..., rollout: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens_per_s: _Optional[float] = ..., source: _Optional[str] = ..., engine: _Optional[str] = ..., blocked_kind: _Optional[str] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., wanted: _Optional[int] = ..., ready: _Optional[int] = ..., blocked: _Optional[str] = ..., rollout: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens_per_s: _Optional[float] = ..., source: _Optional[str] = ..., engine: _Optional[str] = ..., autoscaling: _Optional[_Union[Autoscaling, _Mapping]] = ..., blocked_kind: _Optional[str] = ...) -> None: ...
+
+class Autoscaling(_message.Message):
+    __slots__ = ("min_replicas", "max_replicas", "target", "why", "need", "load", "requests_per_s", "waiting", "ttft_p99_s", "itl_p99_s", "utilisation", "start_s")
+    MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    NEED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    TTFT_P99_S_FIELD_NUMBER: _ClassVar[int]
+    ITL_P99_S_FIELD_NUMBER: _ClassVar[int]
+    UTILISATION_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
+    min_replicas: int
+    max_replicas: int
+    target: int
+    why: str
+    need: float
+    load: float
+    requests_per_s: float
+    waiting: int
+    ttft_p99_s: float
+    itl_p99_s: float
+    utilisation: float
+    start_s: float
+    def __init__(self, min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., target: _Optional[int] = ..., why: _Optional[str] = ..., need: _Optional[float] = ..., load: _Optional[float] = ..., requests_per_s: _Optional[float] = ..., waiting: _Optional[int] = ..., ttft_p99_s: _Optional[float] = ..., itl_p99_s: _Optional[float] = ..., utilisation: _Optional[float] = ..., start_s: _Optional[float] = ...) -> None: ...
 
 class StartPhase(_message.Message):
     __slots__ = ("phase", "seconds")

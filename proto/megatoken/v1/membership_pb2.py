@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmegatoken/v1/membership.proto\x12\x0cmegatoken.v1\"?\n\x0cWatchRequest\x12\x0f\n\x07watcher\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\"\xe4\x01\n\x08Snapshot\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12-\n\x08replicas\x18\x03 \x03(\x0b\x32\x1b.megatoken.v1.ReplicaMember\x12)\n\x06models\x18\x04 \x03(\x0b\x32\x19.megatoken.v1.ModelMember\x12\x31\n\nthroughput\x18\x05 \x01(\x0b\x32\x1d.megatoken.v1.ThroughputGroup\x12+\n\x07routers\x18\x06 \x03(\x0b\x32\x1a.megatoken.v1.RouterMember\"\xd4\x02\n\rReplicaMember\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12)\n\x05phase\x18\x05 \x01(\x0e\x32\x1a.megatoken.v1.ReplicaPhase\x12\x0c\n\x04node\x18\x06 \x01(\t\x12\x0c\n\x04site\x18\x07 \x01(\t\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x13\n\x0bmax_running\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x0e\n\x06\x65ngine\x18\x0c \x01(\t\x12\r\n\x05loras\x18\r \x03(\t\x12\x1d\n\x15\x64rain_deadline_unix_s\x18\x0e \x01(\x01\x12\x13\n\x0b\x64\x65vice_kind\x18\x0f \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x10 \x01(\r\"n\n\x0bModelMember\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x17\n\x0freplicas_wanted\x18\x03 \x01(\r\x12\x16\n\x0ereplicas_ready\x18\x04 \x01(\r\x12\x0f\n\x07\x62locked\x18\x05 \x01(\t\"=\n\x0cRouterMember\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\"\x9f\x01\n\x0fThroughputGroup\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12/\n\x07members\x18\x02 \x03(\x0b\x32\x1e.megatoken.v1.ThroughputMember\x12\x18\n\x10published_unix_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x14\n\x0chierarchical\x18\x05 \x01(\x08\x12\x0b\n\x03why\x18\x06 \x01(\t\"e\n\x10ThroughputMember\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x15\n\rstore_address\x18\x05 \x01(\t*b\n\x0cReplicaPhase\x12\x1d\n\x19REPLICA_PHASE_UNSPECIFIED\x10\x00\x12\x17\n\x13REPLICA_PHASE_READY\x10\x01\x12\x1a\n\x16REPLICA_PHASE_DRAINING\x10\x02\x32K\n\nMembership\x12=\n\x05Watch\x12\x1a.megatoken.v1.WatchRequest\x1a\x16.megatoken.v1.Snapshot0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmegatoken/v1/membership.proto\x12\x0cmegatoken.v1\"?\n\x0cWatchRequest\x12\x0f\n\x07watcher\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\"\xe4\x01\n\x08Snapshot\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12-\n\x08replicas\x18\x03 \x03(\x0b\x32\x1b.megatoken.v1.ReplicaMember\x12)\n\x06models\x18\x04 \x03(\x0b\x32\x19.megatoken.v1.ModelMember\x12\x31\n\nthroughput\x18\x05 \x01(\x0b\x32\x1d.megatoken.v1.ThroughputGroup\x12+\n\x07routers\x18\x06 \x03(\x0b\x32\x1a.megatoken.v1.RouterMember\"\xd4\x02\n\rReplicaMember\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12)\n\x05phase\x18\x05 \x01(\x0e\x32\x1a.megatoken.v1.ReplicaPhase\x12\x0c\n\x04node\x18\x06 \x01(\t\x12\x0c\n\x04site\x18\x07 \x01(\t\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x13\n\x0bmax_running\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x0e\n\x06\x65ngine\x18\x0c \x01(\t\x12\r\n\x05loras\x18\r \x03(\t\x12\x1d\n\x15\x64rain_deadline_unix_s\x18\x0e \x01(\x01\x12\x13\n\x0b\x64\x65vice_kind\x18\x0f \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x10 \x01(\r\"~\n\x0bModelMember\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x17\n\x0freplicas_wanted\x18\x03 \x01(\r\x12\x16\n\x0ereplicas_ready\x18\x04 \x01(\r\x12\x0f\n\x07\x62locked\x18\x05 \x01(\t\x12\x0e\n\x06hold_s\x18\x06 \x01(\x01\"=\n\x0cRouterMember\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\"\x9f\x01\n\x0fThroughputGroup\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12/\n\x07members\x18\x02 \x03(\x0b\x32\x1e.megatoken.v1.ThroughputMember\x12\x18\n\x10published_unix_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x14\n\x0chierarchical\x18\x05 \x01(\x08\x12\x0b\n\x03why\x18\x06 \x01(\t\"e\n\x10ThroughputMember\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x15\n\rstore_address\x18\x05 \x01(\t*b\n\x0cReplicaPhase\x12\x1d\n\x19REPLICA_PHASE_UNSPECIFIED\x10\x00\x12\x17\n\x13REPLICA_PHASE_READY\x10\x01\x12\x1a\n\x16REPLICA_PHASE_DRAINING\x10\x02\x32K\n\nMembership\x12=\n\x05Watch\x12\x1a.megatoken.v1.WatchRequest\x1a\x16.megatoken.v1.Snapshot0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'megatoken.v1.membership_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICAPHASE']._serialized_start=1126
-  _globals['_REPLICAPHASE']._serialized_end=1224
+  _globals['_REPLICAPHASE']._serialized_start=1142
+  _globals['_REPLICAPHASE']._serialized_end=1240
   _globals['_WATCHREQUEST']._serialized_start=47
   _globals['_WATCHREQUEST']._serialized_end=110
   _globals['_SNAPSHOT']._serialized_start=113
@@ -40,13 +40,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPLICAMEMBER']._serialized_start=344
   _globals['_REPLICAMEMBER']._serialized_end=684
   _globals['_MODELMEMBER']._serialized_start=686
-  _globals['_MODELMEMBER']._serialized_end=796
-  _globals['_ROUTERMEMBER']._serialized_start=798
-  _globals['_ROUTERMEMBER']._serialized_end=859
-  _globals['_THROUGHPUTGROUP']._serialized_start=862
-  _globals['_THROUGHPUTGROUP']._serialized_end=1021
-  _globals['_THROUGHPUTMEMBER']._serialized_start=1023
-  _globals['_THROUGHPUTMEMBER']._serialized_end=1124
-  _globals['_MEMBERSHIP']._serialized_start=1226
-  _globals['_MEMBERSHIP']._serialized_end=1301
+  _globals['_MODELMEMBER']._serialized_end=812
+  _globals['_ROUTERMEMBER']._serialized_start=814
+  _globals['_ROUTERMEMBER']._serialized_end=875
+  _globals['_THROUGHPUTGROUP']._serialized_start=878
+  _globals['_THROUGHPUTGROUP']._serialized_end=1037
+  _globals['_THROUGHPUTMEMBER']._serialized_start=1039
+  _globals['_THROUGHPUTMEMBER']._serialized_end=1140
+  _globals['_MEMBERSHIP']._serialized_start=1242
+  _globals['_MEMBERSHIP']._serialized_end=1317
 # @@protoc_insertion_point(module_scope)

@@ -79,18 +79,20 @@ class ReplicaMember(_message.Message):
     def __init__(self, replica: _Optional[str] = ..., model: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ..., phase: _Optional[_Union[ReplicaPhase, str]] = ..., node: _Optional[str] = ..., site: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_running: _Optional[int] = ..., block_size: _Optional[int] = ..., engine: _Optional[str] = ..., loras: _Optional[_Iterable[str]] = ..., drain_deadline_unix_s: _Optional[float] = ..., device_kind: _Optional[str] = ..., devices: _Optional[int] = ...) -> None: ...
 
 class ModelMember(_message.Message):
-    __slots__ = ("model", "policy", "replicas_wanted", "replicas_ready", "blocked")
+    __slots__ = ("model", "policy", "replicas_wanted", "replicas_ready", "blocked", "hold_s")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_WANTED_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_READY_FIELD_NUMBER: _ClassVar[int]
     BLOCKED_FIELD_NUMBER: _ClassVar[int]
+    HOLD_S_FIELD_NUMBER: _ClassVar[int]
     model: str
     policy: str
     replicas_wanted: int
     replicas_ready: int
     blocked: str
-    def __init__(self, model: _Optional[str] = ..., policy: _Optional[str] = ..., replicas_wanted: _Optional[int] = ..., replicas_ready: _Optional[int] = ..., blocked: _Optional[str] = ...) -> None: ...
+    hold_s: float
+    def __init__(self, model: _Optional[str] = ..., policy: _Optional[str] = ..., replicas_wanted: _Optional[int] = ..., replicas_ready: _Optional[int] = ..., blocked: _Optional[str] = ..., hold_s: _Optional[float] = ...) -> None: ...
 
 class RouterMember(_message.Message):
     __slots__ = ("router", "address", "node")

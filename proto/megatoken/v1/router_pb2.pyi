@@ -109,7 +109,7 @@ class GetRouterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RouterStatus(_message.Message):
-    __slots__ = ("router", "membership_epoch", "membership_version", "running", "queued", "requests_started", "requests_finished", "requests_failed", "requests_refused", "resumes", "prompt_tokens", "generated_tokens", "replicas", "ttft_ms", "itl_ms", "ceiling", "held_back_by", "draining")
+    __slots__ = ("router", "membership_epoch", "membership_version", "running", "queued", "requests_started", "requests_finished", "requests_failed", "requests_refused", "resumes", "prompt_tokens", "generated_tokens", "replicas", "ttft_ms", "itl_ms", "ceiling", "held_back_by", "draining", "models")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     MEMBERSHIP_EPOCH_FIELD_NUMBER: _ClassVar[int]
     MEMBERSHIP_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +128,7 @@ class RouterStatus(_message.Message):
     CEILING_FIELD_NUMBER: _ClassVar[int]
     HELD_BACK_BY_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     router: str
     membership_epoch: int
     membership_version: int
@@ -146,7 +147,30 @@ class RouterStatus(_message.Message):
     ceiling: float
     held_back_by: str
     draining: bool
-    def __init__(self, router: _Optional[str] = ..., membership_epoch: _Optional[int] = ..., membership_version: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., requests_started: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_refused: _Optional[int] = ..., resumes: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[RouterReplica, _Mapping]]] = ..., ttft_ms: _Optional[_Iterable[float]] = ..., itl_ms: _Optional[_Iterable[float]] = ..., ceiling: _Optional[float] = ..., held_back_by: _Optional[str] = ..., draining: bool = ...) -> None: ...
+    models: _containers.RepeatedCompositeFieldContainer[RouterModel]
+    def __init__(self, router: _Optional[str] = ..., membership_epoch: _Optional[int] = ..., membership_version: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., requests_started: _Optional[int] = ..., requests_finished: _Optional[int] = ..., requests_failed: _Optional[int] = ..., requests_refused: _Optional[int] = ..., resumes: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[RouterReplica, _Mapping]]] = ..., ttft_ms: _Optional[_Iterable[float]] = ..., itl_ms: _Optional[_Iterable[float]] = ..., ceiling: _Optional[float] = ..., held_back_by: _Optional[str] = ..., draining: bool = ..., models: _Optional[_Iterable[_Union[RouterModel, _Mapping]]] = ...) -> None: ...
+
+class RouterModel(_message.Message):
+    __slots__ = ("model", "arrived_requests", "arrived_work_s", "measured", "queued", "queued_work_s", "running", "first_token", "between_tokens")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_WORK_S_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_WORK_S_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BETWEEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    arrived_requests: int
+    arrived_work_s: float
+    measured: bool
+    queued: int
+    queued_work_s: float
+    running: int
+    first_token: _containers.RepeatedScalarFieldContainer[int]
+    between_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model: _Optional[str] = ..., arrived_requests: _Optional[int] = ..., arrived_work_s: _Optional[float] = ..., measured: bool = ..., queued: _Optional[int] = ..., queued_work_s: _Optional[float] = ..., running: _Optional[int] = ..., first_token: _Optional[_Iterable[int]] = ..., between_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RouterReplica(_message.Message):
     __slots__ = ("replica", "model", "state", "in_flight", "outstanding_tokens", "decode_tokens_per_s", "prefill_tokens_per_s", "running", "waiting", "kv_usage", "generated_tokens", "rtt_ms")

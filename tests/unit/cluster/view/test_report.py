@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatoken.cluster.cli.report import prices_of, seconds_of
+from megatoken.cluster.cli.look.report import prices_of, seconds_of
 from megatoken.cluster.client.control import CommandError
 from megatoken.cluster.view.report.page import report_page
 from megatoken.cluster.view.report.summary import Summary, summary_of

@@ -1,0 +1,1 @@
+"""How many replicas a model needs: what arrives and waits, against what one replica can do. Pure."""
