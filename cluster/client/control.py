@@ -78,9 +78,10 @@ class ControlClient:
             request = control_pb2.ApplyRequest(spec_yaml=spec_yaml, dry_run=dry_run)
             return self._stub.Apply(request, timeout=CALL_TIMEOUT_S)
 
-    def scale(self, model: str, replicas: int) -> control_pb2.ScaleResponse:
+    def scale(self, model: str, replicas: int, *, dry_run: bool = False) -> control_pb2.ScaleResponse:
+        request = control_pb2.ScaleRequest(model=model, replicas=replicas, dry_run=dry_run)
         with self._named_errors():
-            return self._stub.Scale(control_pb2.ScaleRequest(model=model, replicas=replicas), timeout=CALL_TIMEOUT_S)
+            return self._stub.Scale(request, timeout=CALL_TIMEOUT_S)
 
     def drain(self, request: control_pb2.DrainTargetRequest) -> control_pb2.DrainTargetResponse:
         with self._named_errors():

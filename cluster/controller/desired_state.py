@@ -50,6 +50,14 @@ class DesiredState:
 
     def scale(self, model: str, replicas: int) -> int:
         """Asks for another number of replicas; returns the generation. Raises NotFoundError, RequestError."""
+        spec, before = self.scaled(model, replicas), self.spec.model(model)
+        if before is not None and replicas != before.replicas:
+            self._take(spec, {})
+            self._tell(ClusterEvent("model.scaled", model, f"{before.replicas} -> {replicas} replicas", "scale"))
+        return self.desired.generation
+
+    def scaled(self, model: str, replicas: int) -> ClusterSpec:
+        """The spec with another number of replicas. Raises NotFoundError, RequestError."""
         before = self.spec.model(model)
         if before is None:
             known = ", ".join(entry.name for entry in self.spec.models) or "none"
@@ -58,10 +66,7 @@ class DesiredState:
             bounds = f"{before.autoscale.min_replicas} to {before.autoscale.max_replicas}"
             rule = f"its number follows the load ({bounds}); apply other bounds, or none"
             raise RequestError("replicas", replicas, rule)
-        if replicas != before.replicas:
-            self._take(self.spec.with_replicas(model, replicas), {})
-            self._tell(ClusterEvent("model.scaled", model, f"{before.replicas} -> {replicas} replicas", "scale"))
-        return self.desired.generation
+        return self.spec.with_replicas(model, replicas)
 
     def resize(self, model: str, replicas: int, why: str) -> None:
         """What autoscaling decided."""

@@ -230,6 +230,12 @@ class Controller:
         live = any(replica.live for replica in self.fleet.replicas)
         return self.desired_state.stopping and self.backend_state.complete and not (held or live or processes_left)
 
+    def preview(self, spec: ClusterSpec) -> list[str]:
+        """What the next tick would do if `spec` were wanted; changes nothing."""
+        desired = replace(self.desired_state.desired, models=spec.models).on_nodes(self.inventory)
+        plan = reconcile(desired, self.fleet, self._observation(), self._limits(), time.monotonic())
+        return [f"{event.subject}: {event.message}" for event in plan.events]
+
     def _note_history(self) -> None:
         if time.monotonic() < self._history_due_s:
             return

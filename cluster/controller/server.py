@@ -72,8 +72,11 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         async def work() -> control_pb2.ScaleResponse:
             if request.replicas > MAX_REPLICAS:
                 raise RequestError("replicas", request.replicas, f"at most {MAX_REPLICAS}")
-            generation = self._controller.desired_state.scale(request.model, request.replicas)
-            return control_pb2.ScaleResponse(generation=generation)
+            state = self._controller.desired_state
+            if request.dry_run:
+                changes = self._controller.preview(state.scaled(request.model, request.replicas))
+                return control_pb2.ScaleResponse(generation=state.desired.generation, changes=changes)
+            return control_pb2.ScaleResponse(generation=state.scale(request.model, request.replicas))
 
         return await answered(context, work)
 

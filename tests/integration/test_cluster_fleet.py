@@ -129,6 +129,8 @@ def test_generate_streams_and_names_what_is_wrong(cluster: RunningCluster) -> No
 
 
 async def test_scaling_under_load_fails_no_request(cluster: RunningCluster) -> None:
+    assert ": planned on local" in await in_thread(cluster.run, "scale", f"{MODEL}=2", "--dry-run")
+    assert len(await in_thread(cluster.ready, MODEL)) == 1
     async with traffic(cluster):
         await in_thread(cluster.run, "scale", f"{MODEL}=2", "--wait")
         assert len(await in_thread(cluster.ready, MODEL)) == 2
@@ -182,6 +184,7 @@ async def test_a_killed_controller_carries_on_and_traffic_does_not_pause(cluster
 
 
 async def test_what_has_no_room_is_blocked_and_starts_by_itself(cluster: RunningCluster) -> None:
+    assert "Needs 1 device" in cluster.run("scale", f"{MODEL}=4", "--dry-run")
     cluster.run("scale", f"{MODEL}=4")
     status = cluster.wait(lambda found: found["models"][0]["ready"] == 3 and found["models"][0]["blocked"] != "")
     assert "device" in status["models"][0]["blocked"]

@@ -24,18 +24,22 @@ class ApplyResponse(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., changes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
-    __slots__ = ("model", "replicas")
+    __slots__ = ("model", "replicas", "dry_run")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     model: str
     replicas: int
-    def __init__(self, model: _Optional[str] = ..., replicas: _Optional[int] = ...) -> None: ...
+    dry_run: bool
+    def __init__(self, model: _Optional[str] = ..., replicas: _Optional[int] = ..., dry_run: bool = ...) -> None: ...
 
 class ScaleResponse(_message.Message):
-    __slots__ = ("generation",)
+    __slots__ = ("generation", "changes")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
     generation: int
-    def __init__(self, generation: _Optional[int] = ...) -> None: ...
+    changes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, generation: _Optional[int] = ..., changes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DrainTargetRequest(_message.Message):
     __slots__ = ("replica", "node", "timeout_s", "undo")

@@ -58,6 +58,25 @@ def test_scale_wakes_the_loop_and_survives_a_restart(told: Told) -> None:
         told.desired_state.scale("n", 1)
 
 
+def test_a_number_that_follows_the_load_is_resized_by_it_alone_and_kept_by_apply(told: Told) -> None:
+    bounds = {"autoscale": {"min_replicas": 1, "max_replicas": 4}}
+    told.desired_state.apply(spec(**bounds), Fleet(), dry_run=False)
+    told.desired_state.resize("m", 3, "what arrives needs more")
+    assert told.events[-1].message == "1 -> 3 replicas: what arrives needs more"
+    assert told.events[-1].cause == "autoscale"
+    with pytest.raises(RequestError, match=r"replicas: 2 is not allowed; its number follows the load \(1 to 4\)"):
+        told.desired_state.scale("m", 2)
+    assert told.desired_state.apply(spec(**bounds), Fleet(), dry_run=False)[1] == []
+    assert told.desired_state.desired.models[0].replicas == 3
+    told.desired_state.apply(spec(autoscale={"min_replicas": 1, "max_replicas": 2}), Fleet(), dry_run=False)
+    assert told.desired_state.desired.models[0].replicas == 2
+    assert spec(**bounds).models[0].revision == spec().models[0].revision, "no replica is exchanged for it"
+    generation = told.desired_state.desired.generation
+    told.desired_state.resize("m", 2, "the same")
+    told.desired_state.resize("gone", 1, "no model")
+    assert told.desired_state.desired.generation == generation
+
+
 def test_a_dry_run_and_an_equal_spec_change_nothing(told: Told) -> None:
     changed = spec(replicas=4, max_running=7)
     _, changes = told.desired_state.apply(changed, Fleet(), dry_run=True)
