@@ -141,6 +141,7 @@ def _models(status: ClusterStatus) -> list[Metric]:
     wanted = _gauge("model_replicas_wanted", "Replicas asked for.", ["model"])
     ready = _gauge("model_replicas_ready", "Replicas that serve.", ["model"])
     blocked = _gauge("model_blocked", "1 while fewer run than wanted, for that reason.", ["model", "reason"])
+    needed = _gauge("model_replicas_needed", "What autoscaling finds needed, before bounds.", ["model"])
     rollout = _gauge("model_rollout", "1 while an update is in progress.", ["model"])
     running = _gauge("model_requests_running", "Requests in replicas' batches.", ["model"])
     waiting = _gauge("model_requests_waiting", "Requests queued in engines and routers.", ["model"])
@@ -149,6 +150,8 @@ def _models(status: ClusterStatus) -> list[Metric]:
         who = [model.model]
         wanted.add_metric(who, model.wanted)
         ready.add_metric(who, model.ready)
+        if model.HasField("autoscaling"):
+            needed.add_metric(who, model.autoscaling.need)
         if model.blocked_kind:
             blocked.add_metric([model.model, model.blocked_kind], 1)
         rollout.add_metric(who, float(bool(model.rollout)))
@@ -161,7 +164,7 @@ def _models(status: ClusterStatus) -> list[Metric]:
         capacity.add_metric([efficiency.model], efficiency.capacity_tokens_per_s)
         for entry in efficiency.lost:
             lost.add_metric([efficiency.model, entry.cause], entry.tokens_per_s)
-    return [wanted, ready, blocked, rollout, running, waiting, rate, capacity, lost]
+    return [wanted, needed, ready, blocked, rollout, running, waiting, rate, capacity, lost]
 
 
 def _replicas(status: ClusterStatus) -> list[Metric]:
