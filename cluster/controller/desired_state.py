@@ -162,6 +162,18 @@ class DesiredState:
         candidates = (self.spec.model(replica.model), self.desired.previous.get(replica.model))
         return next((model for model in candidates if model and model.revision == replica.revision), None)
 
+    def proven_spec(self, fleet: Fleet) -> ClusterSpec:
+        """The spec, with an updated model as it was until a replica of the new one serves."""
+        spec = self.spec
+        for name, previous in self.desired.previous.items():
+            model = spec.model(name)
+            if model is not None and not any(
+                replica.state is ReplicaState.READY and replica.revision == model.revision
+                for replica in fleet.of_model(name)
+            ):
+                spec = spec.with_model(previous)
+        return spec
+
     def _take(self, spec: ClusterSpec, previous: Mapping[str, ModelSpec | None]) -> None:
         self._store.put_spec(spec, previous)
         self.spec = spec

@@ -360,7 +360,8 @@ class Controller:
         wanted = (
             ()
             if stopping and not live
-            else wanted_processes(self.desired_state.spec, self.inventory, self.fleet, self._context)
+            # An edge has a model's tokenizer: it is exchanged for one of new weights when those have come up.
+            else wanted_processes(self.desired_state.proven_spec(self.fleet), self.inventory, self.fleet, self._context)
         )
         return await self.processes.supervise(backend, self.backend_state, wanted, now, stopping=stopping)
 

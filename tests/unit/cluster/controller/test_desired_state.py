@@ -109,6 +109,21 @@ def test_an_update_of_a_working_model_can_be_rolled_back_and_one_that_never_work
     assert told.desired_state.desired.previous == {}
 
 
+def test_processes_see_an_update_once_a_replica_of_it_serves_and_never_one_that_fails(told: Told) -> None:
+    before = told.desired_state.spec.models[0]
+    told.desired_state.apply(spec(max_running=8), fleet_of(before.revision), dry_run=False)
+    after = told.desired_state.spec.models[0]
+    for fleet, model in [
+        (fleet_of(before.revision), before),
+        (fleet_of(after.revision, ReplicaState.STARTING), before),
+        (Fleet(), before),
+        (fleet_of(after.revision), after),
+    ]:
+        assert told.desired_state.proven_spec(fleet).models == (model,)
+    told.desired_state.roll_back("m")
+    assert told.desired_state.proven_spec(Fleet()).models == (before,)
+
+
 def test_an_update_is_over_when_every_replica_runs_it(told: Told) -> None:
     before = told.desired_state.spec.models[0]
     told.desired_state.apply(spec(max_running=8), fleet_of(before.revision), dry_run=False)
