@@ -205,6 +205,9 @@ class RunningReplica:
         for prefilled in step.prefilled:
             running = self._streams[prefilled.slot]
             running.cached_tokens = max(running.cached_tokens, prefilled.cached_tokens)
+            if running.request.tell_cached and prefilled.cached_tokens:
+                told = pb.Detail(cached_tokens=prefilled.cached_tokens)
+                step.details = [*step.details, (prefilled.slot, told)]
             if prefilled.slot == running.request.slots[0] and running.span is not None:
                 running.span.event("scheduled", prefilled.scheduled_s or running.arrived_s)
                 running.span.event("first token", now_s)

@@ -117,6 +117,21 @@ async def test_a_chat_streams(stage: Stage) -> None:
     assert stage.router.requests[0].model == "smol"  # the router's name, whatever alias was asked for
 
 
+async def test_a_streams_usage_says_what_was_cached(stage: Stage) -> None:
+    stage.router.script = lambda _: [Detail(cached_tokens=5), *PARIS, END]
+    for kind in ("chat", "completions"):
+        options: Any = {"model": "smol", "stream": True, "stream_options": {"include_usage": True}}
+        if kind == "chat":
+            stream = await stage.client.chat.completions.create(messages=QUESTION, **options)
+        else:
+            stream = await stage.client.completions.create(prompt="Hello there", **options)
+        usage = [chunk async for chunk in stream][-1].usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == 5
+        assert stage.router.requests[-1].tell_cached_tokens
+
+
 async def test_the_first_token_does_not_wait_for_the_second(stage: Stage) -> None:
     stage.router.gate.clear()
     stage.router.script = lambda _: [*PARIS, END]

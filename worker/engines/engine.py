@@ -47,6 +47,7 @@ class EngineRequest:
     resumed_tokens: int = 0  # how many at the end of `prompt` were generated before
     traceparent: str = ""
     resume_note: str = ""  # what of a resumed request may differ from an undisturbed run; set by the engine's check
+    tell_cached: bool = False  # with the first token, what came of the prefix cache
     slots: tuple[int, ...] = ()
     prepared: Any = None  # what the engine's check made, for its submit
 

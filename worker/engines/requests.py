@@ -63,6 +63,7 @@ def check_request(request: columns.GenerateRequest, model: str, facts: EngineFac
         cache_salt=request.cache_salt,
         resumed_tokens=request.resumed_tokens,
         traceparent=request.traceparent,
+        tell_cached=request.tell_cached_tokens,
     )
 
 

@@ -54,7 +54,7 @@ class Start(_message.Message):
     def __init__(self, stream: _Optional[int] = ..., request: _Optional[_Union[GenerateRequest, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "sampling", "lora", "priority", "affinity", "delivery", "max_delay_ms", "resume", "cache_salt", "timeout_ms", "resumed_tokens", "lease", "site", "traceparent")
+    __slots__ = ("request_id", "model", "prompt", "sampling", "lora", "priority", "affinity", "delivery", "max_delay_ms", "resume", "cache_salt", "timeout_ms", "resumed_tokens", "lease", "site", "traceparent", "tell_cached_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class GenerateRequest(_message.Message):
     LEASE_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TELL_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt: bytes
@@ -87,4 +88,5 @@ class GenerateRequest(_message.Message):
     lease: str
     site: str
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[_tokens_pb2.SamplingParams, _Mapping]] = ..., lora: _Optional[str] = ..., priority: _Optional[int] = ..., affinity: _Optional[str] = ..., delivery: _Optional[_Union[_tokens_pb2.Delivery, str]] = ..., max_delay_ms: _Optional[int] = ..., resume: _Optional[_Union[_tokens_pb2.Resume, str]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., resumed_tokens: _Optional[int] = ..., lease: _Optional[str] = ..., site: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    tell_cached_tokens: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[_tokens_pb2.SamplingParams, _Mapping]] = ..., lora: _Optional[str] = ..., priority: _Optional[int] = ..., affinity: _Optional[str] = ..., delivery: _Optional[_Union[_tokens_pb2.Delivery, str]] = ..., max_delay_ms: _Optional[int] = ..., resume: _Optional[_Union[_tokens_pb2.Resume, str]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., resumed_tokens: _Optional[int] = ..., lease: _Optional[str] = ..., site: _Optional[str] = ..., traceparent: _Optional[str] = ..., tell_cached_tokens: bool = ...) -> None: ...

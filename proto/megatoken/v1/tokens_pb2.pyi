@@ -114,7 +114,7 @@ class StringList(_message.Message):
     def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "sampling", "lora", "priority", "affinity", "delivery", "max_delay_ms", "resume", "cache_salt", "timeout_ms", "resumed_tokens", "lease", "site", "traceparent")
+    __slots__ = ("request_id", "model", "prompt", "sampling", "lora", "priority", "affinity", "delivery", "max_delay_ms", "resume", "cache_salt", "timeout_ms", "resumed_tokens", "lease", "site", "traceparent", "tell_cached_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,7 @@ class GenerateRequest(_message.Message):
     LEASE_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TELL_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -147,7 +148,8 @@ class GenerateRequest(_message.Message):
     lease: str
     site: str
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., lora: _Optional[str] = ..., priority: _Optional[int] = ..., affinity: _Optional[str] = ..., delivery: _Optional[_Union[Delivery, str]] = ..., max_delay_ms: _Optional[int] = ..., resume: _Optional[_Union[Resume, str]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., resumed_tokens: _Optional[int] = ..., lease: _Optional[str] = ..., site: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    tell_cached_tokens: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., lora: _Optional[str] = ..., priority: _Optional[int] = ..., affinity: _Optional[str] = ..., delivery: _Optional[_Union[Delivery, str]] = ..., max_delay_ms: _Optional[int] = ..., resume: _Optional[_Union[Resume, str]] = ..., cache_salt: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., resumed_tokens: _Optional[int] = ..., lease: _Optional[str] = ..., site: _Optional[str] = ..., traceparent: _Optional[str] = ..., tell_cached_tokens: bool = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ("stream", "reason", "code", "message", "stop_token", "prompt_tokens", "cached_tokens", "generated_tokens", "replica", "resumes", "resume_note", "retry_after_ms", "engine_dead", "draining")
@@ -194,14 +196,16 @@ class Logprobs(_message.Message):
     def __init__(self, width: _Optional[int] = ..., token: _Optional[_Iterable[int]] = ..., logprob: _Optional[_Iterable[float]] = ..., rank: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Detail(_message.Message):
-    __slots__ = ("stream", "logprobs", "prompt_logprobs")
+    __slots__ = ("stream", "logprobs", "prompt_logprobs", "cached_tokens")
     STREAM_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     stream: int
     logprobs: Logprobs
     prompt_logprobs: Logprobs
-    def __init__(self, stream: _Optional[int] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, stream: _Optional[int] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("tokens", "choice", "detail", "finish")

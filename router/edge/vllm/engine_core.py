@@ -106,6 +106,9 @@ class CoreReceiver:
         if details:
             output.new_logprobs = logprobs_lists([detail.logprobs for detail in details])
             output.new_prompt_logprobs_tensors = logprobs_tensors([detail.prompt_logprobs for detail in details])
+            cached = max(detail.cached_tokens for detail in details)
+            if cached:
+                self.core.note_cached(self.request_id, self.prompt_tokens, cached, output)
         if finish is not None:
             self.core.forget(self.request_id)
             refused = refusal(finish)
@@ -268,6 +271,7 @@ class RouterEngineCore(EngineCoreClient):
             priority=request.priority,
             timeout_ms=self._timeout_ms,
             traceparent=traceparent,
+            tell_cached_tokens=True,  # a stream's usage is made of what was known with its first token
         )
         if request.lora_request is not None:
             message.lora = request.lora_request.lora_name

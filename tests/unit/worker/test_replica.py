@@ -121,6 +121,18 @@ async def test_its_ranks_compute_with_as_many_threads_as_others_leave_them(
     assert chosen.engine.threads == []
 
 
+@pytest.mark.parametrize(("asks", "cached", "told"), [(True, 2, [2]), (True, 0, []), (False, 2, [])])
+async def test_who_asks_is_told_with_the_first_token_what_was_cached(
+    world: World, asks: bool, cached: int, told: list[int]
+) -> None:
+    world.submit(7, sampling={"max_tokens": 2}, tell_cached_tokens=asks)
+    [slot] = world.slots()
+    world.engine.step([slot], [40], prefilled=[Prefilled(slot, 3, cached, None)])
+    frame = world.frame()
+    assert [(detail.stream, detail.cached_tokens) for detail in frame.detail] == [(7, count) for count in told]
+    assert token_columns(frame)[2].tolist() == [40]
+
+
 async def test_a_request_runs_and_ends(world: World) -> None:
     world.submit(7, sampling={"max_tokens": 2})
     [slot] = world.slots()
