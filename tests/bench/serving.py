@@ -23,13 +23,20 @@ from types import TracebackType
 from typing import Any, Self
 
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from megatoken.router.client.client import TokenClient
 from megatoken.worker.models import resolve_source
 from tests.bench.bars import Bar, rows, status
 from tests.bench.bars import lines as bar_lines
 from tests.bench.pairs import Interval, interval, spread
-from tests.bench.serving_clients import edge_first_token, edge_load, session_first_token, session_load
+from tests.bench.serving_clients import (
+    edge_chat_first_token,
+    edge_first_token,
+    edge_load,
+    session_first_token,
+    session_load,
+)
 from tests.support.processes import MARKER, Processes, command_line, marked
 
 RESULTS = Path("bench-results/serving.json")
@@ -40,10 +47,18 @@ BARS = (
     Bar("edge_vs_offline", 0.93, True, "the edge, streaming, over LLM.generate"),
     Bar("ttft_added_ms", 3.0, False, "first token of a single stream, added by router and worker"),
     Bar("edge_path_cpu_us_per_token", 70.0, False, "worker, router and edge while the edge streams 32"),
+    Bar(
+        "prefix_ttft_ratio",
+        1.05,
+        False,
+        "first token of chats that share 1,500 tokens, the edge over vLLM",
+    ),
+    Bar("prefix_cached_share", 0.95, True, "of the shared tokens, as streams report them"),
 )
 PARTS = ("worker", "router", "edge")
 WAYS = ("fleet", "edge_stream", "edge_whole")
 KV_CACHE_GIB = 1.0
+SHARED_TOKENS = 1500  # of the system prompt that all chats of the prefix part have
 CALM_S = 0.1  # until threads of vLLM alone, which spin for some milliseconds after a step, leave the cores
 
 
@@ -100,10 +115,13 @@ class Bench:
     def __init__(self, processes: Processes, offline: Offline, source: str, env: dict[str, str]) -> None:
         self._offline = offline
         self._tokenizer = Tokenizer.from_file(f"{source}/tokenizer.json")
+        self._chat = AutoTokenizer.from_pretrained(source)
         self.offline_rates: list[float] = []
         self.rates: dict[str, list[float]] = {way: [] for way in WAYS}
         self.ratios: dict[str, list[float]] = {way: [] for way in WAYS}
         self.ttft_ms: dict[str, list[float]] = {"direct": [], "fleet": [], "edge": []}
+        self.prefix_ttft_ms: dict[str, list[float]] = {"direct": [], "edge": []}
+        self.prefix_cached: list[float] = []
         self.cpu_us: dict[str, dict[str, list[float]]] = {way: {part: [] for part in PARTS} for way in WAYS}
         self._worker = processes.start(
             "worker",
@@ -198,6 +216,25 @@ class Bench:
                 again = [*prompt, 0]  # the worker has the prompt in its prefix cache by now
                 self.ttft_ms["edge"].append(1e3 * await edge_first_token(self._edge.address, MODEL, again[::-1]))
 
+    async def shared_prefix(self, samples: int) -> None:
+        """Chats with one long system prompt, which both engines have in their prefix caches after the first."""
+        words = self._tokenizer.encode(" a ship passed the lighthouse at dusk and was counted;" * 200).ids
+        shared = self._tokenizer.decode(words[:SHARED_TOKENS])
+        for number in range(samples + 1):
+            messages = [
+                {"role": "system", "content": shared},
+                {"role": "user", "content": f"How many by day {number}?"},
+            ]
+            prompt = self._chat.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            await asyncio.sleep(CALM_S)
+            direct = await asyncio.to_thread(self._offline.ask, do="first_token", prompt=list(prompt))
+            await asyncio.sleep(CALM_S)
+            seconds, cached = await edge_chat_first_token(self._edge.address, MODEL, messages)
+            if number:
+                self.prefix_ttft_ms["direct"].append(1e3 * direct["seconds"])
+                self.prefix_ttft_ms["edge"].append(1e3 * seconds)
+                self.prefix_cached.append(cached / SHARED_TOKENS)
+
     def warm_up(self) -> None:
         """A pair of each that is not counted."""
         for way in WAYS:
@@ -232,6 +269,8 @@ def summary(bench: Bench) -> dict[str, Any]:
     }
     together = [sum(values) / (REQUESTS * TOKENS) for values in zip(*bench.cpu_us["edge_stream"].values(), strict=True)]
     ratios = {way: interval(values) for way, values in bench.ratios.items()}
+    shared = bench.prefix_ttft_ms
+    prefix = interval([edge / direct for edge, direct in zip(shared["edge"], shared["direct"], strict=True)])
     added = {way: added_ms(bench.ttft_ms, way) for way in ("fleet", "edge")}
     return {
         "vs_offline": ratios["fleet"].json(),
@@ -242,6 +281,9 @@ def summary(bench: Bench) -> dict[str, Any]:
         "ttft_added_ms": added["fleet"].json(),
         "ttft_added_ms_p50": added["fleet"].median,
         "edge_ttft_added_ms": added["edge"].json(),
+        "prefix_ttft_ratio": prefix.json(),
+        "prefix_ttft_ms_p50": {name: statistics.median(values) for name, values in shared.items()},
+        "prefix_cached_share": statistics.median(bench.prefix_cached),
         "edge_path_cpu_us_per_token": interval(together).json(),
         "cpu_us_per_token": {
             way: {part: one.median for part, one in parts.items()} for way, parts in per_token.items()
@@ -282,6 +324,11 @@ def table(found: dict[str, Any]) -> str:
     for way in WAYS:
         token, request = found["cpu_us_per_token"][way], found["cpu_us_per_request"][way]
         lines.append(f"{way:30}" + "".join(f"{f'{token[part]:.1f} ({request[part]:.0f})':>20}" for part in PARTS))
+    shared = found["prefix_ttft_ms_p50"]
+    lines.append(
+        f"chats that share {SHARED_TOKENS} tokens: first token {shared['edge']:.1f} ms through the edge, "
+        f"{shared['direct']:.1f} ms alone"
+    )
     lines += bar_lines(rows(BARS, found))
     return "\n".join(lines)
 
@@ -316,6 +363,7 @@ def main() -> int:
             for way in WAYS:
                 asyncio.run(bench.pair(number, way))
         asyncio.run(bench.first_tokens(arguments.samples))
+        asyncio.run(bench.shared_prefix(arguments.samples))
         found = summary(bench)
     print(table(found))
     RESULTS.parent.mkdir(exist_ok=True)

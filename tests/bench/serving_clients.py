@@ -79,6 +79,20 @@ async def edge_first_token(address: str, model: str, prompt: list[int]) -> float
     return seconds
 
 
+async def edge_chat_first_token(address: str, model: str, messages: list[dict[str, str]]) -> tuple[float, int]:
+    """Seconds from the connection's opening to the first byte of the stream, and the cached tokens of its usage."""
+    options = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True, "temperature": 0}
+    began = time.perf_counter()
+    reader, writer = await send(
+        address, "/v1/chat/completions", {"model": model, "messages": messages, "max_tokens": 1, **options}
+    )
+    await reader.readuntil(b"data: ")
+    seconds = time.perf_counter() - began
+    _, _, cached = (await reader.read()).rpartition(b'"cached_tokens":')
+    writer.close()
+    return seconds, int(cached.split(b"}")[0].split(b",")[0] or 0)
+
+
 async def send(address: str, path: str, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Opens a connection and sends one request on it."""
     host, _, port = address.rpartition(":")

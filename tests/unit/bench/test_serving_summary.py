@@ -21,6 +21,8 @@ def bench(ratio: float, added_ms: float, cpu_us: float) -> Any:
         rates={way: [500.0 * ratio] * count for way in WAYS},
         ratios={way: [ratio] * count for way in WAYS},
         ttft_ms={"direct": [25.0] * count, "fleet": [25.0 + added_ms] * count, "edge": [30.0 + added_ms] * count},
+        prefix_ttft_ms={"direct": [20.0] * count, "edge": [20.0 + added_ms / 4] * count},
+        prefix_cached=[0.99] * count,
         cpu_us={way: {part: [cpu_us * REQUESTS * TOKENS / len(PARTS)] * count for part in PARTS} for way in WAYS},
     )
 
@@ -33,6 +35,7 @@ def test_pairs_become_figures_lines_and_a_status(ratio: float, added_ms: float, 
     assert found["ttft_added_ms_p50"] == pytest.approx(added_ms)
     assert found["edge_path_cpu_us_per_token"]["median"] == pytest.approx(cpu_us)
     assert found["cpu_us_per_request"]["edge_stream"]["router"] == pytest.approx(cpu_us / len(PARTS) * TOKENS)
+    assert found["prefix_ttft_ratio"]["median"] == pytest.approx(1 + added_ms / 80)
     assert len(rows(BARS, found)) == len(BARS)
     assert status(rows(BARS, found)) == code
     shown = table(found)
