@@ -44,7 +44,7 @@ def model(name: str, **fields: Any) -> dict[str, Any]:
 
 SPEC = {
     "models": [
-        model("inside", parallel={"tensor": 2}),
+        model("inside", replicas=2, parallel={"tensor": 2}),
         model("across", parallel={"pipeline": 2}, placement={"separate": "none"}),
     ]
 }
@@ -76,20 +76,20 @@ def planned(cluster: HostCluster, replica: control_pb2.ReplicaStatus) -> dict[in
 
 
 def test_every_rank_runs_on_its_planned_device_and_no_two_share_one(cluster: HostCluster) -> None:
-    replicas = [*cluster.wait_ready("inside", 1, START_S), *cluster.wait_ready("across", 1, START_S)]
+    replicas = [*cluster.wait_ready("inside", 2, START_S), *cluster.wait_ready("across", 1, START_S)]
     held = []
     for replica in replicas:
         assert planned(cluster, replica), replica.ranks
         assert said_by_ranks(cluster, replica) == planned(cluster, replica)
         held += planned(cluster, replica).values()
-    assert len(held) == len(set(held)) == 4
+    assert len(held) == len(set(held)) == 6
     (across,) = [replica for replica in replicas if replica.model == "across"]
     assert len({host for host, _ in planned(cluster, across).values()}) == 2
 
 
 def test_the_processes_of_a_replica_inside_a_node_see_its_devices_and_no_others(cluster: HostCluster) -> None:
-    (replica,) = cluster.wait_ready("inside", 1, START_S)
-    environ = Path(f"/proc/{cluster.worker_pid(replica)}/environ").read_bytes().decode().split("\0")
-    seen = dict(entry.split("=", 1) for entry in environ if "=" in entry)
-    devices = ",".join(device for _, device in planned(cluster, replica).values())
-    assert (seen[VISIBLE], seen["HIP_VISIBLE_DEVICES"]) == (devices, devices)
+    for replica in cluster.wait_ready("inside", 2, START_S):
+        environ = Path(f"/proc/{cluster.worker_pid(replica)}/environ").read_bytes().decode().split("\0")
+        seen = dict(entry.split("=", 1) for entry in environ if "=" in entry)
+        devices = ",".join(device for _, device in planned(cluster, replica).values())
+        assert (seen[VISIBLE], seen["HIP_VISIBLE_DEVICES"]) == (devices, devices)
