@@ -8,8 +8,8 @@ replica (refused ones too), so that an overloaded fleet is seen to be one. From 
 `need` counts replicas that should exist, so those that are starting are neither forgotten nor asked for twice. It grows
 at once, by what load will be when a replica that is asked for now can serve; it falls when all but a few of the last
 `scale_down_after_s` needed less, so that one late request neither resets the wait nor is lost in it. `confidence` falls
-while a latency objective is missed though the fleet is as large as asked for, and grows slowly while it is met with
-room to spare: it is what the fleet's own latencies say about a utilisation that was chosen on paper.
+while a latency objective is missed, and grows slowly while it is met with room to spare: it is what the fleet's own
+latencies say about a utilisation that was chosen on paper.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ MOST_UTILISATION: Final = 0.95  # that confidence may lead to
 COMFORT: Final = 0.8  # of an objective: below it confidence grows,
 COMFORT_S: Final = 120.0  # once in so long: what was missed a while ago will come again
 STILL_TOKENS_PER_S: Final = 0.1  # a smoothed rate does not reach nought
-SAMPLES_MOST: Final = 4096
 
 
 class Why(StrEnum):
@@ -176,7 +175,7 @@ def _ahead(steady: float, samples: Sequence[tuple[float, float]], start_s: float
 
 
 def _judge_latency(spec: AutoscaleSpec, demand: Demand, size: Size, memory: Memory, now: float) -> Memory:
-    """Trusts the utilisation less while an objective is missed by a fleet that is as large as was asked for."""
+    """Trusts the utilisation less while an objective is missed, and more while all are met with room to spare."""
     measured = ((demand.ttft_s, spec.ttft_p99_s), (demand.itl_s, spec.itl_p99_s))
     shares = [seen / bound for seen, bound in measured if seen is not None and bound is not None]
     if not shares or now - memory.judged_s < JUDGED_S:
@@ -191,7 +190,7 @@ def _judge_latency(spec: AutoscaleSpec, demand: Demand, size: Size, memory: Memo
 
 def _remember(memory: Memory, need: float, window_s: float, now: float) -> Memory:
     kept = [sample for sample in memory.samples if sample[0] > now - max(window_s, TREND_S)]
-    return replace(memory, samples=(*kept, (now, need))[-SAMPLES_MOST:])
+    return replace(memory, samples=(*kept, (now, need)))
 
 
 def _usual(samples: Sequence[tuple[float, float]], since_s: float) -> float:

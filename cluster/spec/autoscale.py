@@ -18,7 +18,7 @@ class AutoscaleSpec(BaseModel):
     ttft_p99_s: float | None = Field(None, gt=0, le=3600, description="time to first token that 99% should not exceed")
     itl_p99_s: float | None = Field(None, gt=0, le=3600, description="time between tokens, the same")
     queue_s: float = Field(10.0, gt=0, le=3600, description="in which what waits should be worked off")
-    scale_down_after_s: float = Field(300.0, ge=1, le=86_400, description="for which fewer must have been enough")
+    scale_down_after_s: float = Field(300.0, ge=1, le=3600, description="for which fewer must have been enough")
     hold_s: float = Field(600.0, ge=1, le=86_400, description="how long requests wait for the first replica")
 
     @model_validator(mode="after")
