@@ -18,7 +18,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install
 # One line that counts, instead of pip's hundreds.
 COUNT   := awk '/^ *(Collecting|Processing|Requirement already)/ { printf "\r      %d packages seen", ++n; fflush() } /^Installing/ { printf ", installing"; fflush() } END { print "" }'
 
-.PHONY: help demo test test-failed lint format setup model test-unit test-multinode fleet chaos fuzz mutants bench bench-plan bench-router bench-throughput proto clean
+.PHONY: help demo test test-failed lint format setup model test-unit test-multinode fleet chaos fuzz mutants bench bench-plan bench-router bench-throughput bench-report proto clean
 
 ## help: this list.
 help:
@@ -108,6 +108,10 @@ bench-router: $(VENV)/.installed
 ## bench-throughput: the collective's cost, and its recovery from kills.
 bench-throughput: $(VENV)/.installed
 	$(BIN)/python -m tests.bench.throughput
+
+## bench-report: what is claimed of the whole: autoscaling on traces beside an oracle (simulated).
+bench-report: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.autoscale
 
 ## bench-all: every benchmark, and one page of what each reached: bench-results/index.html.
 bench-all: setup

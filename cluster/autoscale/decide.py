@@ -6,7 +6,7 @@ replica (refused ones too), so that an overloaded fleet is seen to be one. From 
     need = arriving load / (utilisation x confidence) + queued work / time to work it off
 
 `need` counts replicas that should exist, so those that are starting are neither forgotten nor asked for twice. It grows
-at once, by what load will be when a replica that is asked for now can serve; it falls when all but a few of the last
+at once, by what load will be when a replica that is asked for now can serve; it falls when nearly all of the last
 `scale_down_after_s` needed less, so that one late request neither resets the wait nor is lost in it. `confidence` falls
 while a latency objective is missed, and grows slowly while it is met with room to spare: it is what the fleet's own
 latencies say about a utilisation that was chosen on paper.
@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from statistics import median
 from typing import Final
 
 from megatoken.cluster.spec.autoscale import AutoscaleSpec
@@ -25,10 +26,10 @@ from megatoken.cluster.spec.autoscale import AutoscaleSpec
 TOLERANCE: Final = 0.05  # of a replica: less than that is not worth one
 NOISE: Final = 0.05  # of a fleet: what load does by chance, which the free share of replicas takes
 DOWN_MARGIN: Final = 0.10  # of a replica that must be left free after one goes
-DOWN_SHARE: Final = 0.95  # of the samples in the window must need less
-TREND_S: Final = 40.0  # whose halves show how load grows
+DOWN_SHARE: Final = 0.85  # of the samples in the window must need less
+TREND_S: Final = 60.0  # whose halves show how load grows; a burst shorter than half of one is none
 GROWTH: Final = 1.5  # times the present load is the most that a trend foresees
-PATIENCE_S: Final = 30.0  # between two steps down
+PATIENCE_S: Final = 20.0  # between two steps down
 JUDGED_S: Final = 60.0  # the time that latencies are of: each is judged once
 LOST: Final = 0.96  # of confidence kept when an objective is missed
 GAINED: Final = 1.03
@@ -170,7 +171,7 @@ def _ahead(steady: float, samples: Sequence[tuple[float, float]], start_s: float
     early = [need for at_s, need in samples if now - TREND_S <= at_s < now - TREND_S / 2]
     if not late or not early:
         return steady
-    growth = (sum(late) / len(late) - sum(early) / len(early)) / (TREND_S / 2)
+    growth = (median(late) - median(early)) / (TREND_S / 2)
     return min(steady + max(0.0, growth) * start_s, GROWTH * steady)
 
 

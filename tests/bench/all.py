@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench import plan, router, serving, throughput
+from tests.bench import autoscale, plan, router, serving, throughput
 from tests.bench.bars import Bar, Row, rows
 from tests.bench.pairs import Verdict
 
@@ -58,6 +58,7 @@ BENCHMARKS = (
     Benchmark("router", "The router: CPU a token and a request", router.RESULTS, router.BARS),
     Benchmark("plan", "Placement", plan.RESULTS, plan.BARS),
     Benchmark("throughput", "The collective", throughput.RESULTS, throughput.BARS),
+    Benchmark("autoscale", "Autoscaling on traces (simulated)", autoscale.RESULTS, autoscale.BARS),
 )
 
 
