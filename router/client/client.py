@@ -122,8 +122,8 @@ class TokenClient:
         tls: ClientTls | None = None,
         connect_timeout_s: float = 10.0,
     ) -> None:
-        if not routers:
-            raise RequestError("routers", routers, "at least one host:port")
+        if not routers or not all(routers):
+            raise RequestError("routers", routers, "at least one host:port, and no empty one")
         self._routers = list(routers)
         self._api_key = api_key
         self._tls = tls

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatoken.errors import UnavailableError
+from megatoken.errors import RequestError, UnavailableError
 from megatoken.router.client.client import TokenClient
 from megatoken.tls import ClientTls
 from megatoken.v1.tokens_pb2 import FINISH_REASON_ERROR, Detail, Finish, Logprobs
@@ -78,3 +78,9 @@ async def test_a_request_that_had_tokens_is_not_sent_again_though_its_router_dra
         with pytest.raises(UnavailableError, match="draining"):
             await asyncio.wait_for(client.generate("m", [1]).tokens(), 5)
         assert len(router.requests) == 1
+
+
+@pytest.mark.parametrize("routers", [[], [""], ["127.0.0.1:7000", ""]])
+def test_an_address_that_is_missing_is_named_at_once(routers: list[str]) -> None:
+    with pytest.raises(RequestError, match=r"^routers: .* is not allowed; at least one host:port"):
+        TokenClient(routers)
