@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Final
 
+import numpy as np
+
 from megatoken.cluster.autoscale.decide import Demand
+from megatoken.metrics import quantiles
 
 RATE_S: Final = 15.0
 LATENCY_S: Final = 60.0
@@ -101,16 +103,8 @@ class DemandMeter:
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
-    """Interpolated inside its bucket, as Prometheus does; None: nothing was counted. The last bucket has no end."""
-    total = sum(counts)
-    if not total:
-        return None
-    rank = share * total
-    at = next(index for index, below in enumerate(accumulate(counts)) if below >= rank)
-    if at >= len(bounds):
-        return float(bounds[-1])
-    low = float(bounds[at - 1]) if at else 0.0
-    return low + (float(bounds[at]) - low) * (rank - sum(counts[:at])) / counts[at]
+    """None: nothing was counted."""
+    return quantiles(np.array(bounds), np.array(counts), [share])[0] if sum(counts) else None
 
 
 def _less(counts: Sequence[int], before: Sequence[int]) -> list[int]:

@@ -77,20 +77,24 @@ class FastHistogram:
     def quantiles(self, shares: Sequence[float], since: npt.NDArray[np.int64] | None = None) -> list[float]:
         """Each share's quantile, interpolated inside its bucket as Prometheus does; `since` is an earlier copy of
         `counts`, to look at a window only. 0 when nothing was observed; at most the highest bound."""
-        counts = self.counts if since is None else self.counts - since
-        cumulative = np.cumsum(counts)
-        total = int(cumulative[-1])
-        if total == 0:
-            return [0.0] * len(shares)
-        edges = np.concatenate(([0.0], self.bounds, self.bounds[-1:]))
-        found = []
-        for share in shares:
-            rank = share * total
-            bucket = int(np.searchsorted(cumulative, max(rank, 1e-9)))
-            below = int(cumulative[bucket - 1]) if bucket else 0
-            part = (rank - below) / max(int(counts[bucket]), 1)
-            found.append(float(edges[bucket] + (edges[bucket + 1] - edges[bucket]) * part))
-        return found
+        return quantiles(self.bounds, self.counts if since is None else self.counts - since, shares)
+
+
+def quantiles(bounds: Floats, counts: npt.NDArray[np.int64], shares: Sequence[float]) -> list[float]:
+    """Of values by bucket, as FastHistogram has them; 0 when there is none, at most the highest bound."""
+    cumulative = np.cumsum(counts)
+    total = int(cumulative[-1])
+    if total == 0:
+        return [0.0] * len(shares)
+    edges = np.concatenate(([0.0], bounds, bounds[-1:]))
+    found = []
+    for share in shares:
+        rank = share * total
+        bucket = int(np.searchsorted(cumulative, max(rank, 1e-9)))
+        below = int(cumulative[bucket - 1]) if bucket else 0
+        part = (rank - below) / max(int(counts[bucket]), 1)
+        found.append(float(edges[bucket] + (edges[bucket + 1] - edges[bucket]) * part))
+    return found
 
 
 class FastHistograms(Collector):

@@ -90,7 +90,9 @@ def _waits(state: RouterState, now: float) -> None:
             since = request.placed_s if request.state is RequestState.RESUMING else request.arrived_s
             bound = state.config.admission.max_queue_s
             if request.state is RequestState.RESUMING or not serving:
-                bound = max(state.config.resume.wait_s, pool.hold_s)
+                bound = state.config.resume.wait_s
+            if not serving:  # where asking makes a replica start, a start is waited for
+                bound = max(bound, pool.hold_s)
             if now - since > bound:
                 why = pool.blocked or "no replica had room"
                 text = f"waited {now - since:.1f} s for a replica of {pool.model!r}: {why}"

@@ -7,8 +7,10 @@ import pytest
 from megatoken.errors import DeadlineError, DrainingError, OverloadError, RequestError, UnavailableError
 from megatoken.router.core.ending import error_finish
 from megatoken.router.core.lifecycle import LIFECYCLE, RequestEvent, RequestState
+from megatoken.router.fleet.capacity import Rates
 from megatoken.router.identity.api_keys import ApiKey
 from megatoken.router.intake.intake import on_frames
+from megatoken.router.shell.status import router_status
 from megatoken.transitions import IllegalTransition
 from megatoken.v1 import tokens_pb2
 from tests.support.router_core import CANCELLED, ERROR, LENGTH, STOP, CoreFleet
@@ -173,6 +175,23 @@ def test_a_deadline_that_passes_ends_the_request_wherever_it_is() -> None:
         assert end is not None
         assert (end.reason, end.code) == (ERROR, 4)
     fleet.check_idle()
+
+
+def test_what_arrives_is_counted_with_its_work_whether_or_not_it_may_enter() -> None:
+    fleet = CoreFleet(replicas=1, admission={"max_requests": 2})
+    measures = fleet.pool.measures
+    fleet.submit()
+    assert (measures.arrived, measures.arrived_work_s) == (1, 0.0), "nothing was measured yet"
+    fleet.pool.rates_by_kind = {"slow": (Rates(0.04, 0.001, 0.002), 4), "cpu": (Rates(0.02, 0.001, 0.001), 4)}
+    request = fleet.submit()
+    work_s = request.prompt_tokens * 0.001 + request.expected_tokens * (0.02 / 4 + 0.001)
+    with pytest.raises(OverloadError):
+        fleet.submit()
+    assert measures.arrived == 3
+    assert measures.arrived_work_s == pytest.approx(2 * work_s)
+    (row,) = router_status(fleet.state).models
+    assert (row.model, row.arrived_requests, row.measured, row.running, row.queued) == ("m", 3, True, 2, 0)
+    assert row.arrived_work_s == pytest.approx(2 * work_s)
 
 
 def test_no_replica_and_none_wanted_says_so() -> None:

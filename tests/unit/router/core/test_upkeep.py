@@ -162,6 +162,29 @@ def test_a_new_request_waits_max_queue_s_where_a_replica_serves_and_wait_s_where
         assert error_of(fleet, waiting) == (14, text)
 
 
+@pytest.mark.parametrize(("waited_s", "ends"), [(50.0, False), (50.001, True)])
+def test_where_asking_makes_a_replica_start_a_request_is_taken_on_and_waits_hold_s(waited_s: float, ends: bool) -> None:
+    fleet = CoreFleet(replicas=0, admission={"max_queue_s": 20.0}, resume={"wait_s": 7.0})
+    fleet.pool.hold_s = 50.0
+    waiting = fleet.submit()
+    tick(fleet, waited_s)
+    assert (waiting.state is RequestState.FINISHED) is ends
+
+
+def test_a_lost_request_waits_no_longer_for_that_while_another_replica_serves() -> None:
+    fleet = CoreFleet(
+        replicas=2, max_running=1, admission={"replica_slack": 1.0}, resume={"wait_s": 7.0, "hang_s": 1000}
+    )
+    fleet.pool.hold_s = 50.0
+    requests = [fleet.submit(), fleet.submit()]
+    for request in requests:
+        fleet.tokens(request, 1)
+    fleet.lose(fleet.replica_of(requests[0]))
+    assert requests[0].state is RequestState.RESUMING
+    tick(fleet, 7.001)
+    assert requests[0].state is RequestState.FINISHED
+
+
 @pytest.mark.parametrize(("waited_s", "ends"), [(7.0, False), (7.001, True)])
 def test_a_lost_request_waits_wait_s_from_its_loss_on_and_is_told_what_blocks(waited_s: float, ends: bool) -> None:
     fleet = CoreFleet(replicas=1, admission={"max_queue_s": 1000.0}, resume={"wait_s": 7.0})
