@@ -53,7 +53,7 @@ async def shared() -> AsyncIterator[Stage]:
         "metrics_port": 0,
         "models": [
             {"name": "smol", "source": "builtin:smollm2-135m-instruct", "served_names": ["alias"], "dtype": "bfloat16",
-             "tool_parser": "hermes", "extra_args": {"enable_prompt_tokens_details": True}},
+             "tool_parser": "hermes"},
             {"name": "tiny", "source": "builtin:tiny-llama", "max_model_len": 64, "loras": ["pirate"]},
         ],
         "limits": {"connect_timeout_s": 1.0, "drain_s": 1.0},

@@ -26,7 +26,7 @@ OWN: Final = frozenset(
 def serve_arguments(model: EdgeModel) -> list[str]:
     """The arguments. Raises RequestError for one that the edge settles itself."""
     arguments = ["--model", local_source(model.source), "--served-model-name", *model.names]
-    arguments += ["--dtype", model.dtype, "--disable-log-stats"]
+    arguments += ["--dtype", model.dtype, "--disable-log-stats", "--enable-prompt-tokens-details"]
     if model.max_model_len is not None:
         arguments += ["--max-model-len", str(model.max_model_len)]
     if model.chat_template is not None:

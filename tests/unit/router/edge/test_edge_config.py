@@ -55,7 +55,9 @@ def test_arguments() -> None:
         extra_args={"response_role": "bot", "enable_x": True, "enable_y": False, "kw": {"a": 1}, "many": [1, 2]},
     )
     assert serve_arguments(model) == [
-        *("--model", "/models/m", "--served-model-name", "m", "alias", "--dtype", "bfloat16", "--disable-log-stats"),
+        *("--model", "/models/m", "--served-model-name", "m", "alias", "--dtype", "bfloat16"),
+        "--disable-log-stats",
+        "--enable-prompt-tokens-details",
         *("--max-model-len", "128", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         *("--reasoning-parser", "qwen3", "--response-role", "bot", "--enable-x", "--no-enable-y"),
         *("--kw", '{"a": 1}', "--many", "1", "2"),
